@@ -1,0 +1,197 @@
+"""The command line: fedunlearn run | train | unlearn | evaluate | recipes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fedunlearn import __version__
+from fedunlearn.errors import FedUnlearnError, RecipeError
+from fedunlearn.recipe import SHIPPED, load_recipe
+
+app = typer.Typer(
+    help="Make a federated image classifier forget classes, fast, and show that it did.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or a TOML file.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Folder or file of the images; sets data.path.")]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help=".safetensors, .npz, .pt or .th; sets model.weights.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on with it.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="fedunlearn")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    out: OutOption,
+    data: DataOption = None,
+    weights: WeightsOption = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train or load a model, make it forget, and compare with fine-tuning only and with retraining."""
+    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug)
+
+
+@app.command()
+def train(
+    recipe: RecipeOption,
+    out: OutOption,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train the original model by federated averaging."""
+    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug)
+
+
+@app.command()
+def unlearn(
+    recipe: RecipeOption,
+    weights: Annotated[str, typer.Option("--weights", help="The trained model; sets model.weights.")],
+    out: OutOption,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a trained model forget, without comparisons."""
+    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeOption,
+    weights: Annotated[str, typer.Option("--weights", help="The model; sets model.weights.")],
+    data: DataOption = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a model, unlearned or not, on the test images."""
+    from fedunlearn.workflow import evaluate_weights  # torch takes seconds: --help must not wait for it
+
+    with _told(debug):
+        block = evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
+        _show({"original": block}, quiet, as_json, block)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    for name in SHIPPED:
+        typer.echo(name)
+
+
+def _do(
+    command: str,
+    recipe: str,
+    out: Path,
+    data: str | None,
+    weights: str | None,
+    overrides: list[str] | None,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    with _told(debug):
+        chosen = load_recipe(recipe, _overrides(data, weights, overrides))
+        from fedunlearn import workflow  # torch takes seconds: --help and a wrong key must not wait for it
+        from fedunlearn.console import RunProgress, describe
+
+        console = Console(stderr=True, quiet=quiet)
+        logging.basicConfig(
+            level="WARNING", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        )
+        with nullcontext() if quiet else RunProgress(console) as progress:
+            result = workflow.run(
+                chosen,
+                out,
+                command=command,
+                prepared=lambda setting: console.print(describe(setting), highlight=False),
+                observe=_silent if progress is None else progress.observe,
+            )
+        _show(result, quiet, as_json, result)
+        if not quiet:
+            console.print(f"files: {out}", soft_wrap=True, highlight=False)
+
+
+def _silent(phase: str, done: int, planned: int) -> None:
+    """Show nothing."""
+
+
+def _overrides(data: str | None, weights: str | None, more: list[str] | None) -> list[str]:
+    named = [("data.path", data), ("model.weights", weights)]
+    return [*(more or []), *(f"{key}={json.dumps(value)}" for key, value in named if value is not None)]
+
+
+def _show(result: dict[str, Any], quiet: bool, as_json: bool, value: dict[str, Any]) -> None:
+    from fedunlearn.console import result_table
+
+    if as_json:
+        typer.echo(json.dumps(value, indent=2))
+    elif not quiet:
+        Console().print(result_table(result))
+
+
+@contextmanager
+def _told(debug: bool) -> Iterator[None]:
+    """Turn an error into one line on standard error and an exit code: 2 for usage, 1 for failure, 130 for Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted: the same command goes on from the last finished round", 130)
+    except FedUnlearnError as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}: what was finished is kept; "
+            "mend this and run the same command again",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"fedunlearn: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,103 @@
+"""What a person sees: progress while a run works, and its table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedunlearn.setting import Setting
+
+_PHASES = {
+    "train": "training the original",
+    "measure": "measuring channels",
+    "reestimate": "re-estimating batch normalisation",
+    "repair": "repairing",
+    "finetune": "fine-tuning only, for comparison",
+    "retrain": "retraining, for comparison",
+}
+
+
+class RunProgress:
+    """A bar per phase on standard error; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def observe(self, phase: str, done: int, planned: int) -> None:
+        """Show that ``done`` of ``planned`` steps of ``phase`` are finished."""
+        if phase not in self._tasks:
+            name, _, number = phase.partition("-")
+            text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
+            self._tasks[phase] = self._progress.add_task(text, total=planned)
+        self._progress.update(self._tasks[phase], completed=done)
+
+
+def describe(setting: Setting) -> str:
+    """Return what is about to run: images, clients and classes."""
+    sizes = setting.table.sum(1).sort().values
+    holders = (setting.table > 0).sum(0)
+    train, test = setting.splits
+    names = ", ".join(f"{label} ({train.classes[label]})" for label in setting.forget)
+    return (
+        f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
+        f"{len(sizes)} clients with {sizes[0]}/{sizes[len(sizes) // 2]}/{sizes[-1]} training images "
+        f"(smallest/median/largest); a class is held by {int(holders.min())} to {int(holders.max())} of them"
+    )
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """Return the table of a run: one row per model."""
+    table = Table(title="U: accuracy on the forgotten classes, R: on the others, of test images")
+    columns = ("model", "U, row kept", "U", "R", "parameters", "client samples", "client TFLOP", "speed-up")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    cost = result.get("cost", {})
+    table.add_row("original", *_figures(result["original"], None))
+    if "unlearned" in result:
+        table.add_row("pruned", *_figures(result["pruned"], None))
+        table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
+    for name, block in result.get("controls", {}).items():
+        table.add_row(_NAMES.get(name, name), *_figures(block, block.get("cost")))
+    for name, block in result.get("oracles", {}).items():
+        table.add_row(name + (" (kept)" if block["cached"] else ""), *_figures(block, cost.get("retrain")))
+    return table
+
+
+_NAMES = {"finetune": "fine-tuning only"}
+
+
+def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[str, ...]:
+    accuracy = block["accuracy"]
+    spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e12:,.2f}")
+    shares = (accuracy["forget_row_kept"], accuracy["forget"], accuracy["retain"])
+    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.2f} %"
+
+
+def _speedup(result: Mapping[str, Any]) -> str:
+    if "speedup" not in result:
+        return ""
+    more = "" if result["cost"]["retrain"]["reached"] else "> "
+    return f"{more}{result['speedup']['client_flops']:.1f}x"

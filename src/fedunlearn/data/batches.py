@@ -1,0 +1,96 @@
+"""Batches: normalised float images drawn from bytes, with vectorised augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import DataError
+
+_PADDING = 4
+_CUTOUT = 16
+
+
+def crop(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Pad each image by 4 pixels of the mean colour and cut out its old size at a place of its own."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (_PADDING,) * 4)
+    top, left = torch.randint(0, 2 * _PADDING + 1, (2, n), generator=draw)
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    picked = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def flip(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Mirror each image left to right with probability one half."""
+    mirrored = torch.rand(len(images), generator=draw) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def cutout(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Blank a 16 x 16 square around a random pixel of each image; it may reach over the border."""
+    n, _, height, width = images.shape
+    y = torch.randint(0, height, (n, 1), generator=draw)
+    x = torch.randint(0, width, (n, 1), generator=draw)
+    half = _CUTOUT // 2
+    in_rows = (torch.arange(height) >= y - half) & (torch.arange(height) < y + half)
+    in_columns = (torch.arange(width) >= x - half) & (torch.arange(width) < x + half)
+    return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "crop": crop,
+    "flip": flip,
+    "cutout": cutout,
+}
+
+
+def batches(
+    images: LabelledImages,
+    size: int,
+    *,
+    limit: int | None = None,
+    draw: torch.Generator | None = None,
+    augment: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``(float images, labels)``: in order without ``draw``, shuffled (and augmented) with it.
+
+    Args:
+        images: where the batches come from.
+        size: images in a batch. A last batch of one image joins the batch before it, because
+            batch normalisation cannot train on a single value.
+        limit: stop after so many images.
+        draw: the owner of the shuffle and of the augmentation.
+        augment: names in ``AUGMENTATIONS``, applied in this order; needs ``draw``.
+        device: where the batches go.
+
+    Raises:
+        DataError: an unknown augmentation, or one without ``draw``.
+    """
+    unknown = [name for name in augment if name not in AUGMENTATIONS]
+    if unknown:
+        raise DataError(f"augmentations must be among {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}")
+    if augment and draw is None:
+        raise DataError("augmentation draws at random: give the generator that owns the draw")
+    total = len(images) if limit is None else min(limit, len(images))
+    order = torch.randperm(len(images), generator=draw) if draw is not None else torch.arange(len(images))
+    mean = torch.tensor(images.mean)[:, None, None] * 255
+    scale = 1 / (torch.tensor(images.std)[:, None, None] * 255)
+    start = 0
+    while start < total:
+        stop = min(start + size, total)
+        if total - stop == 1:
+            stop = total
+        rows = order[start:stop]
+        batch = (images.images[rows].float() - mean) * scale
+        for name in augment:
+            assert draw is not None  # checked above
+            batch = AUGMENTATIONS[name](batch, draw)
+        yield batch.to(device, memory_format=torch.channels_last), images.labels[rows].to(device)
+        start = stop

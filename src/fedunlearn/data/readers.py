@@ -1,0 +1,278 @@
+"""Readers: each returns the training and the test images of one source.
+
+CIFAR: A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
+MNIST: Y. LeCun, C. Cortes, C. Burges; idx format. Digits: the set scikit-learn ships.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedunlearn.data.images import LabelledImages, pixel_statistics
+from fedunlearn.data.safe_pickle import load_arrays
+from fedunlearn.errors import DataError
+from fedunlearn.seeding import generator
+
+
+class Splits(NamedTuple):
+    """Training images (which clients share) and test images (which nobody chooses by)."""
+
+    train: LabelledImages
+    test: LabelledImages
+
+
+CIFAR10_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR100_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+_CIFAR10_PIXELS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100_PIXELS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_MNIST_PIXELS = ((0.1307,), (0.3081,))
+_TEST_SHARE = 0.2
+
+
+def read_digits(path: Path | None = None, *, official: bool = True, size: int = 0) -> Splits:
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth of each class for testing."""
+    from sklearn.datasets import load_digits  # takes a second: only where it is needed
+
+    digits = load_digits()
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None])
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return _split(images, labels, tuple(str(name) for name in digits.target_names))
+
+
+def read_cifar10(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+    """Read ``cifar-10-batches-py`` (the folder itself or the one that holds it)."""
+    folder = _folder(path, "cifar-10-batches-py", "data_batch_1")
+    files = {name: _read(folder / name, md5 if official else None) for name, md5 in CIFAR10_MD5.items()}
+    parts = {name: _cifar(load_arrays(data, folder / name), b"labels", folder / name) for name, data in files.items()}
+    names = _names(folder / "batches.meta", b"label_names")
+    test = parts.pop("test_batch")
+    images = torch.cat([part[0] for part in parts.values()])
+    labels = torch.cat([part[1] for part in parts.values()])
+    return Splits(
+        LabelledImages(images, labels, names, *_CIFAR10_PIXELS), LabelledImages(*test, names, *_CIFAR10_PIXELS)
+    )
+
+
+def read_cifar100(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+    """Read ``cifar-100-python`` with its fine labels (the folder itself or the one that holds it)."""
+    folder = _folder(path, "cifar-100-python", "train")
+    parts = []
+    names = _names(folder / "meta", b"fine_label_names")
+    for name, md5 in CIFAR100_MD5.items():
+        data = _read(folder / name, md5 if official else None)
+        images, labels = _cifar(load_arrays(data, folder / name), b"fine_labels", folder / name)
+        parts.append(LabelledImages(images, labels, names, *_CIFAR100_PIXELS))
+    return Splits(*parts)
+
+
+def read_mnist(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+    """Read the four MNIST idx files; ``writers.npz`` beside them (``train``, ``test``) gives the groups."""
+    folder = _folder(path, "mnist", "train-images-idx3-ubyte")
+    writers = load_npz(folder / "writers.npz") if (folder / "writers.npz").exists() else {}
+    parts = []
+    for prefix, split in (("train", "train"), ("t10k", "test")):
+        images = _idx(folder / f"{prefix}-images-idx3-ubyte", 2051, official)[:, None]
+        labels = _idx(folder / f"{prefix}-labels-idx1-ubyte", 2049, official).long()
+        groups = torch.from_numpy(writers[split].astype(np.int64)) if split in writers else None
+        parts.append(LabelledImages(images, labels, tuple("0123456789"), *_MNIST_PIXELS, groups))
+    return Splits(*parts)
+
+
+def read_folder(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+    """Read ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*`` with a fifth of each class for testing.
+
+    Args:
+        path: the folder of images.
+        official: not used here.
+        size: height and width to resize to; 0 keeps images as they are, which must then agree.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: expected a folder with one folder of images per class; check --data")
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        images, labels, classes = _image_folder(path / "train", size)
+        more, other, test_classes = _image_folder(path / "test", size)
+        if test_classes != classes:
+            raise DataError(f"{path}: train holds the classes {classes}, test holds {test_classes}; they must agree")
+        pixels = pixel_statistics(images)
+        return Splits(LabelledImages(images, labels, classes, *pixels), LabelledImages(more, other, classes, *pixels))
+    return _split(*_image_folder(path, size))
+
+
+def read_npz(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+    """Read ``x_train, y_train, x_test, y_test`` and, if there, ``classes``, ``groups_train``, ``groups_test``.
+
+    Images are uint8 of shape ``(images, height, width)`` or ``(images, height, width, colours)``.
+    """
+    arrays = load_npz(path)
+    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
+    if missing:
+        raise DataError(f"{path}: expected the entries x_train, y_train, x_test and y_test, {missing[0]} is missing")
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4):
+            raise DataError(f"{path}: x_{split} must be uint8 with 3 or 4 axes, got {x.dtype} of shape {x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            raise DataError(
+                f"{path}: y_{split} must be {len(x)} whole numbers, one per image, got {y.dtype} of shape {y.shape}"
+            )
+    count = 1 + max(int(arrays["y_train"].max(initial=0)), int(arrays["y_test"].max(initial=0)))
+    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else tuple(map(str, range(count)))
+    parts = []
+    for split in ("train", "test"):
+        x = arrays[f"x_{split}"]
+        images = torch.from_numpy(np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)))
+        groups = arrays.get(f"groups_{split}")
+        pixels = pixel_statistics(images) if not parts else (parts[0].mean, parts[0].std)
+        parts.append(
+            LabelledImages(
+                images,
+                torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)),
+                classes,
+                *pixels,
+                None if groups is None else torch.from_numpy(groups.astype(np.int64)),
+            )
+        )
+    return Splits(*parts)
+
+
+READERS: dict[str, Callable[..., Splits]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "mnist": read_mnist,
+    "folder": read_folder,
+    "npz": read_npz,
+}
+
+
+def load_npz(path: Path) -> Mapping[str, np.ndarray]:
+    """Return the arrays of an ``.npz``; pickled objects are refused.
+
+    Raises:
+        DataError: the file is missing, damaged or holds pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # a damaged archive can fail in any way
+        raise DataError(
+            f"{path}: expected an .npz of plain arrays, but {error or type(error).__name__}: check the path and the file"
+        ) from error
+
+
+def _folder(path: Path, name: str, member: str) -> Path:
+    for folder in (path, path / name):
+        if (folder / member).is_file():
+            return folder
+    raise DataError(f"{path}: expected the folder {name} with the file {member}; check --data")
+
+
+def _read(path: Path, md5: str | None) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check --data") from error
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if md5 is not None and found != md5:
+        raise DataError(
+            f"{path}: expected the official file with MD5 {md5}, got {found}: it is truncated or altered; "
+            "fetch it again, or set data.official=false if it is meant to differ"
+        )
+    return data
+
+
+def _cifar(batch: Mapping[bytes, Any], key: bytes, path: Path) -> tuple[Tensor, Tensor]:
+    data, labels = batch.get(b"data"), batch.get(key)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise DataError(f"{path}: expected data of uint8 rows of 3,072 values; fetch the file again")
+    if not isinstance(labels, list) or len(labels) != len(data):
+        raise DataError(f"{path}: expected {len(data)} {key.decode()}, one per image; fetch the file again")
+    return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64)
+
+
+def _names(path: Path, key: bytes) -> tuple[str, ...]:
+    names = load_arrays(_read(path, None), path).get(key)
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{path}: expected the list {key.decode()}; fetch the file again")
+    return tuple(name.decode() for name in names)
+
+
+def _idx(path: Path, magic: int, official: bool) -> Tensor:
+    data = _read(path, MNIST_MD5[path.name] if official else None)
+    axes = magic % 256
+    header = 4 + 4 * axes
+    found, *shape = struct.unpack(f">{1 + axes}I", data[:header].ljust(header, b"\0"))
+    expected = header + int(np.prod(shape))
+    if found != magic or len(data) != expected:
+        raise DataError(
+            f"{path}: expected an idx file with magic number {magic} and {expected} bytes, "
+            f"got {found} and {len(data)}: it is truncated or altered; fetch it again"
+        )
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).reshape(shape)
+
+
+def _image_folder(path: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    from PIL import Image  # takes a moment: only where it is needed
+
+    classes = tuple(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+    if len(classes) < 2:
+        raise DataError(f"{path}: expected at least two folders, one per class, got {len(classes)}")
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(file for file in (path / name).iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise DataError(f"{path / name}: expected images of the class {name}, found none")
+        for file in files:
+            try:
+                with Image.open(file) as picture:
+                    picture = picture.convert("RGB")
+                    picture = picture.resize((size, size), Image.Resampling.BILINEAR) if size else picture
+                    images.append(np.asarray(picture))
+            except OSError as error:
+                raise DataError(f"{file}: expected an image, but {error}: mend it or take it away") from error
+            if images[-1].shape != images[0].shape:
+                raise DataError(
+                    f"{file}: expected {images[0].shape[1]} x {images[0].shape[0]} pixels like the first image, "
+                    f"got {images[-1].shape[1]} x {images[-1].shape[0]}: set data.size to resize them all"
+                )
+            labels.append(label)
+    pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+    return pixels, torch.tensor(labels, dtype=torch.int64), classes
+
+
+def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Splits:
+    """Hold out a fifth of each class for testing, drawn once and for all (seed 0)."""
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(classes)):
+        rows = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator(0, "test", label))
+        test[rows[order[: max(1, round(_TEST_SHARE * len(rows)))]]] = True
+    pixels = pixel_statistics(images[~test])
+    return Splits(
+        LabelledImages(images[~test], labels[~test], classes, *pixels),
+        LabelledImages(images[test], labels[test], classes, *pixels),
+    )

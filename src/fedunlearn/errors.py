@@ -1,0 +1,42 @@
+"""The exceptions fedunlearn raises on purpose.
+
+::
+
+    FedUnlearnError
+    ├── DataError         images, labels, files of images, partitions
+    ├── ModelError        architectures that cannot be pruned, weights that do not fit
+    ├── PlanError         scores, fractions, classes to forget, pruning plans
+    ├── FederationError   clients, replies, too few of them
+    ├── RecipeError       keys and values of a recipe
+    └── RunError          the folder a run writes into
+
+Every message says what was expected, what came, where, and what to do.
+"""
+
+
+class FedUnlearnError(Exception):
+    """Base of every error that fedunlearn raises on purpose."""
+
+
+class DataError(FedUnlearnError):
+    """Images, labels or files of images are not what they should be."""
+
+
+class ModelError(FedUnlearnError):
+    """A model cannot be pruned, or weights do not fit it."""
+
+
+class PlanError(FedUnlearnError):
+    """Scores, a fraction, the classes to forget or a pruning plan are not valid."""
+
+
+class FederationError(FedUnlearnError):
+    """Clients are missing, or too few of them answered."""
+
+
+class RecipeError(FedUnlearnError):
+    """A recipe has an unknown key or a value outside its range."""
+
+
+class RunError(FedUnlearnError):
+    """The folder of a run cannot be used."""

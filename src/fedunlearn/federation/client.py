@@ -1,0 +1,123 @@
+"""The client: the same code under every engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.seeding import generator
+from fedunlearn.stats import measure_channels
+from fedunlearn.training import train_locally
+
+_BATCH = 256
+
+
+def handle(job: Job, model: nn.Module, data: ClientData) -> Reply:
+    """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error."""
+    started = time.perf_counter()
+    try:
+        tensors, images, samples = _answer(job, model, data)
+    except Exception as error:  # one client's failure must not end the round
+        return Reply(data.client, {}, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
+    return Reply(data.client, tensors, images, samples, time.perf_counter() - started)
+
+
+def _answer(job: Job, model: nn.Module, data: ClientData) -> tuple[Mapping[str, Tensor], int, int]:
+    """Return the tensors, the images they stand for and the images processed."""
+    match job:
+        case Measure():
+            images = _sampled(job, data, data.train, job.sample)
+            stats = measure_channels(model, _in_order(images, model), layers=job.taps, num_classes=job.classes)
+            return stats.tensors(), len(images), len(images)
+        case Reestimate():
+            images = _sampled(job, data, _kept(data, job.exclude), job.sample)
+            return batch_norm_sums(model, images), len(images), len(images)
+        case Train():
+            images = _kept(data, job.exclude)
+            draw = generator(job.seed, job.phase, job.round, data.client)
+            samples = train_locally(model, images, job.training, lr=job.lr, draw=draw)
+            # A copy: the engine goes on to use the model for its next client.
+            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            return state, len(images), samples
+        case Evaluate():
+            images = data.train.take(slice(0, 0)) if data.validation is None else data.validation
+            correct, counts = count_correct(model, images, job.classes)
+            return {"correct": correct, "counts": counts}, len(images), len(images)
+    raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
+
+
+def count_correct(
+    model: nn.Module, images: LabelledImages, classes: int, *, labels: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return right answers and images per class, int64, shape ``(classes,)`` each.
+
+    Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
+    """
+    named = torch.tensor(list(range(classes) if labels is None else labels))
+    correct = torch.zeros(classes, dtype=torch.int64)
+    model.eval()
+    with torch.inference_mode():
+        for batch, truth in _in_order(images, model):
+            truth = truth.cpu()
+            right = truth[named[model(batch).argmax(1).cpu()] == truth]
+            correct += torch.bincount(right, minlength=classes)
+    return correct, torch.bincount(images.labels, minlength=classes)
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Return the batch normalisation layers that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.track_running_stats
+    }
+
+
+def batch_norm_sums(model: nn.Module, images: LabelledImages) -> dict[str, Tensor]:
+    """Return the sums that ``Reestimate`` describes; each layer normalises by the batch, as in training.
+
+    With a momentum of 1 the running statistics after a batch are those of the batch.
+    """
+    layers = batch_norm_layers(model)
+    sums = {
+        f"{kind}:{name}": torch.zeros(layer.num_features, dtype=torch.float64)
+        for name, layer in layers.items()
+        for kind in ("mean", "square")
+    }
+    for layer in layers.values():
+        layer.momentum = 1.0
+        layer.train()
+    with torch.inference_mode():
+        for batch, _ in _in_order(images, model):
+            model(batch)
+            for name, layer in layers.items():
+                assert layer.running_mean is not None and layer.running_var is not None  # track_running_stats
+                mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
+                sums[f"mean:{name}"] += len(batch) * mean
+                sums[f"square:{name}"] += len(batch) * (variance + mean**2)
+    return {"images": torch.tensor(float(len(images)), dtype=torch.float64), **sums}
+
+
+def _in_order(images: LabelledImages, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    return batches(images, _BATCH, device=next(model.parameters()).device)
+
+
+def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
+    images = data.train.without(exclude)
+    if len(images) == 0:
+        raise FederationError(f"nothing is left without the classes {list(exclude)}")
+    return images
+
+
+def _sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:
+    if sample is None or sample >= len(images):
+        return images
+    draw = generator(job.seed, job.phase, "sample", data.client)
+    return images.take(torch.randperm(len(images), generator=draw)[:sample].sort().values)

@@ -1,0 +1,73 @@
+"""The server's side of a job: ask, refuse what cannot be used by name, and go on if enough remains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.client import batch_norm_layers
+from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.ledger import Entry, entry_for
+
+_logger = logging.getLogger(__name__)
+QUORUM = 0.5
+
+
+def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
+    """Run ``job`` and return the replies that can be used, in client-id order, with the ledger entry.
+
+    Raises:
+        FederationError: less than half of the clients asked gave a usable reply.
+    """
+    replies = engine.run(job)
+    expected = _expected_shapes(job)
+    refused = {reply.client: why for reply in replies if (why := refusal(reply, job, expected)) is not None}
+    for client, why in refused.items():
+        _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round, client, why)
+    used = [reply for reply in replies if reply.client not in refused]
+    asked = len(engine.clients if job.clients is None else job.clients)
+    if len(used) < max(1, QUORUM * asked):
+        why = "; ".join(f"{client}: {reason}" for client, reason in refused.items())
+        raise FederationError(
+            f"{job.phase}, round {job.round}: only {len(used)} of {asked} clients gave a usable reply, "
+            f"expected at least half ({why}); mend them and run the same command again"
+        )
+    return used, entry_for(job, engine.shape, asked, used, refused)
+
+
+def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return why ``reply`` cannot be used, or None if it can."""
+    if reply.error is not None:
+        return reply.error
+    found = {name: tuple(tensor.shape) for name, tensor in reply.tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            return f"expected {name} of shape {expected.get(name)}, got {found.get(name)}"
+    for name, tensor in reply.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} has values that are not finite"
+        if isinstance(job, (Measure, Evaluate)) and bool((tensor < 0).any()):
+            return f"{name} has negative values"
+    if reply.images < 1 and not isinstance(job, Evaluate):
+        return f"it reports {reply.images} images"
+    return None
+
+
+def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    match job:
+        case Measure():
+            widths = {layer: int(job.model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in job.taps}
+            sums = {f"sums.{layer}": (job.classes, width) for layer, width in widths.items()}
+            return {"counts": (job.classes,), **sums}
+        case Reestimate():
+            layers = batch_norm_layers(job.model).items()
+            sums = {f"{kind}:{name}": (layer.num_features,) for name, layer in layers for kind in ("mean", "square")}
+            return {"images": (), **sums}
+        case Train():
+            return {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
+        case Evaluate():
+            return {"correct": (job.classes,), "counts": (job.classes,)}
+    raise FederationError(f"the server knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")

@@ -1,0 +1,127 @@
+"""The cost ledger: what each job asked of the clients, counted, not estimated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedunlearn.federation.jobs import Job, Reply, Train
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One job over its clients.
+
+    Attributes:
+        job: ``measure``, ``reestimate``, ``train`` or ``evaluate``.
+        clients: ids of those whose reply was used.
+        refused: id to reason of those whose reply was not.
+        samples: images processed, repeats counted.
+        flops: floating-point operations of convolutions and matrix products over these images.
+        seconds: time on clients, added up.
+        bytes_down: weights and plan sent to all clients asked.
+        bytes_up: answers received.
+    """
+
+    job: str
+    clients: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    samples: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Entry:
+        """Return the entry that ``to_dict`` took apart."""
+        return Entry(**{**value, "clients": tuple(value["clients"])})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase cost the clients, over all its jobs.
+
+    Attributes:
+        rounds: jobs that were training rounds.
+        client_samples: images processed.
+        client_flops: floating-point operations.
+        client_seconds: time, added up over clients.
+        bytes_up: from clients.
+        bytes_down: to clients.
+        clients: how many different clients took part.
+    """
+
+    rounds: int = 0
+    client_samples: int = 0
+    client_flops: int = 0
+    client_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    clients: int = 0
+
+    @staticmethod
+    def of(entries: Iterable[Entry]) -> Cost:
+        """Return the sum of ``entries``."""
+        entries = list(entries)
+        return Cost(
+            rounds=sum(entry.job == "train" for entry in entries),
+            client_samples=sum(entry.samples for entry in entries),
+            client_flops=sum(entry.flops for entry in entries),
+            client_seconds=sum(entry.seconds for entry in entries),
+            bytes_up=sum(entry.bytes_up for entry in entries),
+            bytes_down=sum(entry.bytes_down for entry in entries),
+            clients=len({name for entry in entries for name in entry.clients}),
+        )
+
+
+def entry_for(
+    job: Job, shape: tuple[int, int, int], asked: int, used: Iterable[Reply], refused: Mapping[str, str]
+) -> Entry:
+    """Return the ledger entry of ``job``, sent to ``asked`` clients that see images of ``shape``."""
+    used = list(used)
+    samples = sum(reply.samples for reply in used)
+    forward, training = flops_per_image(job.model, shape)
+    message = size_in_bytes(job.model.state_dict()) + len(job.plan.to_json())
+    return Entry(
+        job=type(job).__name__.lower(),
+        clients=tuple(reply.client for reply in used),
+        refused=refused,
+        samples=samples,
+        flops=samples * (training if isinstance(job, Train) else forward),
+        seconds=sum(reply.seconds for reply in used),
+        bytes_down=asked * message,
+        bytes_up=sum(size_in_bytes(reply.tensors) for reply in used),
+    )
+
+
+def size_in_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes that the values of ``tensors`` take on the wire, without names and framing."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Count the operations of one image: forward pass, and forward plus backward pass.
+
+    Counted by ``torch.utils.flop_counter`` on the meta device, where nothing is computed; one multiply-add is two
+    operations, and only convolutions and matrix products count.
+    """
+    meta = copy.deepcopy(model).to("meta").train()
+    image = torch.empty((2, *shape), device="meta")
+    with FlopCounterMode(display=False) as counter:
+        logits = meta(image)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64, device="meta")).backward()
+    return forward // 2, (forward + counter.get_total_flops()) // 2

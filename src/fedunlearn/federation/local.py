@@ -1,0 +1,114 @@
+"""The in-process engine: one worker thread per core, one torch thread each, one model copy per worker."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.client import handle
+from fedunlearn.federation.jobs import ClientData, Job, Reply
+
+
+class LocalEngine:
+    """Clients inside this process.
+
+    Results do not depend on ``workers``: each client's draws have their own generator, and replies are merged in
+    client-id order. (A model with dropout draws from torch's global generator; use one worker to repeat it.)
+
+    Args:
+        clients: client id to training images.
+        validation: client id to validation images, for the clients that have some.
+        workers: threads; one per core where None, one on a GPU.
+        device: ``"cpu"`` or ``"cuda"``; the GPU where None and one is present.
+
+    Raises:
+        FederationError: fewer than two clients, an empty client, or clients whose images differ in shape or classes.
+    """
+
+    def __init__(
+        self,
+        clients: Mapping[str, LabelledImages],
+        *,
+        validation: Mapping[str, LabelledImages] | None = None,
+        workers: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        if len(clients) < 2:
+            raise FederationError(
+                f"a federation needs at least two clients, got {len(clients)}: with one, train and unlearn on it directly"
+            )
+        first = next(iter(clients.values()))
+        for name, images in clients.items():
+            if len(images) == 0:
+                raise FederationError(f"{name} holds no images: leave it out or give it some")
+            if images.shape != first.shape or images.classes != first.classes:
+                raise FederationError(
+                    f"{name} holds images of shape {images.shape} in {len(images.classes)} classes, "
+                    f"the first client {first.shape} in {len(first.classes)}: all must agree"
+                )
+        held = validation or {}
+        self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._workers = workers or (cores if self._device.type == "cpu" else 1)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Ids of all clients, sorted."""
+        return tuple(self._data)
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Ids of the clients that hold validation images."""
+        return tuple(name for name, data in self._data.items() if data.validation is not None)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(colours, height, width)`` of the images."""
+        return next(iter(self._data.values())).train.shape
+
+    def run(self, job: Job) -> list[Reply]:
+        """Run ``job`` on its clients and return their replies in client-id order.
+
+        Raises:
+            FederationError: the job names a client that is not here.
+        """
+        names = self.clients if job.clients is None else tuple(sorted(job.clients))
+        unknown = [name for name in names if name not in self._data]
+        if unknown:
+            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {', '.join(self.clients)}")
+        state = job.model.state_dict()
+        mine = threading.local()
+
+        def answer(name: str) -> Reply:
+            if not hasattr(mine, "model"):
+                mine.model = copy.deepcopy(job.model).to(self._device, memory_format=torch.channels_last)
+            mine.model.load_state_dict(state)
+            return handle(job, mine.model, self._data[name])
+
+        workers = min(self._workers, len(names)) or 1
+        with _one_torch_thread(), ThreadPoolExecutor(workers) as pool:
+            try:
+                return list(pool.map(answer, names))
+            except BaseException:  # Ctrl-C: do not finish the round first
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let each worker thread use one core; several OpenMP pools on the same cores stall each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

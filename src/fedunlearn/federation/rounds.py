@@ -1,0 +1,125 @@
+"""Rounds of federated averaging, resumed from a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.average import fedavg
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.jobs import Engine, Evaluate, Train
+from fedunlearn.federation.ledger import Entry
+from fedunlearn.journal import Journal, Step
+from fedunlearn.plan import PruningPlan
+from fedunlearn.seeding import generator
+from fedunlearn.training import Training, constant
+
+
+def train_rounds(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    phase: str,
+    training: Training,
+    rounds: int,
+    journal: Journal,
+    schedule: Callable[[int, int], float] = constant,
+    exclude: tuple[int, ...] = (),
+    clients: Sequence[str] | None = None,
+    participation: float = 1.0,
+    seed: int = 0,
+    plan: PruningPlan | None = None,
+    classes: int,
+    validate: bool = False,
+    target: float | None = None,
+) -> list[Step]:
+    """Train ``model`` in place by rounds of federated averaging and return the steps.
+
+    Args:
+        model: the global model; where the journal knows finished rounds of ``phase``, training goes on after them.
+        engine: who runs the jobs.
+        phase: name of the phase in the journal and in every draw.
+        training: local settings; ``training.lr`` times ``schedule(round, rounds)`` is the rate of a round.
+        rounds: at most so many.
+        journal: where each round is recorded.
+        schedule: factor of the learning rate.
+        exclude: classes whose images are not used.
+        clients: those that take part; all where None.
+        participation: share of them drawn in each round, at least one.
+        seed: owner of the draws.
+        plan: how the model's shapes came about.
+        classes: number of classes.
+        validate: measure the accuracy on validation images after each round.
+        target: stop when that accuracy is reached (implies ``validate``).
+
+    Raises:
+        FederationError: too few usable replies, or no validation images where they are needed.
+    """
+    steps = journal.steps(phase)
+    if steps:
+        model.load_state_dict(journal.state(phase))
+    able = sorted(engine.clients if clients is None else clients)
+    for round in range(len(steps), rounds):
+        journal.report(phase, round, rounds)
+        if target is not None and steps and (steps[-1].validation or 0.0) >= target:
+            break
+        job = Train(
+            phase=phase,
+            round=round,
+            model=model,
+            plan=plan or PruningPlan(),
+            clients=_drawn(able, participation, seed, phase, round),
+            seed=seed,
+            training=training,
+            lr=training.lr * schedule(round, rounds),
+            exclude=exclude,
+        )
+        replies, entry = collect(engine, job)
+        model.load_state_dict(fedavg((reply.tensors, reply.images) for reply in replies), strict=True)
+        entries = [entry]
+        validation = None
+        if validate or target is not None:
+            validation, evaluated = validation_accuracy(
+                model, engine, phase=phase, exclude=exclude, classes=classes, plan=plan
+            )
+            entries.append(evaluated)
+        steps.append(Step(phase, round, tuple(entries), validation))
+        journal.finish(steps[-1], model.state_dict())
+    journal.report(phase, rounds, rounds)
+    return steps
+
+
+def validation_accuracy(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    phase: str,
+    exclude: tuple[int, ...],
+    classes: int,
+    plan: PruningPlan | None = None,
+) -> tuple[float, Entry]:
+    """Return the share of right answers on the clients' validation images of the kept classes, and its cost.
+
+    Raises:
+        FederationError: no client holds validation images.
+    """
+    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=classes)
+    replies, entry = collect(engine, job)
+    kept = torch.ones(classes, dtype=torch.bool)
+    kept[list(exclude)] = False
+    correct = sum(int(reply.tensors["correct"][kept].sum()) for reply in replies)
+    counts = sum(int(reply.tensors["counts"][kept].sum()) for reply in replies)
+    if counts == 0:
+        raise FederationError("no client holds validation images of the kept classes: set data.validation above 0")
+    return correct / counts, entry
+
+
+def _drawn(able: Sequence[str], participation: float, seed: int, phase: str, round: int) -> tuple[str, ...]:
+    if not able:
+        raise FederationError("no client has images of the kept classes: there is nobody to train with")
+    wanted = max(1, int(participation * len(able) + 0.5))
+    order = torch.randperm(len(able), generator=generator(seed, phase, "participation", round))
+    return tuple(sorted(able[int(i)] for i in order[:wanted]))

@@ -1,0 +1,205 @@
+"""The recipe: one TOML file that says everything about a run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedunlearn.data.batches import AUGMENTATIONS
+from fedunlearn.errors import RecipeError
+from fedunlearn.training import Training
+
+_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
+_VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
+# name -> (file in recipes/, model.name where the file leaves it open)
+SHIPPED: dict[str, tuple[str, str | None]] = {
+    "digits": ("digits", None),
+    "mnist-writers": ("mnist-writers", None),
+    **{
+        f"{data}-{model}": (f"{data}-{family}", model)
+        for data in ("cifar10", "cifar100")
+        for family, models in (("resnet", _RESNETS), ("vgg", _VGGS))
+        for model in models
+    },
+}
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataTable(_Table):
+    """Where the images come from."""
+
+    source: Literal["digits", "cifar10", "cifar100", "mnist", "folder", "npz"]
+    path: str = ""
+    validation: Share = 0.1
+    official: bool = True
+    size: Annotated[int, Field(ge=0)] = 0
+
+
+class FederationTable(_Table):
+    """Who holds them, and who runs the clients. ``clients = 0``: one per group."""
+
+    clients: Annotated[int, Field(ge=0)] = 10
+    partition: Literal["iid", "dirichlet", "bias", "group"] = "iid"
+    alpha: Positive | None = None
+    bias: Annotated[float, Field(ge=0, le=1)] | None = None
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    engine: Literal["local"] = "local"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class ModelTable(_Table):
+    """The architecture, and weights to start from."""
+
+    name: str
+    weights: str = ""
+    shortcut: Literal["A", "B"] = "A"
+
+
+class TrainTable(_Table):
+    """Training from fresh weights: the original and the retrained model."""
+
+    rounds: Count
+    local_epochs: Positive = 1.0
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: Positive = 0.1
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    augment: tuple[str, ...] = ()
+
+
+class UnlearnTable(_Table):
+    """Forgetting: what, by which ranking, and the repair after it."""
+
+    forget: tuple[int, ...]
+    criterion: Literal["tf_idf", "contrast", "margin", "random"] = "tf_idf"
+    reference: Literal["class", "channel"] = "class"
+    hook: Literal["activation", "convolution"] = "activation"
+    end: Literal["highest", "lowest"] = "highest"
+    scope: Literal["layer", "global"] = "layer"
+    fraction: Fraction
+    jointly: bool = False
+    mean_of_clients: bool = False
+    sample: Annotated[int, Field(ge=0)] = 0
+    repair: Literal["none", "reestimate", "finetune"] = "finetune"
+    rounds: Count = 1
+    local_epochs: Positive = 1.0
+    lr: Positive = 0.05
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class Recipe(_Table):
+    """All of a run."""
+
+    data: DataTable
+    federation: FederationTable = FederationTable()
+    model: ModelTable
+    train: TrainTable
+    unlearn: UnlearnTable
+
+    def training(self) -> Training:
+        """Return the local settings of training from fresh weights."""
+        t = self.train
+        return Training(t.lr, t.batch_size, t.local_epochs, t.momentum, t.weight_decay, t.augment)
+
+    def repair(self, local_epochs: float | None = None) -> Training:
+        """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
+        t, u = self.train, self.unlearn
+        return Training(u.lr, t.batch_size, local_epochs or u.local_epochs, t.momentum, t.weight_decay, t.augment)
+
+    def digest(self, *tables: str) -> str:
+        """Return the SHA-256 of these tables (all where none is named), without paths: what a cache goes by."""
+        value = self.model_dump(mode="json")
+        value["data"].pop("path")
+        chosen = {table: value[table] for table in tables or value}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a shipped recipe by name, or the one in a TOML file, with ``table.key=value`` overrides.
+
+    Raises:
+        RecipeError: there is no such recipe, or a key or value is not valid.
+    """
+    value = _read(name)
+    for override in overrides:
+        _override(value, override)
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+    unknown = [name for name in recipe.train.augment if name not in AUGMENTATIONS]
+    if unknown:
+        raise RecipeError(f"train.augment: expected names among {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}")
+    if recipe.unlearn.target is not None and recipe.data.validation == 0:
+        raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
+    return recipe
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name in SHIPPED:
+        file, model = SHIPPED[name]
+        value = tomllib.loads(resources.files("fedunlearn").joinpath("recipes", f"{file}.toml").read_text("utf-8"))
+        if model is not None:
+            value.setdefault("model", {})["name"] = model
+        return value
+    path = Path(name)
+    if path.suffix != ".toml":
+        near = difflib.get_close_matches(name, SHIPPED, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"there is no shipped recipe {name!r}{hint} (fedunlearn recipes lists them; a file ends in .toml)"
+        )
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: expected a recipe in TOML, but {error}") from error
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    table, _, name = key.strip().partition(".")
+    if not equals or not name:
+        raise RecipeError(f"--set expects table.key=value, got {override!r}")
+    try:
+        parsed = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = text.strip()  # a bare word is a string
+    if name == "forget" and isinstance(parsed, int):
+        parsed = [parsed]
+    value.setdefault(table, {})[name] = parsed
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        table = Recipe.model_fields.get(str(first["loc"][0]))
+        keys = (
+            list(Recipe.model_fields) if table is None or len(first["loc"]) == 1 else list(_keys(str(first["loc"][0])))
+        )
+        near = difflib.get_close_matches(str(first["loc"][-1]), keys, 1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(keys)}"
+        return f"unknown recipe key {where}{hint}"
+    return f"recipe key {where}: {first['msg']}, got {first['input']!r}"
+
+
+def _keys(table: str) -> Sequence[str]:
+    annotation = Recipe.model_fields[table].annotation
+    assert annotation is not None  # pydantic requires one
+    return list(annotation.model_fields)  # type: ignore[attr-defined]

@@ -1,0 +1,80 @@
+"""Repair after pruning: re-estimate the batch normalisation, then fine-tune on the kept classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fedunlearn.federation.client import batch_norm_layers
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.jobs import Engine, Reestimate
+from fedunlearn.journal import Journal, Step
+from fedunlearn.plan import PruningPlan
+
+
+def reestimate(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    journal: Journal,
+    exclude: tuple[int, ...] = (),
+    clients: Sequence[str] | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    plan: PruningPlan | None = None,
+) -> nn.Module:
+    """Return a copy of ``model`` whose batch normalisation statistics fit the kept classes; no labels, no gradients.
+
+    Over the batches ``b`` of all clients, of ``n_b`` images with mean ``m_b`` and variance ``v_b`` per channel::
+
+        mean = sum_b n_b m_b / sum_b n_b
+        var  = sum_b n_b (v_b + m_b^2) / sum_b n_b - mean^2
+
+    Clients send the sums, so the result does not depend on who holds which batch, and secure aggregation applies.
+    Each layer normalises by the batch while its successors are measured, as in training.
+
+    Args:
+        model: the pruned model.
+        engine: who runs the job.
+        journal: where the step is recorded; a finished one is read back.
+        exclude: classes whose images are not used.
+        clients: those that hold images of other classes; all where None.
+        sample: at most so many images per client.
+        seed: owner of that draw.
+        plan: how the model's shapes came about.
+
+    Raises:
+        FederationError: too few usable replies.
+    """
+    phase = "reestimate"
+    fitted = copy.deepcopy(model)
+    layers = batch_norm_layers(fitted)
+    if journal.steps(phase):
+        fitted.load_state_dict(journal.state(phase))
+        return fitted
+    if not layers:
+        return fitted
+    job = Reestimate(
+        phase=phase,
+        model=model,
+        plan=plan or PruningPlan(),
+        clients=None if clients is None else tuple(clients),
+        exclude=exclude,
+        sample=sample,
+        seed=seed,
+    )
+    journal.report(phase, 0, 1)
+    replies, entry = collect(engine, job)
+    total = sum(float(reply.tensors["images"]) for reply in replies)
+    for name, layer in layers.items():
+        mean = torch.stack([reply.tensors[f"mean:{name}"] for reply in replies]).sum(0) / total
+        square = torch.stack([reply.tensors[f"square:{name}"] for reply in replies]).sum(0) / total
+        assert layer.running_mean is not None and layer.running_var is not None  # batch_norm_layers chose it so
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_((square - mean**2).clamp_min(0))
+    journal.finish(Step(phase, 0, (entry,)), fitted.state_dict())
+    journal.report(phase, 1, 1)
+    return fitted

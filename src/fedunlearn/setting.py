@@ -1,0 +1,137 @@
+"""What a recipe sets up before any training: images, clients, model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedunlearn.checkpoint import Weights, load_weights, read_weights
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.partition import class_table, hold_out, partition
+from fedunlearn.data.readers import READERS, Splits
+from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.groups import find_groups, head_layer
+from fedunlearn.models import build_model
+from fedunlearn.recipe import Recipe
+from fedunlearn.scores import CRITERIA, Criterion, forget_classes
+from fedunlearn.seeding import generator
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a recipe sets up before any training.
+
+    Attributes:
+        recipe: the recipe.
+        splits: training and test images; the weights' own normalisation where they have one.
+        engine: the clients.
+        model: the original architecture; fresh weights, or those of ``weights``.
+        weights: what ``model.weights`` names.
+        forget: classes to forget.
+        table: training images per client and class, int64, shape ``(clients, classes)``.
+    """
+
+    recipe: Recipe
+    splits: Splits
+    engine: LocalEngine
+    model: nn.Module
+    weights: Weights | None
+    forget: tuple[int, ...]
+    table: torch.Tensor
+
+
+def prepare(recipe: Recipe) -> Setting:
+    """Read data and weights, share the images out and build the model; refuse what cannot work before that.
+
+    Raises:
+        FedUnlearnError: the recipe, the data, the weights or the model cannot be used.
+    """
+    weights = read_weights(Path(recipe.model.weights)) if recipe.model.weights else None
+    splits = read_data(recipe)
+    if weights is not None:
+        splits = normalised_for(splits, weights, recipe)
+    train = splits.train
+    forget = forget_classes(recipe.unlearn.forget, len(train.classes))
+    model = new_model(recipe, train, seed=recipe.federation.seed)
+    if weights is not None:
+        model = load_weights(model, weights)
+    example = torch.randn((2, *train.shape), generator=generator(0, "example"))
+    head_layer(model, example)
+    find_groups(model, example)
+    fed = recipe.federation
+    shares = partition(
+        train, by=fed.partition, clients=fed.clients or None, alpha=fed.alpha, bias=fed.bias, seed=fed.seed
+    )
+    clients, validation = hold_out(shares, recipe.data.validation, seed=fed.seed)
+    engine = LocalEngine(clients, validation=validation)
+    table = class_table(clients)
+    for label in forget:
+        if int(table[:, label].sum()) == 0:
+            raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
+    return Setting(recipe, splits, engine, model, weights, forget, table)
+
+
+def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
+    """Return the images normalised as ``weights`` were trained, where the file says how.
+
+    Raises:
+        RecipeError: the file says that the weights are of another shortcut.
+        ModelError: the normalisation has another number of colours than the images.
+    """
+    if weights.shortcut not in (None, recipe.model.shortcut):
+        raise RecipeError(
+            f"{weights.path} was trained with shortcut {weights.shortcut}, the recipe has {recipe.model.shortcut}: "
+            f"use --set model.shortcut={weights.shortcut}"
+        )
+    if weights.mean is None or weights.std is None:
+        return splits
+    if len(weights.mean) != splits.train.colours:
+        raise ModelError(
+            f"{weights.path} was trained on images of {len(weights.mean)} colours, the data has {splits.train.colours}"
+        )
+    return Splits(*(replace(images, mean=weights.mean, std=weights.std) for images in splits))
+
+
+def read_data(recipe: Recipe) -> Splits:
+    """Return the images that the recipe names.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if recipe.data.source != "digits" and not recipe.data.path:
+        raise RecipeError(f"the source {recipe.data.source} is read from disk: give its place with --data")
+    return READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
+
+
+def new_model(recipe: Recipe, images: LabelledImages, *, seed: int) -> nn.Module:
+    """Return the recipe's architecture with fresh weights, which depend on ``seed`` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(
+            recipe.model.name, classes=len(images.classes), colours=images.colours, shortcut=recipe.model.shortcut
+        )
+
+
+def criterion_of(recipe: Recipe) -> Criterion:
+    """Return the criterion with the options the recipe gives it."""
+    name = recipe.unlearn.criterion
+    if name == "tf_idf":
+        return partial(CRITERIA[name], reference=recipe.unlearn.reference)
+    if name == "random":
+        return partial(CRITERIA[name], seed=recipe.federation.seed)
+    return CRITERIA[name]
+
+
+def fingerprint(splits: Splits) -> str:
+    """Return the SHA-256 of all images and labels."""
+    digest = hashlib.sha256()
+    for images in splits:
+        digest.update(images.images.numpy().tobytes())
+        digest.update(images.labels.numpy().tobytes())
+    return digest.hexdigest()

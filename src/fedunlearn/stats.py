@@ -1,0 +1,179 @@
+"""Class-channel statistics: sums and counts, so that merging clients equals pooling their images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedunlearn.errors import DataError
+from fedunlearn.groups import Tap, find_taps
+
+_COUNTS = "counts"
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStats:
+    """Summed channel activations per class.
+
+    Attributes:
+        sums: layer to float64, shape ``(classes, channels)``: over the images of the class, the sum of the
+            channel's mean positive activation.
+        counts: int64, shape ``(classes,)``: images of each class.
+    """
+
+    sums: Mapping[str, Tensor]
+    counts: Tensor
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{name} {tuple(s.shape)}" for name, s in self.sums.items())
+        return f"ChannelStats({int(self.counts.sum())} images; {layers})"
+
+    def merge(self, other: ChannelStats) -> ChannelStats:
+        """Return the statistics of both sets of images together.
+
+        Raises:
+            DataError: layers or shapes differ.
+        """
+        if self.shapes() != other.shapes():
+            raise DataError(f"statistics to merge must agree in layers and shapes: {self.shapes()}, {other.shapes()}")
+        sums = {name: s + other.sums[name] for name, s in self.sums.items()}
+        return ChannelStats(sums, self.counts + other.counts)
+
+    def means(self, layer: str) -> Tensor:
+        """Return ``sums / counts`` of a layer, float64, shape ``(classes, channels)``; NaN rows for absent classes."""
+        return self.sums[layer] / self.counts[:, None]
+
+    def one_vote_per_class(self) -> ChannelStats:
+        """Return the means as if each class present had one image: merged, they give the paper's mean of client means."""
+        present = self.counts > 0
+        sums = {name: s / self.counts.clamp_min(1)[:, None] for name, s in self.sums.items()}
+        return ChannelStats(sums, present.long())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return layer to ``(classes, channels)``."""
+        return {name: tuple(s.shape) for name, s in self.sums.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, the counts as ``counts``."""
+        return {_COUNTS: self.counts, **{f"sums.{name}": s for name, s in self.sums.items()}}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> ChannelStats:
+        """Return the statistics that ``tensors()`` took apart."""
+        sums = {name.removeprefix("sums."): s for name, s in tensors.items() if name != _COUNTS}
+        return ChannelStats(sums, tensors[_COUNTS])
+
+    def save(self, path: Path) -> None:
+        """Write the statistics as safetensors."""
+        save_file(self.tensors(), path)
+
+    @staticmethod
+    def load(path: Path) -> ChannelStats:
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        try:
+            return ChannelStats.from_tensors(load_file(path))
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            raise DataError(f"{path}: expected channel statistics as safetensors, but {error}") from error
+
+
+def measure_channels(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    layers: Sequence[str] | Mapping[str, Tap],
+    num_classes: int,
+    hook: str = "activation",
+) -> ChannelStats:
+    """Sum each channel's mean positive activation per class, in one forward pass.
+
+    With ``z`` the maps of a layer, ``A[c] = mean over pixels of max(z[c], 0)`` and, over images ``x`` of class
+    ``u``, ``sums[u, c] = sum_x A[c](x)``, ``counts[u]`` = how many (METHOD: the paper's local statistics, kept as sums).
+
+    Args:
+        model: the CNN; it is used in evaluation mode and left as it was.
+        batches: ``(images, labels)``: normalised floats ``(n, colours, height, width)`` and int64 ``(n,)``.
+        layers: names of convolutions, or where to read them if that is known already (``find_taps``).
+        num_classes: rows of the sums.
+        hook: ``"activation"`` reads what the next layer receives, ``"convolution"`` the convolution's output.
+
+    Returns:
+        Sums in float64 on the CPU.
+
+    Raises:
+        DataError: a label is not in ``0 .. num_classes - 1``, or names are given and there is no batch.
+        ModelError: a layer is no convolution of the model.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    taps = layers if isinstance(layers, Mapping) else None
+    training = model.training
+    model.eval()
+    try:
+        for images, labels in batches:
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+                raise DataError(
+                    f"labels must lie in 0 .. {num_classes - 1}, got {int(labels.min())} .. {int(labels.max())}"
+                )
+            if taps is None:
+                taps = find_taps(model, tuple(layers), images, hook=hook)
+            with reading(model, taps) as maps, torch.inference_mode():
+                output = model(images)
+            counts += torch.bincount(labels.cpu(), minlength=num_classes)
+            for layer, tap in taps.items():
+                z = output if tap.module == "" else maps[layer]
+                means = _channel_means(z, tap, _width(model, layer)).double().cpu()
+                sums.setdefault(layer, torch.zeros(num_classes, means.shape[1], dtype=torch.float64))
+                sums[layer].index_add_(0, labels.cpu(), means)
+    finally:
+        model.train(training)
+    if taps is None:
+        raise DataError("there is no batch to measure: expected at least one pair (images, labels)")
+    for layer in taps:
+        sums.setdefault(layer, torch.zeros(num_classes, _width(model, layer), dtype=torch.float64))
+    return ChannelStats(sums, counts)
+
+
+@contextmanager
+def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
+    """Collect what passes each tap while the context lasts; the hooks are gone after it, also on failure."""
+    maps: dict[str, Tensor] = {}
+    handles = []
+    for layer, tap in taps.items():
+        module = model.get_submodule(tap.module)
+        if tap.side == "input":
+
+            def before(_module: nn.Module, inputs: tuple[Tensor, ...], layer: str = layer) -> None:
+                maps[layer] = inputs[0]
+
+            handles.append(module.register_forward_pre_hook(before))
+        else:
+
+            def after(_module: nn.Module, _inputs: object, output: Tensor, layer: str = layer) -> None:
+                maps[layer] = output
+
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _width(model: nn.Module, layer: str) -> int:
+    return int(model.get_submodule(layer).get_parameter("weight").shape[0])
+
+
+def _channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
+    """Return the mean positive value per channel, shape ``(images, width)``, of maps flattened or not."""
+    return z[:, tap.start : tap.stop].clamp_min(0).reshape(len(z), width, -1).mean(2)

@@ -1,0 +1,98 @@
+"""Local training: what one client does with its images in one round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import FederationError
+
+_WARM_UP = 0.2
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of local SGD (Nesterov momentum, cross-entropy).
+
+    Attributes:
+        lr: learning rate; the peak where a schedule is used.
+        batch_size: images in a step.
+        local_epochs: passes over the client's images in a round; 0.25 is a random quarter of them.
+        momentum: kept within a round, not across rounds.
+        weight_decay: L2 coefficient.
+        augment: names of augmentations, in order.
+    """
+
+    lr: float
+    batch_size: int = 64
+    local_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: tuple[str, ...] = ()
+
+
+def one_cycle(round: int, rounds: int) -> float:
+    """Return the factor of the learning rate in ``round`` of ``rounds``: up over the first fifth, then a cosine to 0.
+
+    The value is taken in the middle of the round, so no round is wasted on a factor of 0.
+    """
+    at = (round + 0.5) / rounds
+    if at < _WARM_UP:
+        return at / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (at - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def constant(round: int, rounds: int) -> float:
+    """Return 1: the learning rate of every round."""
+    return 1.0
+
+
+def train_locally(
+    model: nn.Module,
+    images: LabelledImages,
+    training: Training,
+    *,
+    lr: float,
+    draw: torch.Generator,
+) -> int:
+    """Train ``model`` in place on one client's images and return how many images it saw, repeats counted.
+
+    Args:
+        model: the client's copy.
+        images: the client's training images.
+        training: all settings but the learning rate of this round.
+        lr: learning rate of this round.
+        draw: owner of the shuffle and the augmentation.
+
+    Raises:
+        FederationError: the loss became NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=training.momentum,
+        nesterov=training.momentum > 0,
+        weight_decay=training.weight_decay,
+    )
+    model.train()
+    wanted = max(1, round(training.local_epochs * len(images)))
+    seen = 0
+    while seen < wanted:
+        for batch, labels in batches(
+            images, training.batch_size, limit=wanted - seen, draw=draw, augment=training.augment, device=device
+        ):
+            loss = F.cross_entropy(model(batch), labels)
+            if not torch.isfinite(loss):
+                raise FederationError(f"the loss became {float(loss)} after {seen} images: lower the learning rate")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            seen += len(labels)
+    return seen

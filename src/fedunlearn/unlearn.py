@@ -1,0 +1,173 @@
+"""The whole method: measure, score, plan, prune, repair, remove the rows of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.errors import PlanError
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.jobs import Engine, Measure
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.groups import find_taps, head_layer, prunable_layers
+from fedunlearn.journal import Journal, Step
+from fedunlearn.plan import PruningPlan, plan_pruning, plan_without_rows
+from fedunlearn.prune import prune
+from fedunlearn.repair import reestimate
+from fedunlearn.scores import ChannelScores, Criterion, forget_classes, tf_idf
+from fedunlearn.seeding import generator
+from fedunlearn.stats import ChannelStats
+from fedunlearn.training import Training
+
+
+@dataclass(frozen=True, eq=False)
+class Unlearned:
+    """The result of ``unlearn``, every stage kept.
+
+    Attributes:
+        forget: the forgotten classes.
+        stats: what the clients measured (of the last class, where several went one after another).
+        scores: what the criterion made of it.
+        plan: all that was removed, output rows included.
+        pruned: the model right after pruning.
+        repaired: after repair, the output rows of the forgotten classes still in place.
+        model: the unlearned model: smaller, without those rows.
+        labels: the class of each output row of ``model``.
+        clients: ids of the clients that hold images of the kept classes.
+        cost: what it cost the clients, statistics and evaluations included.
+    """
+
+    forget: tuple[int, ...]
+    stats: ChannelStats
+    scores: ChannelScores
+    plan: PruningPlan
+    pruned: nn.Module
+    repaired: nn.Module
+    model: nn.Module
+    labels: tuple[int, ...]
+    clients: tuple[str, ...]
+    cost: Cost
+
+
+def unlearn(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    forget: int | Sequence[int],
+    fraction: float,
+    training: Training,
+    rounds: int,
+    criterion: Criterion = tf_idf,
+    hook: str = "activation",
+    end: str = "highest",
+    scope: str = "layer",
+    jointly: bool = False,
+    mean_of_clients: bool = False,
+    sample: int | None = None,
+    batch_norm: bool = True,
+    target: float | None = None,
+    participation: float = 1.0,
+    seed: int = 0,
+    journal: Journal | None = None,
+) -> Unlearned:
+    """Make ``model`` forget classes; the model itself is left as it was.
+
+    Args:
+        model: a CNN that ends in a linear layer with one row per class.
+        engine: who runs the jobs on the clients.
+        forget: class or classes to forget.
+        fraction: share of each layer's channels to remove (per class where they go one after another).
+        training: local settings of the repair.
+        rounds: rounds of repair; 0 for none.
+        criterion: ranks the channels.
+        hook: what is measured, see ``find_taps``.
+        end: which end of the ranking goes.
+        scope: ``"layer"`` or ``"global"``, see ``plan_pruning``.
+        jointly: score several classes as one, in one go; otherwise one after another as in the paper.
+        mean_of_clients: average the clients' means, as the paper does, instead of pooling their images.
+        sample: at most so many images per client for the statistics and for batch normalisation.
+        batch_norm: re-estimate the batch normalisation statistics after pruning.
+        target: stop the repair at this accuracy on the clients' validation images of the kept classes.
+        participation: share of the clients drawn in each round of repair.
+        seed: owner of all draws.
+        journal: where steps are recorded, to go on after a kill; memory where None.
+
+    Raises:
+        ModelError, PlanError: the model or an argument is not usable; nothing was asked of a client yet.
+        FederationError: too few clients gave usable replies.
+    """
+    journal = journal or Journal()
+    example = torch.randn((2, *engine.shape), generator=generator(seed, "example"))
+    head = head_layer(model, example)
+    classes = int(model.get_submodule(head).get_parameter("weight").shape[0])
+    wanted = forget_classes(forget, classes)
+    if not 0 < fraction < 1:
+        raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
+    prunable_layers(model, example)
+
+    pruned, plan = model, PruningPlan()
+    for index, target_classes in enumerate([wanted] if jointly else [(label,) for label in wanted]):
+        taps = find_taps(pruned, prunable_layers(pruned, example), example, hook=hook)
+        job = Measure(
+            phase=f"measure-{index}", model=pruned, plan=plan, taps=taps, classes=classes, sample=sample, seed=seed
+        )
+        stats, table = measure(job, engine, journal, mean_of_clients=mean_of_clients)
+        scores = criterion(stats, target_classes)
+        step = plan_pruning(pruned, scores, fraction=fraction, example=example, end=end, scope=scope)
+        pruned, plan = prune(pruned, step), plan.then(step)
+
+    labels = tuple(label for label in range(classes) if label not in wanted)
+    clients = tuple(name for name, counts in table.items() if int(counts[list(labels)].sum()) > 0)
+    repaired = prune(pruned, PruningPlan())
+    if batch_norm:
+        repaired = reestimate(
+            pruned, engine, journal=journal, exclude=wanted, clients=clients, sample=sample, seed=seed, plan=plan
+        )
+    train_rounds(
+        repaired,
+        engine,
+        phase="repair",
+        training=training,
+        rounds=rounds,
+        journal=journal,
+        exclude=wanted,
+        clients=clients,
+        participation=participation,
+        seed=seed,
+        plan=plan,
+        classes=classes,
+        target=target,
+    )
+    rows = plan_without_rows(repaired, head, wanted)
+    cost = Cost.of(journal.entries("measure", "reestimate", "repair"))
+    final = prune(repaired, rows)
+    return Unlearned(wanted, stats, scores, plan.then(rows), pruned, repaired, final, labels, clients, cost)
+
+
+def measure(
+    job: Measure, engine: Engine, journal: Journal, *, mean_of_clients: bool = False
+) -> tuple[ChannelStats, dict[str, Tensor]]:
+    """Return the clients' statistics, merged in client-id order, and each client's images per class.
+
+    Raises:
+        FederationError: too few clients gave usable replies.
+    """
+    steps = journal.steps(job.phase)
+    if steps:
+        saved = journal.state(job.phase)
+        table = saved.pop("table")
+        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, table))
+    journal.report(job.phase, 0, 1)
+    replies, entry = collect(engine, job)
+    parts = [ChannelStats.from_tensors(reply.tensors) for reply in replies]
+    table = torch.stack([part.counts for part in parts])
+    merged = parts[0].one_vote_per_class() if mean_of_clients else parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part.one_vote_per_class() if mean_of_clients else part)
+    journal.finish(Step(job.phase, 0, (entry,)), {**merged.tensors(), "table": table})
+    journal.report(job.phase, 1, 1)
+    return merged, dict(zip((reply.client for reply in replies), table))
