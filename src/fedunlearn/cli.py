@@ -137,9 +137,8 @@ def _do(
         from fedunlearn.console import RunProgress, describe
 
         console = Console(stderr=True, quiet=quiet)
-        logging.basicConfig(
-            level="WARNING", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-        )
+        handler = RichHandler(console=console, show_path=False)
+        logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
         with nullcontext() if quiet else RunProgress(console) as progress:
             result = workflow.run(
                 chosen,

@@ -65,39 +65,35 @@ def describe(setting: Setting) -> str:
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
-    """Return the table of a run: one row per model."""
-    table = Table(title="U: accuracy on the forgotten classes, R: on the others, of test images")
-    columns = ("model", "U, row kept", "U", "R", "parameters", "client samples", "client TFLOP", "speed-up")
-    for column in columns:
+    """Return the table of a run: one row per model, accuracies in percent."""
+    table = Table(caption="Accuracy in % on test images: U on the forgotten classes, R on the others.")
+    for column in ("model", "U", "U, row kept", "R", "parameters", "client samples", "speed-up"):
         table.add_column(column, justify="left" if column == "model" else "right")
     cost = result.get("cost", {})
     table.add_row("original", *_figures(result["original"], None))
     if "unlearned" in result:
         table.add_row("pruned", *_figures(result["pruned"], None))
         table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
-    for name, block in result.get("controls", {}).items():
-        table.add_row(_NAMES.get(name, name), *_figures(block, block.get("cost")))
-    for name, block in result.get("oracles", {}).items():
-        table.add_row(name + (" (kept)" if block["cached"] else ""), *_figures(block, cost.get("retrain")))
+    for block in result.get("controls", {}).values():
+        table.add_row("fine-tuning only", *_figures(block, block["cost"]))
+    for block in result.get("oracles", {}).values():
+        table.add_row("retrained" + (" (kept)" if block["cached"] else ""), *_figures(block, cost.get("retrain")))
     return table
-
-
-_NAMES = {"finetune": "fine-tuning only"}
 
 
 def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[str, ...]:
     accuracy = block["accuracy"]
-    spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e12:,.2f}")
-    shares = (accuracy["forget_row_kept"], accuracy["forget"], accuracy["retain"])
-    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
+    shares = (accuracy["forget"], accuracy["forget_row_kept"], accuracy["retain"])
+    samples = "" if cost is None else f"{cost['client_samples']:,}"
+    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", samples)
 
 
 def _percent(share: float | None) -> str:
-    return "none" if share is None else f"{100 * share:.2f} %"
+    return "none" if share is None else f"{100 * share:.2f}"
 
 
 def _speedup(result: Mapping[str, Any]) -> str:
     if "speedup" not in result:
         return ""
-    more = "" if result["cost"]["retrain"]["reached"] else "> "
-    return f"{more}{result['speedup']['client_flops']:.1f}x"
+    at_least = "" if result["cost"]["retrain"]["reached"] else "> "
+    return f"{at_least}{result['speedup']['client_flops']:.1f}x"

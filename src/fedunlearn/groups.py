@@ -42,14 +42,20 @@ class Tap:
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one module in a group: channel ``c`` of the group is its positions ``[c * k, (c + 1) * k)`` of ``positions``."""
+    """One side of one module in a group.
+
+    Attributes:
+        module: its name.
+        axis: of its tensors: 0 for the output side, 1 for the input side.
+        positions: of all the group's channels, ascending; ``k`` in a row per channel where maps were flattened.
+    """
 
     module: str
     axis: int
     positions: tuple[int, ...]
 
     def of(self, channels: Sequence[int], width: int) -> list[int]:
-        """Return the positions of these ``channels`` of a group ``width`` channels wide."""
+        """Return the positions of these ``channels``, in a group of ``width`` channels."""
         k = len(self.positions) // width
         return [self.positions[c * k + i] for c in channels for i in range(k)]
 

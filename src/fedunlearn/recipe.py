@@ -202,4 +202,4 @@ def _explain(error: ValidationError) -> str:
 def _keys(table: str) -> Sequence[str]:
     annotation = Recipe.model_fields[table].annotation
     assert annotation is not None  # pydantic requires one
-    return list(annotation.model_fields)  # type: ignore[attr-defined]
+    return list(annotation.model_fields)

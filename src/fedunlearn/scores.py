@@ -108,7 +108,9 @@ def tf_idf(
 
 
 def contrast(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
-    """Score channels by how far class ``t`` stands above the mean of the others::
+    """Score channels by how far class ``t`` stands above the mean of the others.
+
+    ::
 
         score[c] = (a[t, c] - m[c]) / (a[t, c] + m[c]),   m[c] = mean over u != t of a[u, c]
 
@@ -123,7 +125,9 @@ def contrast(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
 
 
 def margin(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
-    """Score channels by how far class ``t`` stands above the largest of the others::
+    """Score channels by how far class ``t`` stands above the largest of the others.
+
+    ::
 
         score[c] = (a[t, c] - m[c]) / (a[t, c] + m[c]),   m[c] = max over u != t of a[u, c]
 

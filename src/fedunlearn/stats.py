@@ -51,7 +51,7 @@ class ChannelStats:
         return self.sums[layer] / self.counts[:, None]
 
     def one_vote_per_class(self) -> ChannelStats:
-        """Return the means as if each class present had one image: merged, they give the paper's mean of client means."""
+        """Return the means as if each class present had one image; merged: the mean of client means."""
         present = self.counts > 0
         sums = {name: s / self.counts.clamp_min(1)[:, None] for name, s in self.sums.items()}
         return ChannelStats(sums, present.long())
@@ -98,7 +98,7 @@ def measure_channels(
     """Sum each channel's mean positive activation per class, in one forward pass.
 
     With ``z`` the maps of a layer, ``A[c] = mean over pixels of max(z[c], 0)`` and, over images ``x`` of class
-    ``u``, ``sums[u, c] = sum_x A[c](x)``, ``counts[u]`` = how many (METHOD: the paper's local statistics, kept as sums).
+    ``u``, ``sums[u, c] = sum_x A[c](x)``, ``counts[u]`` = how many. The paper's local statistics, kept as sums.
 
     Args:
         model: the CNN; it is used in evaluation mode and left as it was.

@@ -92,7 +92,7 @@ def train_locally(
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {float(loss)} after {seen} images: lower the learning rate")
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             seen += len(labels)
     return seen

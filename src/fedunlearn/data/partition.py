@@ -109,7 +109,7 @@ def class_table(clients: Mapping[str, LabelledImages]) -> Tensor:
 def _by_group(images: LabelledImages, clients: int | None) -> tuple[Tensor, list[str]]:
     if images.groups is None:
         raise DataError("the group partition needs images with groups (mnist with writers.npz, or npz with groups)")
-    values, owner = images.groups.unique(return_inverse=True)
+    values, owner = torch.unique(images.groups, return_inverse=True)
     if clients:
         if clients > len(values):
             raise DataError(f"there are {len(values)} groups, too few for {clients} clients")

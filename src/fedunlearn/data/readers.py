@@ -73,7 +73,8 @@ def read_cifar10(path: Path, *, official: bool = True, size: int = 0) -> Splits:
     images = torch.cat([part[0] for part in parts.values()])
     labels = torch.cat([part[1] for part in parts.values()])
     return Splits(
-        LabelledImages(images, labels, names, *_CIFAR10_PIXELS), LabelledImages(*test, names, *_CIFAR10_PIXELS)
+        LabelledImages(images, labels, names, *_CIFAR10_PIXELS),
+        LabelledImages(test[0], test[1], names, *_CIFAR10_PIXELS),
     )
 
 
@@ -141,7 +142,7 @@ def read_npz(path: Path, *, official: bool = True, size: int = 0) -> Splits:
             )
     count = 1 + max(int(arrays["y_train"].max(initial=0)), int(arrays["y_test"].max(initial=0)))
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else tuple(map(str, range(count)))
-    parts = []
+    parts: list[LabelledImages] = []
     for split in ("train", "test"):
         x = arrays[f"x_{split}"]
         images = torch.from_numpy(np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)))
@@ -180,7 +181,7 @@ def load_npz(path: Path) -> Mapping[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a damaged archive can fail in any way
         raise DataError(
-            f"{path}: expected an .npz of plain arrays, but {error or type(error).__name__}: check the path and the file"
+            f"{path}: expected an .npz of plain arrays, but {error or type(error).__name__}; check the path"
         ) from error
 
 
@@ -249,19 +250,20 @@ def _image_folder(path: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...
         for file in files:
             try:
                 with Image.open(file) as picture:
-                    picture = picture.convert("RGB")
-                    picture = picture.resize((size, size), Image.Resampling.BILINEAR) if size else picture
-                    images.append(np.asarray(picture))
+                    pixels = picture.convert("RGB")
+                if size:
+                    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
             except OSError as error:
                 raise DataError(f"{file}: expected an image, but {error}: mend it or take it away") from error
+            images.append(np.asarray(pixels))
             if images[-1].shape != images[0].shape:
                 raise DataError(
                     f"{file}: expected {images[0].shape[1]} x {images[0].shape[0]} pixels like the first image, "
                     f"got {images[-1].shape[1]} x {images[-1].shape[0]}: set data.size to resize them all"
                 )
             labels.append(label)
-    pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
-    return pixels, torch.tensor(labels, dtype=torch.int64), classes
+    stacked = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+    return stacked, torch.tensor(labels, dtype=torch.int64), classes
 
 
 def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Splits:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
-    """Average states, weighted by images, batch normalisation buffers included::
+    """Average states, weighted by images, batch normalisation buffers included.
+
+    ::
 
         state[n] = sum_k images_k * state_k[n] / sum_k images_k
 

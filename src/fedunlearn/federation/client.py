@@ -65,8 +65,7 @@ def count_correct(
     model.eval()
     with torch.inference_mode():
         for batch, truth in _in_order(images, model):
-            truth = truth.cpu()
-            right = truth[named[model(batch).argmax(1).cpu()] == truth]
+            right = truth.cpu()[named[model(batch).argmax(1).cpu()] == truth.cpu()]
             correct += torch.bincount(right, minlength=classes)
     return correct, torch.bincount(images.labels, minlength=classes)
 

@@ -60,12 +60,13 @@ def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     match job:
         case Measure():
             widths = {layer: int(job.model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in job.taps}
-            sums = {f"sums.{layer}": (job.classes, width) for layer, width in widths.items()}
-            return {"counts": (job.classes,), **sums}
+            shapes: dict[str, tuple[int, ...]] = {f"sums.{layer}": (job.classes, w) for layer, w in widths.items()}
+            return {"counts": (job.classes,), **shapes}
         case Reestimate():
             layers = batch_norm_layers(job.model).items()
-            sums = {f"{kind}:{name}": (layer.num_features,) for name, layer in layers for kind in ("mean", "square")}
-            return {"images": (), **sums}
+            return {"images": ()} | {
+                f"{kind}:{name}": (layer.num_features,) for name, layer in layers for kind in ("mean", "square")
+            }
         case Train():
             return {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
         case Evaluate():

@@ -42,9 +42,7 @@ class LocalEngine:
         device: str | None = None,
     ) -> None:
         if len(clients) < 2:
-            raise FederationError(
-                f"a federation needs at least two clients, got {len(clients)}: with one, train and unlearn on it directly"
-            )
+            raise FederationError(f"a federation needs at least two clients, got {len(clients)}: share the images out")
         first = next(iter(clients.values()))
         for name, images in clients.items():
             if len(images) == 0:
@@ -90,7 +88,7 @@ class LocalEngine:
 
         def answer(name: str) -> Reply:
             if not hasattr(mine, "model"):
-                mine.model = copy.deepcopy(job.model).to(self._device, memory_format=torch.channels_last)
+                mine.model = copy.deepcopy(job.model).to(self._device)
             mine.model.load_state_dict(state)
             return handle(job, mine.model, self._data[name])
 
