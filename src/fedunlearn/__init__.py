@@ -1,3 +1,92 @@
 """fedunlearn makes a federated image classifier forget classes, fast, and shows that it did."""
 
-__version__ = "0.1.0"
+from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.data.readers import (
+    Splits,
+    read_cifar10,
+    read_cifar100,
+    read_digits,
+    read_folder,
+    read_mnist,
+    read_npz,
+)
+from fedunlearn.errors import (
+    DataError,
+    FederationError,
+    FedUnlearnError,
+    ModelError,
+    PlanError,
+    RecipeError,
+    RunError,
+)
+from fedunlearn.evaluate import evaluate
+from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.groups import prunable_layers
+from fedunlearn.journal import Journal
+from fedunlearn.models import build_model
+from fedunlearn.plan import PruningPlan, plan_pruning
+from fedunlearn.prune import prune
+from fedunlearn.repair import reestimate
+from fedunlearn.scores import ChannelScores, contrast, margin, random_scores, tf_idf
+from fedunlearn.stats import ChannelStats, measure_channels
+from fedunlearn.training import Training, one_cycle
+from fedunlearn.unlearn import Unlearned, unlearn
+from fedunlearn.version import __version__
+
+__all__ = [
+    "ChannelScores",
+    "ChannelStats",
+    "Cost",
+    "DataError",
+    "Engine",
+    "Evaluate",
+    "FedUnlearnError",
+    "FederationError",
+    "Job",
+    "Journal",
+    "LabelledImages",
+    "LocalEngine",
+    "Measure",
+    "ModelError",
+    "PlanError",
+    "PruningPlan",
+    "RecipeError",
+    "Reestimate",
+    "Reply",
+    "RunError",
+    "Splits",
+    "Train",
+    "Training",
+    "Unlearned",
+    "__version__",
+    "build_model",
+    "contrast",
+    "evaluate",
+    "hold_out",
+    "load_weights",
+    "margin",
+    "measure_channels",
+    "one_cycle",
+    "partition",
+    "plan_pruning",
+    "prunable_layers",
+    "prune",
+    "random_scores",
+    "read_cifar10",
+    "read_cifar100",
+    "read_digits",
+    "read_folder",
+    "read_mnist",
+    "read_npz",
+    "read_weights",
+    "reestimate",
+    "save_checkpoint",
+    "tf_idf",
+    "train_rounds",
+    "unlearn",
+]

@@ -13,10 +13,10 @@ import safetensors
 from safetensors.torch import save_file
 from torch import nn
 
-from fedunlearn import __version__
 from fedunlearn.files import written
 from fedunlearn.journal import Journal, Step
 from fedunlearn.recipe import Recipe
+from fedunlearn.version import __version__
 
 
 def cache_folder() -> Path:

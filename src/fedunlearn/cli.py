@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fedunlearn import __version__
+from fedunlearn import workflow
+from fedunlearn.console import RunProgress, describe, result_table
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.recipe import SHIPPED, load_recipe
+from fedunlearn.version import __version__
 
 app = typer.Typer(
     help="Make a federated image classifier forget classes, fast, and show that it did.",
@@ -106,10 +108,8 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Measure a model, unlearned or not, on the test images."""
-    from fedunlearn.workflow import evaluate_weights  # torch takes seconds: --help must not wait for it
-
     with _told(debug):
-        block = evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
+        block = workflow.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
         _show({"original": block}, quiet, as_json, block)
 
 
@@ -133,9 +133,6 @@ def _do(
 ) -> None:
     with _told(debug):
         chosen = load_recipe(recipe, _overrides(data, weights, overrides))
-        from fedunlearn import workflow  # torch takes seconds: --help and a wrong key must not wait for it
-        from fedunlearn.console import RunProgress, describe
-
         console = Console(stderr=True, quiet=quiet)
         handler = RichHandler(console=console, show_path=False)
         logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
@@ -162,8 +159,6 @@ def _overrides(data: str | None, weights: str | None, more: list[str] | None) ->
 
 
 def _show(result: dict[str, Any], quiet: bool, as_json: bool, value: dict[str, Any]) -> None:
-    from fedunlearn.console import result_table
-
     if as_json:
         typer.echo(json.dumps(value, indent=2))
     elif not quiet:

@@ -90,7 +90,7 @@ def train_locally(
         ):
             loss = F.cross_entropy(model(batch), labels)
             if not torch.isfinite(loss):
-                raise FederationError(f"the loss became {float(loss)} after {seen} images: lower the learning rate")
+                raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from fedunlearn import __version__
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.compare import compare
 from fedunlearn.evaluate import evaluate
@@ -25,6 +24,7 @@ from fedunlearn.scores import forget_classes
 from fedunlearn.setting import Setting, criterion_of, fingerprint, new_model, normalised_for, prepare, read_data
 from fedunlearn.training import one_cycle
 from fedunlearn.unlearn import Unlearned, unlearn
+from fedunlearn.version import __version__
 
 SCHEMA = 1
 _RESULT = "result.json"

@@ -114,14 +114,14 @@ def size_in_bytes(tensors: Mapping[str, Tensor]) -> int:
 def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
     """Count the operations of one image: forward pass, and forward plus backward pass.
 
-    Counted by ``torch.utils.flop_counter`` on the meta device, where nothing is computed; one multiply-add is two
-    operations, and only convolutions and matrix products count.
+    Counted by ``torch.utils.flop_counter`` on two blank images; one multiply-add is two operations, and only
+    convolutions and matrix products count, so the figure does not depend on the machine.
     """
-    meta = copy.deepcopy(model).to("meta").train()
-    image = torch.empty((2, *shape), device="meta")
+    copied = copy.deepcopy(model).cpu().train()
+    images = torch.zeros((2, *shape))
     with FlopCounterMode(display=False) as counter:
-        logits = meta(image)
+        logits = copied(images)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64, device="meta")))
+        torch.autograd.backward(F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)))
     return forward // 2, (forward + counter.get_total_flops()) // 2

@@ -89,6 +89,7 @@ class LocalEngine:
         def answer(name: str) -> Reply:
             if not hasattr(mine, "model"):
                 mine.model = copy.deepcopy(job.model).to(self._device)
+                mine.model.to(memory_format=torch.channels_last)
             mine.model.load_state_dict(state)
             return handle(job, mine.model, self._data[name])
 

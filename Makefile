@@ -1,0 +1,36 @@
+# make demo: the main job on real digits.  make test: all that CI runs.  make docs: the documentation in site/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/.core
+	rm -rf runs/demo runs/demo-cache
+	FEDUNLEARN_CACHE=runs/demo-cache $(BIN)/fedunlearn run digits --out runs/demo
+
+test: lint docs
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site runs dist
+
+# torch first and alone: a later requirement must find it there and not fetch another build of it.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedunlearn needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,77 @@
+"""Small inputs that many tests share."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.data.images import LabelledImages
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's cache of retrained models out of the tests, those in child processes too."""
+    monkeypatch.setitem(os.environ, "FEDUNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def make_images(count: int = 60, classes: int = 3, *, side: int = 8, colours: int = 1, seed: int = 0) -> LabelledImages:
+    """Return images whose class shows: rows, columns, a chequerboard or squares of light on noise."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    images = torch.randint(0, 80, (count, colours, side, side), generator=draw, dtype=torch.uint8)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    patterns = (row % 2 == 0, column % 2 == 0, (row + column) % 2 == 0, (row // 2 + column // 2) % 2 == 0)
+    for label in range(classes):
+        images[labels == label] += 150 * patterns[label].to(torch.uint8)
+    names = tuple(f"class {label}" for label in range(classes))
+    return LabelledImages(images, labels, names, (0.3,) * colours, (0.25,) * colours)
+
+
+def make_net(classes: int = 3, colours: int = 1, *, seed: int = 0) -> nn.Sequential:
+    """Return a CNN of two convolutions with batch normalisation whose running statistics are not trivial."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(colours, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
+    )
+    settle(net, colours)
+    return net
+
+
+def settle(net: nn.Module, colours: int, *, side: int = 8) -> None:
+    """Give batch normalisation layers statistics and affine values as if trained."""
+    net.train()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+        for _ in range(3):
+            net(torch.randn(16, colours, side, side))
+    net.eval()
+
+
+def logits(net: nn.Module, images: Tensor) -> Tensor:
+    """Return the output of ``net`` in evaluation mode."""
+    with torch.no_grad():
+        return net.eval()(images)
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return make_net()
+
+
+@pytest.fixture
+def images() -> LabelledImages:
+    return make_images()

@@ -1,0 +1,212 @@
+"""The command line as a person meets it: real processes, their output and exit codes."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedunlearn.models import build_model
+from test_run import write_set
+
+UNPRUNABLE = """
+from torch import nn
+
+def grouped(classes, colours):
+    return nn.Sequential(nn.Conv2d(colours, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, classes))
+"""
+
+
+def fedunlearn(*arguments, cwd=None, **options):
+    command = [sys.executable, "-m", "fedunlearn", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, **options)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_set(tmp_path)
+
+
+def test_a_run_prints_its_table_and_where_the_files_are(recipe, tmp_path):
+    done = fedunlearn("run", recipe, "--out", tmp_path / "out", "--set", "train.rounds=2")
+    assert done.returncode == 0
+    for row in ("original", "pruned", "unlearned", "fine-tuning only", "retrained"):
+        assert row in done.stdout
+    assert "3 clients with" in done.stderr
+    assert f"files: {tmp_path / 'out'}" in done.stderr
+
+
+def test_json_is_all_that_json_prints_and_quiet_prints_nothing(recipe, tmp_path):
+    done = fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out", "--json", "--quiet")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert done.stderr == ""
+    again = fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out", "--quiet")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_the_single_steps_lead_from_data_to_an_unlearned_model(recipe, tmp_path):
+    assert fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "a").returncode == 0
+    weights = tmp_path / "a" / "original.safetensors"
+    done = fedunlearn("unlearn", "--recipe", recipe, "--weights", weights, "--out", tmp_path / "b", "--json")
+    assert done.returncode == 0, done.stderr
+    unlearned = json.loads(done.stdout)["unlearned"]
+    shipped = tmp_path / "b" / "model.safetensors"
+    done = fedunlearn("evaluate", "--recipe", recipe, "--weights", shipped, "--json")
+    measured = json.loads(done.stdout)
+    assert measured["accuracy"]["retain"] == unlearned["accuracy"]["retain"]
+    assert measured["accuracy"]["forget"] == 0
+    assert measured["parameters"] == unlearned["parameters"]
+
+
+def test_weights_trained_elsewhere_and_a_path_with_spaces_and_letters_beyond_ascii(recipe, tmp_path):
+    place = tmp_path / "Möhren und Rüben"
+    place.mkdir()
+    torch.save(build_model("small-cnn", classes=4, colours=1).state_dict(), place / "wéights.pt")
+    done = fedunlearn(
+        "unlearn", "--recipe", recipe, "--weights", place / "wéights.pt", "--out", place / "öut", "--data",
+        tmp_path / "set.npz",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (place / "öut" / "model.safetensors").exists()
+
+
+def test_a_model_of_the_user_s_own_is_built_by_its_path(recipe, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from fedunlearn.models import SmallCNN\n\ndef net(classes, colours):\n    return SmallCNN(classes, colours)\n"
+    )
+    done = fedunlearn("train", "--recipe", recipe, "--out", "out", "--set", "model.name=mine:net", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_recipes_are_listed():
+    done = fedunlearn("recipes")
+    assert done.stdout.split()[:3] == ["digits", "mnist-writers", "cifar10-resnet20"]
+    assert len(done.stdout.split()) == 18
+
+
+def test_help_and_version_name_the_commands():
+    shown = fedunlearn("--help").stdout
+    assert all(name in shown for name in ("run", "train", "unlearn", "evaluate", "recipes"))
+    assert fedunlearn("--version").stdout.strip() == "0.1.0"
+
+
+BAD = [
+    (("run", "{recipe}", "--set", "unlearn.forget=7"), 1, "must lie in 0 .. 3, got 7: check unlearn.forget"),
+    (("run", "{recipe}", "--set", "unlearn.forget=[0,1,2,3]"), 1, "all 4 classes are to be forgotten"),
+    (("run", "{recipe}", "--set", "unlearn.fraction=0"), 2, "recipe key unlearn.fraction: Input should be greater"),
+    (("run", "{recipe}", "--set", "unlearn.fraction=1"), 2, "recipe key unlearn.fraction: Input should be less"),
+    (("run", "{recipe}", "--set", "unlearn.fraction=-1"), 2, "recipe key unlearn.fraction"),
+    (("run", "{recipe}", "--set", "unlearn.fraction=nan"), 2, "recipe key unlearn.fraction"),
+    (("run", "{recipe}", "--set", "unlearn.fracton=.2"), 2, "unlearn.fracton, did you mean 'fraction'?"),
+    (("run", "{recipe}", "--set", "federation.clients=1"), 1, "a federation needs at least two clients, got 1"),
+    (("run", "{recipe}", "--set", "federation.clients=999"), 1, "120 images cannot go to 999 clients"),
+    (("run", "{recipe}", "--set", "federation.partition=group"), 1, "the group partition needs images with groups"),
+    (("run", "cifar10-resnet21"), 2, "did you mean 'cifar10-resnet20'?"),
+    (("run", "cifar10-resnet20"), 2, "the source cifar10 is read from disk: give its place with --data"),
+    (("run", "cifar10-resnet20", "--data", "{tmp}"), 1, "expected the folder cifar-10-batches-py"),
+    (("run", "{recipe}", "--data", "{tmp}/truncated.npz"), 1, "truncated.npz: expected an .npz of plain arrays"),
+    (("run", "{recipe}", "--data", "{tmp}/absent.npz"), 1, "no client holds an image of class 2 (2)"),
+    (("run", "{recipe}", "--weights", "{tmp}/other.pt"), 1, "linear.bias: the model has (4,), the file (9,)"),
+    (("run", "{recipe}", "--set", "model.name=unprunable:grouped"), 1, "'1' is a grouped convolution (groups=2)"),
+    (("run", "{recipe}", "--out", "{tmp}/set.npz/out"), 1, "Not a directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), BAD)
+def test_bad_input_gets_one_clear_line_and_an_exit_code(recipe, tmp_path, arguments, code, text):
+    whole = (tmp_path / "set.npz").read_bytes()
+    (tmp_path / "truncated.npz").write_bytes(whole[: len(whole) // 2])
+    arrays = dict(np.load(tmp_path / "set.npz"))
+    keep = arrays["y_train"] != 2
+    np.savez(
+        tmp_path / "absent.npz", **(arrays | {"x_train": arrays["x_train"][keep], "y_train": arrays["y_train"][keep]})
+    )
+    torch.save(build_model("small-cnn", classes=9, colours=1).state_dict(), tmp_path / "other.pt")
+    (tmp_path / "unprunable.py").write_text(UNPRUNABLE)
+    arguments = [argument.format(recipe=recipe, tmp=tmp_path) for argument in arguments]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    done = fedunlearn(*arguments, *out, cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stderr.startswith("fedunlearn: ")
+    assert done.stderr.count("\n") == 1
+    assert text in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(recipe, tmp_path):
+    done = fedunlearn("run", recipe, "--out", tmp_path / "out", "--set", "unlearn.forget=7", "--debug")
+    assert "Traceback" in done.stderr
+    assert "PlanError" in done.stderr
+
+
+def test_usage_errors_exit_with_two():
+    done = fedunlearn("run")
+    assert done.returncode == 2
+    assert "Missing argument" in done.stderr
+
+
+def test_a_folder_of_another_run_is_left_alone(recipe, tmp_path):
+    fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    done = fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out", "--set", "train.lr=0.2")
+    assert done.returncode == 1
+    assert "holds another run (recipe.train.lr is 0.1 there, 0.2 here)" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(recipe, tmp_path):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as if the disk were full at 60 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    arguments = ("train", "--recipe", recipe, "--out", tmp_path / "out")
+    done = fedunlearn(*arguments, preexec_fn=small_files)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "what was finished is kept" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert fedunlearn(*arguments).returncode == 0
+
+
+def test_ctrl_c_ends_with_a_word_and_the_run_goes_on(recipe, tmp_path):
+    arguments = ["run", str(recipe), "--out", str(tmp_path / "out"), "--set", "train.rounds=40"]
+    process = subprocess.Popen([sys.executable, "-m", "fedunlearn", *arguments], stderr=subprocess.PIPE, text=True)
+    rounds = tmp_path / "out" / "rounds.jsonl"
+    deadline = time.monotonic() + 100
+    while not (rounds.exists() and rounds.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: the same command goes on from the last finished round" in shown
+    assert rounds.read_text().count("\n") > 3
+
+
+def test_a_folder_of_pictures_runs_from_end_to_end(recipe, tmp_path):
+    draw = np.random.default_rng(0)
+    for label, name in enumerate(("cats", "dogs", "owls")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for k in range(20):
+            pixels = draw.integers(0, 90, (12, 12, 3), dtype=np.uint8)
+            pixels[..., label] += 150
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{k}.png")
+    done = fedunlearn(
+        "run", recipe, "--data", tmp_path / "pictures", "--out", tmp_path / "out", "--set", "data.source=folder",
+        "--set", "data.size=8", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["classes"] == ["cats", "dogs", "owls"]
+
+
+def test_statistics_never_leave_partial_files(recipe, tmp_path):
+    fedunlearn("unlearn", "--recipe", recipe, "--weights", tmp_path / "none.pt", "--out", tmp_path / "out")
+    assert not list(Path(tmp_path).rglob("*.part"))

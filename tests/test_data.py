@@ -1,0 +1,200 @@
+"""Images, batches and partitions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_images
+from fedunlearn.data.batches import AUGMENTATIONS, batches
+from fedunlearn.data.images import LabelledImages, pixel_statistics
+from fedunlearn.data.partition import class_table, hold_out, partition
+from fedunlearn.errors import DataError
+
+
+def numbered(count=120, classes=4):
+    """Return images that carry their own number, so that each can be told apart."""
+    images = torch.zeros(count, 1, 2, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(count, dtype=torch.uint8)
+    labels = torch.arange(count) % classes
+    return LabelledImages(images, labels, tuple("abcd"[:classes]), (0.0,), (1.0,), torch.arange(count) // 10)
+
+
+def numbers(images):
+    return images.images[:, 0, 0, 0].tolist()
+
+
+PARTITIONS = [
+    {"by": "iid", "clients": 7},
+    {"by": "dirichlet", "clients": 5, "alpha": 0.3},
+    {"by": "bias", "clients": 8, "bias": 0.45},
+    {"by": "bias", "clients": 3, "bias": 1.0},
+    {"by": "group"},
+    {"by": "group", "clients": 5},
+]
+
+
+@pytest.mark.parametrize("options", PARTITIONS)
+def test_every_image_lands_on_exactly_one_client(options):
+    shares = partition(numbered(), **options, seed=3)
+    assert sorted(n for images in shares.values() for n in numbers(images)) == list(range(120))
+    assert list(shares) == sorted(shares)
+    for images in shares.values():
+        assert len(images) > 0
+        assert images.labels.tolist() == [n % 4 for n in numbers(images)]  # labels and groups go with their images
+        assert images.groups.tolist() == [n // 10 for n in numbers(images)]
+
+
+@given(st.integers(1, 30), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_iid_parts_differ_by_at_most_one_image(clients, seed):
+    sizes = [len(images) for images in partition(numbered(), by="iid", clients=clients, seed=seed).values()]
+    assert sum(sizes) == 120
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_partitions_repeat_with_their_seed_and_differ_without():
+    one, again, other = (partition(numbered(), by="dirichlet", clients=4, alpha=1.0, seed=s) for s in (1, 1, 2))
+    assert [numbers(i) for i in one.values()] == [numbers(i) for i in again.values()]
+    assert [numbers(i) for i in one.values()] != [numbers(i) for i in other.values()]
+
+
+def test_clients_are_views_of_one_array():
+    shares = list(partition(numbered(), by="iid", clients=4).values())
+    assert len({images.images.untyped_storage().data_ptr() for images in shares}) == 1
+
+
+@pytest.mark.parametrize("bias", [0.25, 0.45, 0.7, 1.0])
+def test_the_bias_is_the_share_of_the_preferred_class(bias):
+    shares = partition(make_images(4000, 4), by="bias", clients=8, bias=bias)
+    for index, images in enumerate(shares.values()):
+        assert int(images.counts()[index % 4]) / len(images) == pytest.approx(bias, abs=0.01)
+
+
+def test_groups_stay_together():
+    assert all(len(images.groups.unique()) == 1 for images in partition(numbered(), by="group").values())
+
+
+def test_hold_out_splits_each_client_and_loses_nothing():
+    clients = partition(numbered(), by="dirichlet", clients=4, alpha=0.5)
+    train, validation = hold_out(clients, 0.2, seed=1)
+    for name, images in clients.items():
+        held = numbers(validation[name]) if name in validation else []
+        assert sorted(numbers(train[name]) + held) == sorted(numbers(images))
+        assert len(held) == round(0.2 * len(images))
+    assert class_table(train).shape == (4, 4)
+    assert hold_out(clients, 0.0)[1] == {}
+
+
+def test_hold_out_never_takes_the_last_image():
+    one = {"a": numbered().take(slice(0, 1))}
+    assert [len(images) for images in hold_out(one, 0.9)[0].values()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"by": "random"}, "one of iid, dirichlet, bias, group, got 'random'"),
+        ({"by": "iid"}, "the iid partition needs a number of clients of at least 1, got None"),
+        ({"by": "iid", "clients": 121}, "120 images cannot go to 121 clients"),
+        ({"by": "dirichlet", "clients": 3}, "needs alpha above 0, got None"),
+        ({"by": "dirichlet", "clients": 100, "alpha": 1e-3}, "dirichlet with alpha 0.001 left a client empty"),
+        ({"by": "bias", "clients": 3, "bias": 1.5}, r"needs a share in \[0, 1\], got 1.5"),
+        ({"by": "group", "clients": 13}, "there are 12 groups, too few for 13 clients"),
+    ],
+)
+def test_bad_partitions_are_refused(options, text):
+    with pytest.raises(DataError, match=text):
+        partition(numbered(), **options)
+
+
+def test_other_bad_arguments_are_refused(images):
+    with pytest.raises(DataError, match="the bias partition leaves client-3 without images"):
+        partition(numbered(8).without([3]), by="bias", clients=4, bias=1.0)
+    with pytest.raises(DataError, match="needs images with groups"):
+        partition(images, by="group")
+    with pytest.raises(DataError, match=r"validation share must lie in \[0, 1\), got 1"):
+        hold_out({"a": images}, 1.0)
+    with pytest.raises(DataError, match="augmentations must be among crop, flip, cutout, got 'blur'"):
+        next(batches(images, 4, augment=("blur",)))
+    with pytest.raises(DataError, match="give the generator that owns the draw"):
+        next(batches(images, 4, augment=("flip",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"images": torch.zeros(4, 1, 2, 2)}, "images must be uint8 of shape .*, got torch.float32"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be int64 of shape \(4,\)"),
+        ({"labels": torch.tensor([0, 1, 2, 9])}, r"labels must lie in 0 \.\. 2, got 0 \.\. 9"),
+        ({"mean": (0.1, 0.2)}, "one value per colour"),
+        ({"std": (0.0,)}, "std above 0"),
+        ({"groups": torch.zeros(2)}, r"groups must have shape \(4,\)"),
+    ],
+)
+def test_images_that_do_not_fit_together_are_refused(change, text):
+    good = {
+        "images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
+        "labels": torch.tensor([0, 1, 2, 0]),
+        "classes": ("a", "b", "c"),
+        "mean": (0.5,),
+        "std": (0.5,),
+    }
+    with pytest.raises(DataError, match=text):
+        LabelledImages(**{**good, **change})
+
+
+def test_pixel_statistics_match_a_float_copy():
+    pixels = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8)
+    mean, std = pixel_statistics(pixels)
+    floats = pixels.double() / 255
+    assert mean == pytest.approx(floats.mean((0, 2, 3)).tolist())
+    assert std == pytest.approx(floats.std((0, 2, 3), unbiased=False).tolist())
+
+
+def test_batches_in_order_are_the_normalised_images():
+    images = numbered()
+    found = torch.cat([batch for batch, _ in batches(images, 50)])
+    torch.testing.assert_close(found, images.images.float() / 255)
+
+
+def test_shuffled_batches_hold_every_image_once_and_a_lone_last_image_joins_the_batch_before():
+    images = numbered().take(slice(0, 41))
+    drawn = list(batches(images, 20, draw=torch.Generator().manual_seed(0)))
+    assert [len(labels) for _, labels in drawn] == [20, 21]
+    seen = torch.cat([batch[:, 0, 0, 0] for batch, _ in drawn]) * 255
+    assert sorted(seen.round().int().tolist()) == list(range(41))
+
+
+def test_a_limit_takes_a_random_part():
+    drawn = list(batches(numbered(), 16, limit=24, draw=torch.Generator().manual_seed(0)))
+    assert sum(len(labels) for _, labels in drawn) == 24
+
+
+@pytest.mark.parametrize("name", list(AUGMENTATIONS))
+def test_augmentation_draws_once_per_image(name):
+    same = torch.rand(1, 2, 32, 32).expand(64, -1, -1, -1) + 0.5
+    changed = AUGMENTATIONS[name](same, torch.Generator().manual_seed(0))
+    again = AUGMENTATIONS[name](same, torch.Generator().manual_seed(0))
+    assert changed.shape == same.shape
+    assert changed.equal(again)
+    kinds = len({image.numpy().tobytes() for image in changed.contiguous()})
+    assert kinds == 2 if name == "flip" else kinds > 20
+
+
+def test_a_crop_is_a_shifted_copy():
+    images = torch.rand(20, 1, 12, 12)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for image, source in zip(AUGMENTATIONS["crop"](images, torch.Generator().manual_seed(0)), padded):
+        shifts = [source[:, y : y + 12, x : x + 12] for y in range(9) for x in range(9)]
+        assert any(image.equal(shift) for shift in shifts)
+
+
+def test_cutout_blanks_at_most_sixteen_by_sixteen_pixels():
+    blanked = (AUGMENTATIONS["cutout"](torch.ones(50, 1, 40, 40), torch.Generator().manual_seed(0)) == 0).sum((1, 2, 3))
+    assert int(blanked.max()) == 256
+    assert int(blanked.min()) >= 64
+
+
+def test_images_print_what_they_are(images):
+    assert repr(images) == "LabelledImages(60 images 1x8x8, 3 classes)"

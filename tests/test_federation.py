@@ -1,0 +1,391 @@
+"""Clients, engine, averaging, ledger: what the server may rely on."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import logits, make_images, make_net
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.average import fedavg
+from fedunlearn.federation.client import count_correct, handle
+from fedunlearn.federation.collect import collect, refusal
+from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.ledger import Cost, Entry, entry_for, flops_per_image, size_in_bytes
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds, validation_accuracy
+from fedunlearn.groups import find_taps
+from fedunlearn.journal import Journal
+from fedunlearn.repair import reestimate
+from fedunlearn.training import Training, constant, one_cycle, train_locally
+
+EXAMPLE = torch.randn(2, 1, 8, 8)
+
+
+def make_engine(images=None, *, workers=None, validation=0.0, **options):
+    options = {"by": "iid", "clients": 4} | options
+    clients, held = hold_out(partition(images or make_images(), **options), validation)
+    return LocalEngine(clients, validation=held, workers=workers)
+
+
+def make_train(net, **change):
+    settings = {"training": Training(lr=0.1, batch_size=8), "lr": 0.1, "phase": "train"}
+    return Train(model=net, **(settings | change))
+
+
+def states_equal(one, other):
+    return all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+class Broken(nn.Module):
+    """Fails, or gives NaN, for batches that hold a bright first pixel."""
+
+    def __init__(self, net, *, nan):
+        super().__init__()
+        self.net, self.nan = net, nan
+
+    def forward(self, images):
+        if bool((images[:, 0, -1, -1] > 2.5).any()):
+            if not self.nan:
+                raise RuntimeError("the sensor is unplugged")
+            return self.net(images) * float("nan")
+        return self.net(images)
+
+
+def with_marked_client(engine_clients):
+    """Mark all images of the first client."""
+    name, images = next(iter(engine_clients.items()))
+    marked = images.images.clone()
+    marked[:, :, -1, -1] = 255
+    return {
+        **engine_clients,
+        name: LabelledImages(marked, images.labels, images.classes, images.mean, images.std),
+    }
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(net):
+    one, two = make_engine(workers=1).run(make_train(net)), make_engine(workers=3).run(make_train(net))
+    assert [reply.client for reply in one] == [reply.client for reply in two] == [f"client-{k}" for k in range(4)]
+    for a, b in zip(one, two):
+        assert states_equal(a.tensors, b.tensors)
+
+
+def test_clients_work_on_copies(net):
+    before = copy.deepcopy(net.state_dict())
+    replies = make_engine().run(make_train(net))
+    assert states_equal(net.state_dict(), before)
+    assert not states_equal(replies[0].tensors, replies[1].tensors)
+
+
+def test_the_engine_restores_the_number_of_torch_threads(net):
+    before = torch.get_num_threads()
+    make_engine().run(make_train(net))
+    assert torch.get_num_threads() == before
+
+
+def test_one_model_copy_per_worker(net):
+    seen = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def __deepcopy__(self, memo):
+            seen.append(threading.get_ident())
+            other = Counted()
+            other.net = copy.deepcopy(net)
+            return other
+
+        def forward(self, images):
+            return self.net(images)
+
+    make_engine(clients=12, workers=2).run(make_train(Counted()))
+    assert len(seen) <= 2
+
+
+@pytest.mark.parametrize(("nan", "text"), [(False, "RuntimeError: the sensor is unplugged"), (True, "loss became nan")])
+def test_one_failing_client_costs_its_reply_and_is_named_in_the_log(caplog, nan, text):
+    engine = LocalEngine(with_marked_client(partition(make_images(), by="iid", clients=4)))
+    with caplog.at_level(logging.WARNING):
+        replies, entry = collect(engine, make_train(Broken(make_net(), nan=nan)))
+    assert [reply.client for reply in replies] == ["client-1", "client-2", "client-3"]
+    assert text in entry.refused["client-0"]
+    assert "train, round 0: client-0 gave no usable reply" in caplog.text
+
+
+def test_a_round_stops_with_a_clear_error_when_too_few_remain():
+    clients = partition(make_images(), by="iid", clients=2)
+    for _ in range(2):
+        clients = dict(reversed(with_marked_client(clients).items()))
+    with pytest.raises(FederationError, match=r"train, round 0: only 0 of 2 clients.*the sensor is unplugged.*run the"):
+        collect(LocalEngine(clients), make_train(Broken(make_net(), nan=False)))
+
+
+def test_unusable_replies_are_refused_by_name_and_reason(net):
+    job = make_train(net)
+    expected = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    good = dict(net.state_dict())
+    nan = good | {"0.bias": torch.full((6,), float("nan"))}
+    shape = good | {"0.bias": torch.zeros(7)}
+    missing = {name: t for name, t in good.items() if name != "8.bias"}
+    assert refusal(Reply("a", good, images=3), job, expected) is None
+    assert refusal(Reply("a", nan, images=3), job, expected) == "0.bias has values that are not finite"
+    assert refusal(Reply("a", shape, images=3), job, expected) == "expected 0.bias of shape (6,), got (7,)"
+    assert refusal(Reply("a", missing, images=3), job, expected) == "expected 8.bias of shape (3,), got None"
+    assert (
+        refusal(Reply("a", good | {"x": torch.zeros(1)}, images=3), job, expected)
+        == "expected x of shape None, got (1,)"
+    )
+    assert refusal(Reply("a", good, images=0), job, expected) == "it reports 0 images"
+    measure = Measure(phase="m", model=net, taps=find_taps(net, ["0"], EXAMPLE, hook="convolution"), classes=3)
+    sums = {"counts": torch.ones(3), "sums.0": -torch.ones(3, 6)}
+    assert (
+        refusal(Reply("a", sums, images=3), measure, {"counts": (3,), "sums.0": (3, 6)}) == "sums.0 has negative values"
+    )
+
+
+def test_fedavg_weighs_by_images_and_keeps_integers():
+    updates = [
+        ({"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(3)}, 1),
+        ({"w": torch.tensor([4.0, 2.0]), "n": torch.tensor(8)}, 2),
+    ]
+    average = fedavg(updates)
+    assert average["w"].tolist() == pytest.approx([3.0, 4 / 3])
+    assert average["w"].dtype == torch.float32
+    assert average["n"].tolist() == 8
+    assert average["n"].dtype == torch.int64
+
+
+def test_averaging_equal_states_changes_nothing(net):
+    assert states_equal(fedavg([(net.state_dict(), 3), (net.state_dict(), 5)]), net.state_dict())
+
+
+def test_one_step_of_full_batch_fedavg_equals_one_step_on_the_pooled_data():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))  # no batch normalisation
+    images = make_images(40)
+    training = Training(lr=0.1, batch_size=100, momentum=0.0, weight_decay=0.0)
+    engine = make_engine(images)
+    federated = copy.deepcopy(net)
+    train_rounds(federated, engine, phase="train", training=training, rounds=1, journal=Journal(), classes=3)
+    train_locally(net, images, training, lr=0.1, draw=torch.Generator())
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(federated.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_local_epochs_may_be_a_fraction(net, images):
+    for epochs, seen in ((0.25, 15), (1, 60), (2.5, 150), (0.001, 1)):
+        training = Training(lr=0.01, batch_size=8, local_epochs=epochs)
+        assert train_locally(net, images, training, lr=0.01, draw=torch.Generator()) == seen
+
+
+def test_a_loss_that_is_not_finite_stops_the_client(net, images):
+    with torch.no_grad():
+        net[8].weight.fill_(float("inf"))
+    with pytest.raises(FederationError, match=r"the loss became .* after 0 images: lower the learning rate"):
+        train_locally(net, images, Training(lr=1.0), lr=1.0, draw=torch.Generator())
+
+
+def test_the_cycle_rises_then_falls_and_never_wastes_a_round():
+    factors = [one_cycle(k, 20) for k in range(20)]
+    peak = factors.index(max(factors))
+    assert 0.9 < max(factors) <= 1
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert min(factors) > 0
+    assert constant(3, 7) == 1
+
+
+def test_participation_draws_repeat_and_change_by_round(net):
+    def drawn(seed):
+        journal = Journal()
+        train_rounds(
+            copy.deepcopy(net),
+            make_engine(clients=10),
+            phase="train",
+            training=Training(lr=0.1),
+            rounds=4,
+            journal=journal,
+            participation=0.3,
+            seed=seed,
+            classes=3,
+        )
+        return [step.entries[0].clients for step in journal.steps("train")]
+
+    assert drawn(1) == drawn(1)
+    assert all(len(clients) == 3 for clients in drawn(1))
+    assert len(set(drawn(1))) > 1
+
+
+def test_training_stops_at_the_target_and_counts_the_evaluations(net):
+    engine, journal = make_engine(make_images(200), validation=0.2), Journal()
+    steps = train_rounds(
+        net,
+        engine,
+        phase="train",
+        training=Training(lr=0.1, batch_size=8),
+        rounds=30,
+        journal=journal,
+        classes=3,
+        target=0.9,
+    )
+    assert len(steps) < 30
+    assert steps[-1].validation >= 0.9 > max([step.validation for step in steps[:-1]], default=0)
+    assert [entry.job for entry in steps[0].entries] == ["train", "evaluate"]
+
+
+def test_training_learns_what_can_be_seen(images):
+    net = make_net(seed=3)
+    engine = make_engine(make_images(200))
+    train_rounds(
+        net,
+        engine,
+        phase="train",
+        training=Training(lr=0.1, batch_size=8),
+        rounds=8,
+        journal=Journal(),
+        schedule=one_cycle,
+        classes=3,
+    )
+    correct, counts = count_correct(net, images, 3)
+    assert int(correct.sum()) >= 0.95 * int(counts.sum())
+
+
+def test_excluded_classes_are_not_seen(net):
+    data = ClientData("a", make_images(60))
+    assert handle(make_train(net, exclude=(1,)), copy.deepcopy(net), data).samples == 40
+    nothing = handle(make_train(net, exclude=(0, 1, 2)), copy.deepcopy(net), data)
+    assert nothing.error == "FederationError: nothing is left without the classes [0, 1, 2]"
+
+
+def test_a_client_refuses_a_job_it_does_not_know(net):
+    reply = handle(Job(phase="x", model=net), net, ClientData("a", make_images()))
+    assert "a client knows Measure, Reestimate, Train and Evaluate, got Job" in reply.error
+    with pytest.raises(FederationError, match="the server knows Measure, Reestimate, Train and Evaluate, got Job"):
+        collect(make_engine(), Job(phase="x", model=net))
+
+
+def test_samples_are_drawn_at_random_but_repeat(net):
+    data = ClientData("a", make_images(60))
+    taps = find_taps(net, ["0"], EXAMPLE, hook="convolution")
+
+    def counts(seed):
+        job = Measure(phase="measure-0", model=net, taps=taps, classes=3, sample=20, seed=seed)
+        return handle(job, copy.deepcopy(net), data).tensors["sums.0"]
+
+    assert counts(1).equal(counts(1))
+    assert not counts(1).equal(counts(2))
+
+
+def test_validation_accuracy_is_that_of_the_kept_classes_on_clients_that_have_images(net):
+    engine = make_engine(make_images(100), validation=0.3)
+    held = [data.validation for data in engine._data.values()]
+    right = total = 0
+    for images in held:
+        kept = images.without([2])
+        for batch, labels in batches(kept, 50):
+            right += int((logits(net, batch).argmax(1) == labels).sum())
+            total += len(labels)
+    found, entry = validation_accuracy(net, engine, phase="x", exclude=(2,), classes=3)
+    assert found == right / total
+    assert entry.job == "evaluate"
+    with pytest.raises(FederationError, match=r"no client holds validation images.*data.validation"):
+        validation_accuracy(net, make_engine(), phase="x", exclude=(), classes=3)
+
+
+def test_nobody_to_train_with_is_an_error(net):
+    with pytest.raises(FederationError, match="no client has images of the kept classes"):
+        train_rounds(
+            net, make_engine(), phase="x", training=Training(lr=0.1), rounds=1, journal=Journal(), clients=[], classes=3
+        )
+
+
+@pytest.mark.parametrize(
+    ("clients", "text"),
+    [
+        ({"a": make_images()}, "needs at least two clients, got 1"),
+        ({"a": make_images(), "b": make_images().take(slice(0, 0))}, "b holds no images"),
+        ({"a": make_images(), "b": make_images(side=9)}, r"b holds images of shape \(1, 9, 9\).*all must agree"),
+    ],
+)
+def test_impossible_federations_are_refused(clients, text):
+    with pytest.raises(FederationError, match=text):
+        LocalEngine(clients)
+
+
+def test_unknown_clients_are_refused(net):
+    with pytest.raises(FederationError, match="there is no client 'x'; the clients are client-0, client-1"):
+        make_engine().run(make_train(net, clients=("x",)))
+
+
+def test_reestimation_gives_the_statistics_of_the_images_and_uses_no_gradient():
+    net = make_net()
+    images = make_images(64)
+    with torch.no_grad():
+        net[1].running_mean += 5
+    fitted = reestimate(net, make_engine(images), journal=Journal())
+    batch, _ = next(batches(images, 64))
+    with torch.no_grad():
+        maps = net[0](batch).double()
+    torch.testing.assert_close(fitted[1].running_mean.double(), maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fitted[1].running_var.double(), maps.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
+    for (name, before), after in zip(net.named_parameters(), fitted.parameters()):
+        assert before.equal(after), name
+
+
+def test_reestimation_weighs_clients_by_their_images():
+    net = make_net()
+    images = make_images(60)
+    even = reestimate(net, make_engine(images, clients=2), journal=Journal())
+    skewed = reestimate(net, make_engine(images, by="dirichlet", alpha=0.7, clients=3), journal=Journal())
+    torch.testing.assert_close(even[1].running_mean, skewed[1].running_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(even[1].running_var, skewed[1].running_var, rtol=2e-2, atol=1e-5)
+
+
+def test_a_model_without_batch_normalisation_is_not_reestimated():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    journal = Journal()
+    reestimate(net, make_engine(), journal=journal)
+    assert journal.entries("reestimate") == []
+
+
+def test_flops_match_the_formula():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    forward, training = flops_per_image(net, (1, 8, 8))
+    convolution, linear = 2 * 4 * 9 * 64, 2 * 4 * 64 * 3
+    assert forward == convolution + linear
+    # backwards: the weights of both layers and the input of the second; the image needs no gradient
+    assert training == forward + convolution + 2 * linear
+
+
+def test_ledger_entries_count_what_was_asked_and_answered(net):
+    job = make_train(net, clients=("a", "b", "c"))
+    used = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", {}, samples=1)]
+    entry = entry_for(job, (1, 8, 8), 3, used, {"c": "late"})
+    assert entry.samples == 21
+    assert entry.flops == 21 * flops_per_image(net, (1, 8, 8))[1]
+    assert entry.bytes_up == 20
+    assert entry.bytes_down == 3 * (size_in_bytes(net.state_dict()) + len(job.plan.to_json()))
+    assert Entry.from_dict(entry.to_dict()) == entry
+    total = Cost.of([entry, Entry("evaluate", ("a", "d"), samples=4)])
+    assert (total.rounds, total.client_samples, total.clients, total.client_seconds) == (1, 25, 3, 1.5)
+
+
+def test_the_four_jobs_answer_under_the_names_they_promise(net):
+    engine = make_engine(validation=0.2)
+    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
+    for job in (
+        Measure(phase="measure-0", model=net, taps=taps, classes=3),
+        Reestimate(phase="reestimate", model=net),
+        make_train(net),
+        Evaluate(phase="x", model=net, classes=3),
+    ):
+        replies, entry = collect(engine, job)  # refuses other names and shapes
+        assert len(replies) == 4
+        assert entry.refused == {}

@@ -1,0 +1,274 @@
+"""Groups, plans and pruning: the identities that tie them together."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import oracles
+from conftest import logits, make_net, settle
+from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.groups import find_groups, find_taps, head_layer, prunable_layers
+from fedunlearn.models import MODELS, build_model
+from fedunlearn.plan import PruningPlan, plan_pruning, plan_without_rows
+from fedunlearn.prune import prune
+
+EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def scores_for(net, example, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    groups, _ = find_groups(net, example)
+    return {layer: torch.rand(group.width, generator=draw) for group in groups for layer in group.layers}
+
+
+def masked(net, plan):
+    """Return a copy in which nothing is cut away, but the layers that read a removed channel ignore it."""
+    copied = copy.deepcopy(net)
+    state = copied.state_dict()
+    for name, axes in plan.kept.items():
+        if 1 in axes:
+            gone = [c for c in range(plan.shapes[name][1]) if c not in axes[1]]
+            state[name][:, gone] = 0
+    copied.load_state_dict(state)
+    return copied
+
+
+SHIPPED = [(name, "A") for name in MODELS] + [(name, "B") for name in MODELS if name.startswith("resnet")]
+
+
+@pytest.mark.parametrize(("name", "shortcut"), SHIPPED)
+def test_the_sliced_model_equals_the_masked_model(name, shortcut):
+    torch.manual_seed(0)
+    net = build_model(name, classes=10, colours=3, shortcut=shortcut)
+    settle(net, 3, side=32)
+    example = torch.randn(2, 3, 32, 32)
+    plan = plan_pruning(net, scores_for(net, example), fraction=0.3, example=example)
+    sliced = prune(net, plan)
+    assert sum(p.numel() for p in sliced.parameters()) < 0.8 * sum(p.numel() for p in net.parameters())
+    expected = logits(masked(net, plan), example)
+    torch.testing.assert_close(logits(sliced, example), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_zero_padded_shortcuts_lose_only_block_inner_channels_and_the_plan_says_why():
+    net = build_model("resnet20", classes=10, colours=3, shortcut="A")
+    example = torch.randn(2, 3, 32, 32)
+    assert prunable_layers(net, example) == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
+    plan = plan_pruning(net, scores_for(net, example), fraction=0.2, example=example)
+    assert "zero-padded shortcut" in plan.left_out["layer1.0.conv2"]
+    assert "layer1.0.conv2: left out, its channels cross" in str(plan)
+    assert "layer1.0.conv1: 3 channels removed" in str(plan)
+
+
+def test_residual_additions_tie_their_convolutions_together():
+    net = build_model("resnet20", classes=10, colours=3, shortcut="B")
+    groups, left_out = find_groups(net, torch.randn(2, 3, 32, 32))
+    assert left_out == {}
+    tied = next(group for group in groups if "conv1" in group.layers)
+    assert tied.layers == ("conv1", "layer1.0.conv2", "layer1.1.conv2", "layer1.2.conv2")
+
+
+def test_the_empty_plan_changes_no_logit(net):
+    assert logits(prune(net, PruningPlan()), EXAMPLE).equal(logits(net, EXAMPLE))
+    none = plan_pruning(
+        net, {layer: torch.zeros(n) for layer, n in (("0", 6), ("3", 8))}, fraction=0.5, example=EXAMPLE
+    )
+    assert str(none) == "nothing removed"
+    assert logits(prune(net, none), EXAMPLE).equal(logits(net, EXAMPLE))
+
+
+def test_removing_a_channel_whose_outgoing_weights_are_zero_changes_no_logit(net):
+    with torch.no_grad():
+        net[3].weight[:, 2] = 0
+    scores = {"0": torch.tensor([0, 0, 1.0, 0, 0, 0])}
+    plan = plan_pruning(net, scores, fraction=0.2, example=EXAMPLE)
+    assert plan.pruned == {"0": (2,)}
+    torch.testing.assert_close(logits(prune(net, plan), EXAMPLE), logits(net, EXAMPLE), rtol=1e-5, atol=1e-6)
+
+
+def test_pruning_leaves_the_original_alone_and_sizes_in_line(net):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pruned = prune(net, plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE))
+    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+    assert (pruned[0].out_channels, pruned[1].num_features, pruned[3].in_channels) == (3, 3, 3)
+    assert (pruned[3].out_channels, pruned[4].num_features, pruned[8].in_features) == (4, 4, 4)
+    pruned(torch.randn(4, 1, 8, 8)).sum().backward()  # it can be trained
+
+
+@given(
+    st.lists(st.integers(-3, 5), min_size=6, max_size=6),
+    st.lists(st.integers(-3, 5), min_size=8, max_size=8),
+    st.floats(0.01, 0.99),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_removed_channels_are_the_highest_scored_ones(first, second, fraction):
+    net = make_net()
+    scores = {"0": torch.tensor(first, dtype=torch.float64), "3": torch.tensor(second, dtype=torch.float64)}
+    plan = plan_pruning(net, scores, fraction=fraction, example=EXAMPLE)
+    expected = oracles.to_remove({"0": first, "3": second}, fraction)
+    assert {layer: list(channels) for layer, channels in plan.pruned.items()} == expected
+
+
+def test_a_fraction_is_not_fooled_by_binary_floats():
+    net = nn.Sequential(nn.Conv2d(1, 100, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(100, 2))
+    plan = plan_pruning(net, {"0": torch.rand(100) + 1}, fraction=0.29, example=EXAMPLE)  # 0.29 * 100 = 28.999...
+    assert len(plan.pruned["0"]) == 29
+
+
+def test_ties_break_by_index():
+    plan = plan_pruning(make_net(), {"0": torch.ones(6)}, fraction=0.5, example=EXAMPLE)
+    assert plan.pruned["0"] == (0, 1, 2)
+
+
+def test_a_global_cut_may_take_more_from_one_layer_but_never_its_last_channel():
+    scores = {"0": torch.full((6,), 9.0), "3": torch.ones(8)}
+    plan = plan_pruning(make_net(), scores, fraction=0.5, example=EXAMPLE, scope="global")
+    assert {layer: len(channels) for layer, channels in plan.pruned.items()} == {"0": 5, "3": 2}
+
+
+def test_the_lowest_end_is_the_other_end_whatever_the_sign():
+    scores = {"0": torch.tensor([3.0, -1.0, 0.0, 2.0, 5.0, 4.0])}
+    plan = plan_pruning(make_net(), scores, fraction=0.5, example=EXAMPLE, end="lowest")
+    assert plan.pruned["0"] == (1, 2, 3)
+
+
+def test_a_layer_without_scores_is_left_out_by_name():
+    plan = plan_pruning(make_net(), {"0": torch.ones(6)}, fraction=0.5, example=EXAMPLE)
+    assert plan.left_out == {"3": "it was not scored"}
+
+
+def test_a_plan_survives_json_and_its_digest_tells_plans_apart(net):
+    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest() == plan.digest() != PruningPlan().digest()
+
+
+def test_two_plans_in_a_row_equal_the_plan_of_both(net):
+    first = plan_pruning(net, scores_for(net, EXAMPLE, 1), fraction=0.4, example=EXAMPLE)
+    smaller = prune(net, first)
+    second = plan_pruning(smaller, scores_for(smaller, EXAMPLE, 2), fraction=0.4, example=EXAMPLE)
+    in_turn, at_once = prune(smaller, second), prune(net, first.then(second))
+    assert logits(in_turn, EXAMPLE).equal(logits(at_once, EXAMPLE))
+    assert len(first.then(second).pruned["0"]) == 6 - in_turn[0].out_channels
+
+
+def test_output_rows_are_removed_by_a_plan_too(net):
+    assert head_layer(net, EXAMPLE) == "8"
+    shipped = prune(net, plan_without_rows(net, "8", [1]))
+    torch.testing.assert_close(logits(shipped, EXAMPLE), logits(net, EXAMPLE)[:, [0, 2]])
+
+
+class Concatenated(nn.Module):
+    """Two branches side by side, as in Inception and DenseNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+        self.join, self.linear = nn.Conv2d(10, 5, 1), nn.Linear(5, 3)
+
+    def forward(self, x):
+        both = F.relu(torch.cat([self.left(x), self.right(x)], 1))
+        return self.linear(F.relu(self.join(both)).mean((2, 3)))
+
+
+def test_concatenated_branches_are_followed():
+    torch.manual_seed(0)
+    net = Concatenated()
+    taps = find_taps(net, ["left", "right"], EXAMPLE, hook="activation")
+    assert [(tap.module, tap.start, tap.stop) for tap in taps.values()] == [("join", 0, 4), ("join", 4, 10)]
+    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    sliced = prune(net, plan)
+    assert (sliced.left.out_channels, sliced.right.out_channels, sliced.join.in_channels) == (2, 3, 5)
+    torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(1, 4, 3), nn.LayerNorm(6), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class Scaled(Normed):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "no Conv2d layer.*use a CNN"),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 3)),
+            r"'1' is a grouped convolution \(groups=2\).*groups=1",
+        ),
+        (Normed(), "'norm' is a LayerNorm with weights of its own.*BatchNorm2d in place of LayerNorm"),
+        (nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), "no convolution of the model can lose channels.*output"),
+    ],
+)
+def test_unprunable_models_are_refused_with_module_reason_and_remedy(model, text):
+    with pytest.raises(ModelError, match=text):
+        prunable_layers(model, EXAMPLE)
+
+
+def test_a_model_whose_output_is_not_a_linear_layer_is_refused():
+    with pytest.raises(ModelError, match="must come straight from a Linear layer"):
+        head_layer(Scaled(), EXAMPLE)
+
+
+def test_unknown_layers_and_hooks_are_refused(net):
+    with pytest.raises(ModelError, match="'1' is no Conv2d of the model"):
+        find_taps(net, ["1"], EXAMPLE, hook="activation")
+    with pytest.raises(ModelError, match=r"unlearn.hook must be one of activation, convolution, got 'output'"):
+        find_taps(net, ["0"], EXAMPLE, hook="output")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        *(({"fraction": f}, f"strictly between 0 and 1, got {f}") for f in (0, 1, -0.1, float("nan"))),
+        ({"end": "top"}, "unlearn.end must be one of highest, lowest, got 'top'"),
+        ({"scope": "block"}, "unlearn.scope must be one of layer, global, got 'block'"),
+        ({"scores": {"0": torch.ones(5)}}, r"scores of 0 must be 6 finite numbers, one per channel, got shape \(5,\)"),
+        ({"scores": {"0": torch.full((6,), float("nan"))}}, "scores of 0 must be 6 finite numbers"),
+    ],
+)
+def test_plans_refuse_bad_arguments(net, options, text):
+    with pytest.raises(PlanError, match=text):
+        plan_pruning(net, **{"scores": {"0": torch.ones(6)}, "fraction": 0.5, "example": EXAMPLE, **options})
+
+
+def test_a_plan_for_another_model_is_refused(net):
+    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    with pytest.raises(PlanError, match=r"for 0.weight of shape \(6, 1, 3, 3\), the model has \(6, 3, 3, 3\)"):
+        prune(make_net(colours=3), plan)
+    with pytest.raises(PlanError, match=r"the plan is for 0.weight of shape .* the model has None"):
+        prune(nn.Sequential(nn.Flatten()), plan)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 9], [-1, 2], [2, 1], [1, 1]])
+def test_a_plan_that_keeps_impossible_positions_is_refused(net, rows):
+    plan = PruningPlan({"0.weight": (6, 1, 3, 3)}, {"0.weight": {0: tuple(rows)}})
+    with pytest.raises(PlanError, match=r"keeps positions of 0.weight \(axis 0\)"):
+        prune(net, plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "expected a pruning plan as JSON"),
+        ("[]", "expected a pruning plan as JSON"),
+        (json.dumps({"schema": 9}), "expected a pruning plan of schema 1, got 9"),
+    ],
+)
+def test_text_that_is_no_plan_is_refused(text, message):
+    with pytest.raises(PlanError, match=message):
+        PruningPlan.from_json(text)

@@ -1,0 +1,276 @@
+"""Readers on small files in the official formats, and on the real sets where they are at hand."""
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.data.partition import partition
+from fedunlearn.data.readers import (
+    READERS,
+    load_npz,
+    read_cifar10,
+    read_cifar100,
+    read_digits,
+    read_folder,
+    read_mnist,
+    read_npz,
+)
+from fedunlearn.errors import DataError
+from fedunlearn.models import build_model
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def write_cifar10(folder: Path, count: int = 6) -> Path:
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        batch = {
+            b"data": draw.integers(0, 256, (count, 3072), dtype=np.uint8),
+            b"labels": [int(n) for n in draw.integers(0, 10, count)],
+        }
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = {b"label_names": [b"airplane", *(f"class {k}".encode() for k in range(1, 10))]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+    return folder
+
+
+def write_mnist(folder: Path, count: int = 5) -> Path:
+    folder.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        pixels = np.arange(count * 784, dtype=np.uint32).astype(np.uint8).tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, count, 28, 28) + pixels)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, count) + bytes(range(count)))
+    np.savez(folder / "writers.npz", train=np.arange(count) // 2, test=np.arange(count))
+    return folder
+
+
+def write_pictures(folder: Path, *, splits: tuple[str, ...] = (".",), side: int = 6) -> Path:
+    for split in splits:
+        for label, name in enumerate(("Äpfel", "pears")):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(5):
+                Image.new("RGB", (side, side), (40 * k, 100 * label, 7)).save(folder / split / name / f"{k}.png")
+    return folder
+
+
+def test_digits_are_real_and_a_fifth_of_each_class_is_for_testing():
+    train, test = read_digits()
+    assert (len(train), len(test)) == (1438, 359)
+    assert train.shape == (1, 8, 8)
+    assert int(train.images.max()) == 255
+    assert all(abs(n - 36) <= 1 for n in test.counts().tolist())
+
+
+def test_cifar10_is_read_from_the_folder_or_from_above_it(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    train, test = read_cifar10(tmp_path, official=False)
+    assert (len(train), len(test)) == (30, 6)
+    assert train.classes[0] == "airplane"
+    batch = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_2").read_bytes(), encoding="bytes")
+    assert train.images[6, 2, 1, 3] == batch[b"data"][0].reshape(3, 32, 32)[2, 1, 3]
+    assert train.labels[6] == batch[b"labels"][0]
+    assert len(read_cifar10(tmp_path / "cifar-10-batches-py", official=False).train) == 30
+
+
+def test_cifar100_gives_fine_labels(tmp_path):
+    for name in ("train", "test"):
+        batch = {
+            b"data": np.zeros((2, 3072), np.uint8),
+            b"fine_labels": [99, 3],
+            b"coarse_labels": [1, 1],
+        }
+        (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = {b"fine_label_names": [f"fine {k}".encode() for k in range(100)]}
+    (tmp_path / "meta").write_bytes(pickle.dumps(names, protocol=2))
+    train, _ = read_cifar100(tmp_path, official=False)
+    assert train.labels.tolist() == [99, 3]
+    assert train.classes[99] == "fine 99"
+
+
+def test_mnist_comes_with_its_writers_as_groups(tmp_path):
+    train, _ = read_mnist(write_mnist(tmp_path / "mnist"), official=False)
+    assert train.groups.tolist() == [0, 0, 1, 1, 2]
+    assert list(partition(train, by="group")) == ["group-0", "group-1", "group-2"]
+    assert int(train.images[1, 0, 0, 1]) == 785 % 256
+
+
+def test_a_folder_of_images_may_have_spaces_and_letters_beyond_ascii(tmp_path):
+    train, test = read_folder(write_pictures(tmp_path / "meine Früchte"))
+    assert train.classes == ("pears", "Äpfel")
+    assert (len(train), len(test)) == (8, 2)
+    assert read_folder(tmp_path / "meine Früchte", size=4).train.shape == (3, 4, 4)
+
+
+def test_a_folder_may_hold_its_own_split(tmp_path):
+    train, test = read_folder(write_pictures(tmp_path, splits=("train", "test")))
+    assert (len(train), len(test)) == (10, 10)
+    assert test.mean == train.mean
+
+
+def npz_arrays(**change):
+    arrays = {
+        "x_train": np.zeros((4, 5, 5), np.uint8),
+        "y_train": np.array([0, 1, 2, 1]),
+        "x_test": np.ones((2, 5, 5), np.uint8),
+        "y_test": np.array([0, 2]),
+    }
+    return {name: value for name, value in (arrays | change).items() if value is not None}
+
+
+def test_npz_with_colours_classes_and_groups(tmp_path):
+    np.savez(
+        tmp_path / "set.npz",
+        **npz_arrays(
+            x_train=np.arange(4 * 5 * 5 * 3, dtype=np.uint32).astype(np.uint8).reshape(4, 5, 5, 3),
+            x_test=np.zeros((2, 5, 5, 3), np.uint8),
+            classes=np.array(["a", "b", "c"]),
+            groups_train=np.array([3, 3, 4, 4]),
+        ),
+    )
+    train, test = read_npz(tmp_path / "set.npz")
+    assert train.shape == (3, 5, 5)
+    assert train.classes == ("a", "b", "c")
+    assert train.images[0, :, 0, 1].tolist() == [3, 4, 5]
+    assert train.groups.tolist() == [3, 3, 4, 4]
+    assert test.groups is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"y_test": None}, "y_test is missing"),
+        ({"x_train": np.zeros((4, 5, 5))}, "x_train must be uint8 with 3 or 4 axes, got float64"),
+        ({"y_train": np.zeros(3, int)}, "y_train must be 4 whole numbers"),
+        ({"x_train": np.array([object()])}, "expected an .npz of plain arrays, but"),
+    ],
+)
+def test_bad_npz_files_are_refused(tmp_path, change, text):
+    np.savez(tmp_path / "set.npz", **npz_arrays(**change))
+    with pytest.raises(DataError, match=text):
+        read_npz(tmp_path / "set.npz")
+
+
+class Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_that_names_anything_but_arrays_is_refused_and_not_run(tmp_path):
+    folder = write_cifar10(tmp_path / "set")
+    planted = tmp_path / "planted"
+    (folder / "data_batch_3").write_bytes(pickle.dumps({b"data": Planted(planted)}, protocol=2))
+    with pytest.raises(DataError, match=r"data_batch_3: expected a pickle of numpy arrays.*it names io.open"):
+        read_cifar10(folder, official=False)
+    assert not planted.exists()
+
+
+def test_truncated_and_altered_files_are_refused_by_name(tmp_path):
+    folder = write_cifar10(tmp_path / "cifar")
+    with pytest.raises(DataError, match=r"data_batch_1: expected the official file with MD5 c99cafc.*data.official"):
+        read_cifar10(folder)
+    whole = (folder / "data_batch_2").read_bytes()
+    (folder / "data_batch_2").write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="data_batch_2: expected a pickle of numpy arrays"):
+        read_cifar10(folder, official=False)
+    (folder / "data_batch_2").write_bytes(pickle.dumps([1]))
+    with pytest.raises(DataError, match="data_batch_2: expected a pickled dictionary, got list"):
+        read_cifar10(folder, official=False)
+    (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": np.zeros((2, 5), np.uint8)}))
+    with pytest.raises(DataError, match="data_batch_2: expected data of uint8 rows of 3,072"):
+        read_cifar10(folder, official=False)
+    (folder / "data_batch_2").write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}))
+    with pytest.raises(DataError, match="data_batch_2: expected 2 labels, one per image"):
+        read_cifar10(folder, official=False)
+    (folder / "batches.meta").write_bytes(pickle.dumps({}))
+    (folder / "data_batch_2").write_bytes(whole)
+    with pytest.raises(DataError, match=r"batches.meta: expected the list label_names"):
+        read_cifar10(folder, official=False)
+    (folder / "test_batch").unlink()
+    with pytest.raises(DataError, match=r"test_batch: cannot be read .*check --data"):
+        read_cifar10(folder, official=False)
+
+
+def test_truncated_idx_files_are_refused(tmp_path):
+    folder = write_mnist(tmp_path / "mnist")
+    images = folder / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(DataError, match="idx file with magic number 2051 and 3936 bytes, got 2051 and 3935"):
+        read_mnist(folder, official=False)
+
+
+def test_missing_folders_are_refused(tmp_path):
+    with pytest.raises(DataError, match="expected the folder cifar-10-batches-py with the file data_batch_1"):
+        READERS["cifar10"](tmp_path)
+    with pytest.raises(DataError, match="expected a folder with one folder of images per class"):
+        read_folder(tmp_path / "none")
+    with pytest.raises(DataError, match=r"expected an .npz of plain arrays"):
+        load_npz(tmp_path / "none.npz")
+
+
+def test_bad_image_folders_are_refused(tmp_path):
+    folder = write_pictures(tmp_path / "set")
+    Image.new("RGB", (9, 6)).save(folder / "pears" / "wide.png")
+    with pytest.raises(DataError, match=r"wide.png: expected 6 x 6 pixels .* got 9 x 6: set data.size"):
+        read_folder(folder)
+    (folder / "pears" / "wide.png").write_text("no image")
+    with pytest.raises(DataError, match=r"wide.png: expected an image, but"):
+        read_folder(folder)
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="expected images of the class empty, found none"):
+        read_folder(folder)
+    with pytest.raises(DataError, match="expected at least two folders, one per class, got 0"):
+        read_folder(folder / "empty")
+    split = write_pictures(tmp_path / "split", splits=("train", "test"))
+    (split / "test" / "pears").rename(split / "test" / "plums")
+    with pytest.raises(DataError, match=r"train holds the classes .*pears.*test holds .*plums"):
+        read_folder(split)
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory):
+    if not (SHARED / "unpack.py").exists():
+        pytest.skip("the real image sets (../shared) are not here")
+    folder = tmp_path_factory.mktemp("official")
+    subprocess.run(
+        [sys.executable, SHARED / "unpack.py", folder, "cifar10", "mnist"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    return folder
+
+
+def test_the_official_sets_are_read(official):
+    train, test = read_cifar10(official)
+    assert (len(train), len(test)) == (50_000, 10_000)
+    assert train.counts().tolist() == [5_000] * 10
+    pixels = train.images.double().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(pixels, torch.tensor(train.mean).double(), rtol=0, atol=1e-4)
+    writers = partition(read_mnist(official).train, by="group")
+    assert len(writers) == 539
+    assert sum(len(images) for images in writers.values()) == 60_000
+
+
+def test_the_published_weights_fit_resnet20():
+    if not (SHARED / "resnet20_akamaster.npz").exists():
+        pytest.skip("the published weights (../shared) are not here")
+    weights = read_weights(SHARED / "resnet20_akamaster.npz")
+    assert weights.shortcut == "A"
+    assert weights.mean == (0.485, 0.456, 0.406)
+    model = load_weights(build_model("resnet20", classes=10, colours=3, shortcut="A"), weights)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722

@@ -1,0 +1,82 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedunlearn.errors import RecipeError
+from fedunlearn.models import MODELS
+from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
+
+EXPECTED = ["digits", "mnist-writers"] + [
+    f"{data}-{model}"
+    for data in ("cifar10", "cifar100")
+    for model in ("resnet20", "resnet32", "resnet44", "resnet56", "vgg11", "vgg13", "vgg16", "vgg19")
+]
+
+
+def test_the_shipped_recipes_are_the_documented_ones():
+    assert list(SHIPPED) == EXPECTED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_shipped_recipe_is_valid_and_names_a_shipped_model(name):
+    recipe = load_recipe(name)
+    assert recipe.model.name in MODELS
+    assert name.endswith(recipe.model.name) or recipe.model.name == "small-cnn"
+
+
+def test_overrides_are_toml_values_or_bare_words():
+    recipe = load_recipe(
+        "digits", ["unlearn.fraction=0.2", "unlearn.criterion=margin", "unlearn.forget=3", "train.augment=['flip']"]
+    )
+    assert (recipe.unlearn.fraction, recipe.unlearn.criterion, recipe.unlearn.forget) == (0.2, "margin", (3,))
+    assert recipe.training().augment == ("flip",)
+    assert load_recipe("digits", ["data.path=/a b/ü"]).data.path == "/a b/ü"
+
+
+def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
+    one, two = load_recipe("digits"), load_recipe("digits", ["data.path=elsewhere", "unlearn.fraction=0.2"])
+    assert one.digest("data", "train") == two.digest("data", "train")
+    assert one.digest() != two.digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("unlearn.fracton=0.2", "unknown recipe key unlearn.fracton, did you mean 'fraction'?"),
+        ("unlern.fraction=0.2", "unknown recipe key unlern, did you mean 'unlearn'?"),
+        ("data.zzz=1", "unknown recipe key data.zzz; known here: source, path, validation, official, size"),
+        *((f"unlearn.fraction={f}", f"recipe key unlearn.fraction: .*, got {f}") for f in ("0", "1", "-0.1", "nan")),
+        ("unlearn.criterion=best", "recipe key unlearn.criterion: Input should be 'tf_idf', .* got 'best'"),
+        ("federation.participation=0", "recipe key federation.participation: .* got 0"),
+        ("train.augment=['blur']", "train.augment: expected names among crop, flip, cutout, got 'blur'"),
+        ("fraction=1", "--set expects table.key=value, got 'fraction=1'"),
+        ("unlearn.fraction", "--set expects table.key=value, got 'unlearn.fraction'"),
+    ],
+)
+def test_bad_keys_and_values_are_refused(override, text):
+    with pytest.raises(RecipeError, match=text):
+        load_recipe("digits", [override])
+
+
+def test_a_target_needs_validation_images():
+    with pytest.raises(RecipeError, match=r"unlearn.target is measured on validation images"):
+        load_recipe("digits", ["unlearn.target=0.9", "data.validation=0"])
+
+
+def test_recipes_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no shipped recipe 'cifar10-resnet21', did you mean 'cifar10-resnet20'?"):
+        load_recipe("cifar10-resnet21")
+    with pytest.raises(RecipeError, match="expected a recipe in TOML, but .*No such file"):
+        load_recipe(str(tmp_path / "none.toml"))
+    (tmp_path / "broken.toml").write_text("[data\n")
+    with pytest.raises(RecipeError, match="expected a recipe in TOML, but"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_the_recipe_page_lists_every_key():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
+    example = tomllib.loads(page.split("```toml")[1].split("```")[0])
+    for table, field in Recipe.model_fields.items():
+        assert set(example[table]) == set(field.annotation.model_fields), table
+    Recipe.model_validate(example)

@@ -1,0 +1,429 @@
+"""The method from end to end, its files, and what happens when a run is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial as bound
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import logits, make_images, make_net
+from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import ModelError, PlanError, RecipeError, RunError
+from fedunlearn.federation.ledger import Cost, Entry
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.journal import Journal, Step
+from fedunlearn.models import build_model
+from fedunlearn.plan import PruningPlan
+from fedunlearn.prune import prune
+from fedunlearn.recipe import load_recipe
+from fedunlearn.scores import contrast, random_scores
+from fedunlearn.training import Training, one_cycle
+from fedunlearn.unlearn import unlearn
+from fedunlearn.workflow import run
+
+TINY = """
+[data]
+source = "npz"
+path = "{data}"
+validation = 0.2
+
+[federation]
+clients = 3
+
+[model]
+name = "small-cnn"
+
+[train]
+rounds = 3
+batch_size = 8
+lr = 0.1
+
+[unlearn]
+forget = [2]
+criterion = "contrast"
+fraction = 0.3
+rounds = 2
+lr = 0.05
+"""
+
+
+def write_set(folder: Path) -> Path:
+    """Write an npz of striped images and the recipe that reads it."""
+    train, test = make_images(120, 4), make_images(60, 4, seed=1)
+    arrays = {}
+    for split, images in (("train", train), ("test", test)):
+        arrays |= {f"x_{split}": images.images[:, 0].numpy(), f"y_{split}": images.labels.numpy()}
+    np.savez(folder / "set.npz", **arrays)
+    (folder / "tiny.toml").write_text(TINY.format(data=folder / "set.npz"), "utf-8")
+    return folder / "tiny.toml"
+
+
+def without_seconds(value):
+    """Drop wall-clock times, the only figures that may differ between two equal runs."""
+    if isinstance(value, dict):
+        return {key: without_seconds(v) for key, v in value.items() if key != "client_seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A federation and a model that knows its four classes."""
+    clients, validation = hold_out(partition(make_images(200, 4), by="dirichlet", clients=4, alpha=2.0), 0.2)
+    engine = LocalEngine(clients, validation=validation)
+    model = make_net(classes=4)
+    train_rounds(
+        model,
+        engine,
+        phase="train",
+        training=Training(lr=0.1, batch_size=8),
+        rounds=8,
+        journal=Journal(),
+        schedule=one_cycle,
+        classes=4,
+    )
+    return model, engine
+
+
+UNLEARN = {"forget": [2], "fraction": 0.3, "training": Training(lr=0.05, batch_size=8), "rounds": 2}
+
+
+def test_unlearning_forgets_the_class_keeps_the_others_and_removes_channels_and_row(trained):
+    model, engine = trained
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"fraction": 0.5}))
+    test = make_images(80, 4, seed=9)
+    inputs = (test.images.float() / 255 - 0.3) / 0.25
+    known = logits(model, inputs).argmax(1)
+    named = torch.tensor(result.labels)[logits(result.model, inputs).argmax(1)]
+    kept = test.labels != 2
+    assert (known == test.labels).float().mean() > 0.95
+    assert (named[kept] == test.labels[kept]).float().mean() > 0.9
+    row_kept = logits(result.repaired, inputs).argmax(1)
+    assert (row_kept[~kept] == 2).float().mean() <= 0.2
+    assert result.labels == (0, 1, 3)
+    assert result.model[-1].weight.shape == (3, 4)  # half of the 8 channels, one row less
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert result.cost.rounds == 2
+    assert result.cost.clients == 4
+
+
+def test_the_plan_of_the_result_leads_from_the_architecture_to_the_shipped_shapes(trained):
+    model, engine = trained
+    result = unlearn(model, engine, criterion=contrast, **UNLEARN)
+    shapes = {name: tensor.shape for name, tensor in prune(model, result.plan).state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in result.model.state_dict().items()}
+
+
+def test_unlearning_repeats_bit_for_bit(trained):
+    model, engine = trained
+    one, two = (unlearn(model, engine, criterion=contrast, **UNLEARN, seed=5) for _ in range(2))
+    assert all(tensor.equal(two.model.state_dict()[name]) for name, tensor in one.model.state_dict().items())
+
+
+def test_several_classes_go_one_after_another_or_jointly(trained):
+    model, engine = trained
+    options = UNLEARN | {"forget": [0, 2], "rounds": 1}
+    in_turn = unlearn(model, engine, criterion=contrast, **options)
+    jointly = unlearn(model, engine, criterion=contrast, jointly=True, **options)
+    assert in_turn.labels == jointly.labels == (1, 3)
+    assert len(jointly.plan.pruned["0"]) <= 1  # floor(0.3 * 6)
+    assert len(in_turn.plan.pruned["3"]) > len(jointly.plan.pruned["3"])  # a share of the channels for each class
+
+
+def test_the_paper_s_mean_of_client_means_is_an_option(trained):
+    model, engine = trained
+    pooled = unlearn(model, engine, criterion=contrast, **UNLEARN)
+    voted = unlearn(model, engine, criterion=contrast, mean_of_clients=True, **UNLEARN)
+    assert int(pooled.stats.counts[2]) > 4 >= int(voted.stats.counts[2])
+
+
+def test_repair_may_stop_at_a_target(trained):
+    model, engine = trained
+    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"rounds": 9}), target=0.5)
+    assert result.cost.rounds < 9
+
+
+def test_without_repair_the_pruned_model_keeps_its_weights(trained):
+    model, engine = trained
+    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"rounds": 0}), batch_norm=False)
+    assert all(t.equal(result.repaired.state_dict()[name]) for name, t in result.pruned.state_dict().items())
+
+
+def test_pruning_the_right_channels_is_more_selective_than_pruning_at_random(trained):
+    model, engine = trained
+    test = make_images(80, 4, seed=9)
+    inputs = (test.images.float() / 255 - 0.3) / 0.25
+    forgotten = test.labels == 2
+
+    def retained_minus_forgotten(criterion):
+        pruned = unlearn(model, engine, criterion=criterion, **(UNLEARN | {"rounds": 0})).pruned
+        right = logits(pruned, inputs).argmax(1) == test.labels
+        return float(right[~forgotten].float().mean() - right[forgotten].float().mean())
+
+    chance = [retained_minus_forgotten(bound(random_scores, seed=seed)) for seed in range(5)]
+    assert retained_minus_forgotten(contrast) > sum(chance) / 5
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"forget": [4]}, r"must lie in 0 \.\. 3, got 4"),
+        ({"forget": [0, 1, 2, 3]}, "all 4 classes are to be forgotten"),
+        ({"fraction": 0.0}, "fraction must lie strictly between 0 and 1, got 0.0"),
+        ({"fraction": float("nan")}, "fraction must lie strictly between 0 and 1, got nan"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_client_is_asked(trained, change, text):
+    model, engine = trained
+
+    class Untouched:
+        clients, shape = engine.clients, engine.shape
+
+        def run(self, job):
+            raise AssertionError("a client was asked")
+
+    with pytest.raises(PlanError, match=text):
+        unlearn(model, Untouched(), **(UNLEARN | change))
+
+
+def test_a_class_that_no_client_holds_cannot_be_forgotten(trained):
+    model, _ = trained
+    engine = LocalEngine(partition(make_images(80, 4).without([2]), by="iid", clients=2))
+    with pytest.raises(PlanError, match="no client holds an image of class 2"):
+        unlearn(model, engine, **UNLEARN)
+
+
+def test_clients_left_with_nothing_are_not_asked_to_repair(trained):
+    model, _ = trained
+    engine = LocalEngine(partition(make_images(80, 4), by="bias", clients=4, bias=1.0))  # one class each
+    journal = Journal()
+    result = unlearn(model, engine, criterion=contrast, journal=journal, **UNLEARN)
+    assert result.clients == ("client-0", "client-1", "client-3")
+    for step in (*journal.steps("reestimate"), *journal.steps("repair")):
+        assert step.entries[0].clients == result.clients
+        assert step.entries[0].refused == {}
+
+
+def test_a_run_writes_the_files_and_figures_it_promises(tmp_path):
+    result = run(load_recipe(str(write_set(tmp_path))), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "result.json",
+        "original.safetensors",
+        "model.safetensors",
+        "stats.safetensors",
+        "plan.json",
+        "rounds.jsonl",
+    }
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert result["recipe"]["data"]["path"] == "../set.npz"
+    assert result["original"]["accuracy"]["retain"] > 0.9
+    assert result["unlearned"]["accuracy"]["forget"] == 0
+    assert result["unlearned"]["parameters"] < result["original"]["parameters"]
+    assert result["unlearned"]["macs"] < result["original"]["macs"]
+    assert set(result["original"]["accuracy"]["per_class"]) == set(result["classes"])
+    tuned, retrained = result["controls"]["finetune"], result["oracles"]["retrained-1"]
+    assert tuned["cost"]["client_flops"] == pytest.approx(result["cost"]["unlearn"]["client_flops"], rel=0.1)
+    assert retrained["accuracy"]["forget"] == 0
+    ratio = result["cost"]["retrain"]["client_flops"] / result["cost"]["unlearn"]["client_flops"]
+    assert result["speedup"]["client_flops"] == ratio
+    assert set(result["speedup"]) == {"client_flops", "rounds", "client_seconds", "bytes"}
+
+
+def test_a_finished_run_is_read_back_and_another_is_refused(tmp_path):
+    recipe = write_set(tmp_path)
+    first = run(load_recipe(str(recipe)), tmp_path / "out", command="unlearn")
+    assert run(load_recipe(str(recipe)), tmp_path / "out", command="unlearn") == first
+    other = load_recipe(str(recipe), ["unlearn.fraction=0.4"])
+    with pytest.raises(RunError, match=r"holds another run \(recipe.unlearn.fraction is 0.3 there, 0.4 here\)"):
+        run(other, tmp_path / "out", command="unlearn")
+    with pytest.raises(RunError, match=r"holds another run \(command is 'unlearn' there, 'run' here\)"):
+        run(load_recipe(str(recipe)), tmp_path / "out")
+
+
+def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared(tmp_path):
+    recipe = str(write_set(tmp_path))
+    first = run(load_recipe(recipe), tmp_path / "one")
+    second = run(load_recipe(recipe, ["unlearn.fraction=0.2"]), tmp_path / "two")
+    one, two = first["oracles"]["retrained-1"], second["oracles"]["retrained-1"]
+    assert (one.pop("cached"), two.pop("cached")) == (False, True)
+    assert one == two
+    assert "client_seconds" not in second["speedup"]
+
+
+def test_without_validation_there_is_no_speed_up(tmp_path):
+    result = run(load_recipe(str(write_set(tmp_path)), ["data.validation=0", "train.rounds=1"]), tmp_path / "out")
+    assert "speedup" not in result
+    assert "retrained-1" in result["oracles"]
+
+
+@pytest.mark.parametrize("kill_after", [1, 4, 6, 8, 10])
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, kill_after):
+    recipe = write_set(tmp_path)
+    whole = run(load_recipe(str(recipe)), tmp_path / "whole")
+    for entry in Path(os.environ["FEDUNLEARN_CACHE"]).rglob("*.safetensors"):
+        entry.unlink()
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "fedunlearn", "run", str(recipe), "--out", str(out), "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "rounds.jsonl").exists() and (out / "rounds.jsonl").read_text().count("\n") > kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    finished = run(load_recipe(str(recipe)), out)
+    assert without_seconds(finished) == without_seconds(whole)
+    for name in ("original.safetensors", "model.safetensors", "plan.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def step(round: int, phase: str = "train") -> Step:
+    return Step(phase, round, (Entry("train", ("a",), samples=round),), 0.5)
+
+
+def test_a_journal_survives_a_line_cut_short_and_a_line_never_written(tmp_path):
+    journal = Journal(tmp_path, header={"a": 1})
+    for number in range(3):
+        journal.finish(step(number), {"w": torch.tensor([float(number)])})
+    lines = (tmp_path / "rounds.jsonl").read_text()
+    for text in (lines[:-7], "".join(lines.splitlines(keepends=True)[:-1])):
+        (tmp_path / "rounds.jsonl").write_text(text)
+        again = Journal(tmp_path, header={"a": 1})
+        assert again.steps("train") == [step(0), step(1), step(2)]
+        assert again.state("train")["w"].tolist() == [2.0]
+        assert (tmp_path / "rounds.jsonl").read_text() == lines
+    assert Cost.of(again.entries("train")).client_samples == 3
+
+
+def test_a_journal_refuses_what_is_not_its_own(tmp_path):
+    (tmp_path / "rounds.jsonl").write_text("something else\n")
+    with pytest.raises(RunError, match=r"rounds.jsonl: expected the rounds of a run, but .*choose another --out"):
+        Journal(tmp_path)
+    (tmp_path / "rounds.jsonl").unlink()
+    journal = Journal(tmp_path)
+    journal.finish(step(0), {"w": torch.zeros(1)})
+    (tmp_path / "state" / "train.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"train.safetensors: expected the state of the phase train"):
+        journal.state("train")
+
+
+def checkpoint_of(net, path, **change):
+    options = {
+        "plan": PruningPlan(),
+        "labels": (0, 1, 2),
+        "classes": ("a", "b", "c"),
+        "mean": (0.3,),
+        "std": (0.2,),
+        "architecture": {"name": "mine", "shortcut": "A"},
+    }
+    save_checkpoint(path, net, **(options | change))
+    return read_weights(path)
+
+
+def test_a_checkpoint_holds_weights_plan_label_map_and_normalisation(trained, tmp_path):
+    model, engine = trained
+    result = unlearn(model, engine, criterion=contrast, **UNLEARN)
+    weights = checkpoint_of(result.model, tmp_path / "m.safetensors", plan=result.plan, labels=result.labels)
+    assert weights.labels == (0, 1, 3)
+    assert (weights.mean, weights.std, weights.shortcut) == ((0.3,), (0.2,), "A")
+    again = load_weights(make_net(classes=4, seed=7), weights)
+    example = torch.randn(3, 1, 8, 8)
+    assert logits(again, example).equal(logits(result.model, example))
+
+
+def test_weights_from_elsewhere_are_read(net, tmp_path):
+    state = net.state_dict()
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}, "epoch": 3}, tmp_path / "w.pt")
+    torch.save(state, tmp_path / "w.th")
+    no_counters = {name: t.numpy() for name, t in state.items() if "num_batches" not in name}
+    meta = np.frombuffer(b'{"normalise": {"mean": [0.1], "std": [0.2]}, "shortcut": "B"}', np.uint8)
+    np.savez(tmp_path / "w.npz", meta=meta, **no_counters)
+    for name in ("w.pt", "w.th", "w.npz"):
+        weights = read_weights(tmp_path / name)
+        loaded = load_weights(make_net(seed=4), weights)
+        assert logits(loaded, torch.ones(1, 1, 8, 8)).equal(logits(net, torch.ones(1, 1, 8, 8)))
+    assert (weights.mean, weights.std, weights.shortcut) == ((0.1,), (0.2,), "B")
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_weights_that_cannot_be_used_are_refused(net, tmp_path):
+    with pytest.raises(ModelError, match=r"ending in .safetensors, .npz, .pt, .pth, .th, got '.onnx'"):
+        read_weights(tmp_path / "w.onnx")
+    with pytest.raises(ModelError, match="expected a file of weights, found none; check --weights"):
+        read_weights(tmp_path / "w.pt")
+    (tmp_path / "w.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="the weights cannot be read"):
+        read_weights(tmp_path / "w.safetensors")
+    (tmp_path / "w.npz").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"expected an .npz of plain arrays"):
+        read_weights(tmp_path / "w.npz")
+    torch.save({"w": Planted(tmp_path / "planted")}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="the weights cannot be read"):
+        read_weights(tmp_path / "w.pt")
+    assert not (tmp_path / "planted").exists()
+    torch.save([torch.zeros(1)], tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="expected tensors by name, or a dictionary with state_dict"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_weights_whose_names_or_shapes_differ_are_named(net, tmp_path):
+    torch.save(make_net(classes=5).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"8.bias: the model has \(3,\), the file \(5,\): check model.name"):
+        load_weights(net, read_weights(tmp_path / "w.pt"))
+    torch.save({name: t for name, t in net.state_dict().items() if name != "3.bias"}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"3.bias: the model has \(8,\), the file no such tensor"):
+        load_weights(net, read_weights(tmp_path / "w.pt"))
+    torch.save(net.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"extra: the model has no such tensor, the file \(1,\)"):
+        load_weights(net, read_weights(tmp_path / "w.pt"))
+    plan = PruningPlan({"0.weight": (9, 1, 3, 3)}, {"0.weight": {0: (1,)}})
+    with pytest.raises(ModelError, match=r"m.safetensors: the plan is for 0.weight"):
+        load_weights(net, checkpoint_of(net, tmp_path / "m.safetensors", plan=plan))
+
+
+def test_weights_of_another_shortcut_or_colours_are_refused(tmp_path):
+    recipe = str(write_set(tmp_path))
+    net = build_model("small-cnn", classes=4, colours=1)
+    for change, text in (
+        ({"architecture": {"shortcut": "B"}}, "trained with shortcut B, the recipe has A: use --set model.shortcut=B"),
+        ({"mean": (0.1,) * 3, "std": (0.1,) * 3}, "trained on images of 3 colours, the data has 1"),
+    ):
+        checkpoint_of(net, tmp_path / "m.safetensors", **change)
+        weights = f'model.weights="{tmp_path / "m.safetensors"}"'
+        with pytest.raises((RecipeError, ModelError), match=text):
+            run(load_recipe(recipe, [weights]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("alexnet", "model.name must be one of small-cnn, .* got 'alexnet'"),
+        ("no.such:thing", "model.name 'no.such:thing': No module named 'no'; expected package.module:function"),
+        ("json:dumps_", "model.name 'json:dumps_': module 'json' has no attribute 'dumps_'"),
+        ("builtins:dict", "model.name 'builtins:dict': expected a torch.nn.Module, got dict"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(name, text):
+    with pytest.raises(ModelError, match=text):
+        build_model(name, classes=3, colours=1)
+    with pytest.raises(ModelError, match=r"model.shortcut must be A or B, got 'C'"):
+        build_model("resnet20", classes=3, colours=1, shortcut="C")
