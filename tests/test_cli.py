@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fedunlearn.cli import app
+from fedunlearn.data.readers import load_npz
 from fedunlearn.models import build_model
 from test_run import write_set
 
@@ -79,7 +81,8 @@ def test_weights_trained_elsewhere_and_a_path_with_spaces_and_letters_beyond_asc
 
 def test_a_model_of_the_user_s_own_is_built_by_its_path(recipe, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from fedunlearn.models import SmallCNN\n\ndef net(classes, colours):\n    return SmallCNN(classes, colours)\n"
+        "from fedunlearn.data.readers import load_npz
+from fedunlearn.models import SmallCNN\n\ndef net(classes, colours):\n    return SmallCNN(classes, colours)\n"
     )
     done = fedunlearn("train", "--recipe", recipe, "--out", "out", "--set", "model.name=mine:net", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -108,7 +111,7 @@ BAD = [
     (("run", "{recipe}", "--set", "federation.clients=1"), 1, "a federation needs at least two clients, got 1"),
     (("run", "{recipe}", "--set", "federation.clients=999"), 1, "120 images cannot go to 999 clients"),
     (("run", "{recipe}", "--set", "federation.partition=group"), 1, "the group partition needs images with groups"),
-    (("run", "cifar10-resnet21"), 2, "did you mean 'cifar10-resnet20'?"),
+    (("run", "cifar10-resnt20"), 2, "did you mean 'cifar10-resnet20'?"),
     (("run", "cifar10-resnet20"), 2, "the source cifar10 is read from disk: give its place with --data"),
     (("run", "cifar10-resnet20", "--data", "{tmp}"), 1, "expected the folder cifar-10-batches-py"),
     (("run", "{recipe}", "--data", "{tmp}/truncated.npz"), 1, "truncated.npz: expected an .npz of plain arrays"),
@@ -120,24 +123,28 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), BAD)
-def test_bad_input_gets_one_clear_line_and_an_exit_code(recipe, tmp_path, arguments, code, text):
+def test_bad_input_gets_one_clear_line_and_an_exit_code(recipe, tmp_path, capfd, monkeypatch, arguments, code, text):
     whole = (tmp_path / "set.npz").read_bytes()
     (tmp_path / "truncated.npz").write_bytes(whole[: len(whole) // 2])
-    arrays = dict(np.load(tmp_path / "set.npz"))
+    arrays = dict(load_npz(tmp_path / "set.npz"))
     keep = arrays["y_train"] != 2
     np.savez(
         tmp_path / "absent.npz", **(arrays | {"x_train": arrays["x_train"][keep], "y_train": arrays["y_train"][keep]})
     )
     torch.save(build_model("small-cnn", classes=9, colours=1).state_dict(), tmp_path / "other.pt")
     (tmp_path / "unprunable.py").write_text(UNPRUNABLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     arguments = [argument.format(recipe=recipe, tmp=tmp_path) for argument in arguments]
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    done = fedunlearn(*arguments, *out, cwd=tmp_path)
-    assert done.returncode == code
-    assert done.stderr.startswith("fedunlearn: ")
-    assert done.stderr.count("\n") == 1
-    assert text in done.stderr
-    assert done.stdout == ""
+    with pytest.raises(SystemExit) as ended:
+        app([*arguments, *out])
+    shown = capfd.readouterr()
+    assert ended.value.code == code
+    assert shown.err.startswith("fedunlearn: ")
+    assert shown.err.count("\n") == 1
+    assert text in shown.err
+    assert shown.out == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -156,6 +163,7 @@ def test_usage_errors_exit_with_two():
 def test_a_folder_of_another_run_is_left_alone(recipe, tmp_path):
     fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "result.json" in before
     done = fedunlearn("train", "--recipe", recipe, "--out", tmp_path / "out", "--set", "train.lr=0.2")
     assert done.returncode == 1
     assert "holds another run (recipe.train.lr is 0.1 there, 0.2 here)" in done.stderr

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save_file
 from torch import nn
 
-from fedunlearn.files import written
+from fedunlearn.files import write_tensors
 from fedunlearn.journal import Journal, Step
 from fedunlearn.recipe import Recipe
 from fedunlearn.version import __version__
@@ -68,6 +67,4 @@ class RetrainedCache:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps([json.loads(step.to_json()) for step in steps])
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        with written(self.path) as part:
-            save_file(state, part, {"steps": text})
+        write_tensors(self.path, model.state_dict(), {"steps": text})

@@ -10,11 +10,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedunlearn.data.readers import load_npz
 from fedunlearn.errors import DataError, ModelError, PlanError
+from fedunlearn.files import write_tensors
 from fedunlearn.plan import PruningPlan
 from fedunlearn.prune import prune
 
@@ -45,7 +45,7 @@ class Weights:
 
 
 def save_checkpoint(
-    path: Path,
+    path: Path | str,
     model: nn.Module,
     *,
     plan: PruningPlan,
@@ -76,11 +76,10 @@ def save_checkpoint(
         "std": list(std),
         "plan": json.loads(plan.to_json()),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, {"fedunlearn": json.dumps(about, sort_keys=True)})
+    write_tensors(Path(path), model.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path | str) -> Weights:
     """Read weights from ``.safetensors`` (ours or any), ``.npz``, or ``.pt``/``.pth``/``.th`` (``weights_only=True``).
 
     An ``.npz`` may have an entry ``meta``, JSON with ``normalise`` (``mean``, ``std``) and ``shortcut``. A PyTorch
@@ -89,6 +88,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         ModelError: the file is missing, damaged, of another kind, or holds something other than tensors.
     """
+    path = Path(path)
     readers = {".safetensors": _safetensors, ".npz": _npz, ".pt": _torch, ".pth": _torch, ".th": _torch}
     reader = readers.get(path.suffix)
     if reader is None:

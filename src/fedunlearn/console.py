@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,14 +37,15 @@ class RunProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> RunProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def observe(self, phase: str, done: int, planned: int) -> None:
         """Show that ``done`` of ``planned`` steps of ``phase`` are finished."""
+        self._progress.start()  # not before there is something to show: an error then stands alone
         if phase not in self._tasks:
             name, _, number = phase.partition("-")
             text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
@@ -66,9 +68,11 @@ def describe(setting: Setting) -> str:
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: one row per model, accuracies in percent."""
-    table = Table(caption="Accuracy in % on test images: U on the forgotten classes, R on the others.")
-    for column in ("model", "U", "U, row kept", "R", "parameters", "client samples", "speed-up"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    caption = "Accuracy in % on test images: U on the forgotten classes, R on the others."
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "speed-up"):
+        table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
     table.add_row("original", *_figures(result["original"], None))
     if "unlearned" in result:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
 
 
 @contextmanager
@@ -19,6 +22,13 @@ def written(path: Path) -> Iterator[Path]:
         os.replace(part, path)  # noqa: PTH105 (the name says that it replaces)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write ``tensors`` as safetensors, whole or not at all."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written(path) as part:
+        part.write_bytes(save(state, dict(metadata)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedunlearn.errors import RunError
 from fedunlearn.federation.ledger import Entry
-from fedunlearn.files import write_text, written
+from fedunlearn.files import write_tensors, write_text
 
 _ROUNDS = "rounds.jsonl"
 _STATE = "state"
@@ -84,7 +85,7 @@ class Journal:
         self.report = observe
         self._steps: list[Step] = []
         if folder is not None:
-            (folder / _STATE).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._open(folder, dict(header or {}))
 
     def steps(self, phase: str) -> list[Step]:
@@ -113,9 +114,9 @@ class Journal:
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         """Record ``step`` with the tensors to go on from."""
         if self._folder is not None:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            with written(self._state_path(step.phase)) as part:
-                save_file(state, part, {"step": step.to_json()})
+            path = self._state_path(step.phase)
+            path.parent.mkdir(exist_ok=True)
+            write_tensors(path, tensors, {"step": step.to_json()})
             self._append(step.to_json())
         self._steps.append(step)
 
@@ -131,9 +132,7 @@ class Journal:
     def close(self) -> None:
         """Delete the states: the run is finished and its models are written."""
         if self._folder is not None:
-            for path in (self._folder / _STATE).iterdir():
-                path.unlink()
-            (self._folder / _STATE).rmdir()
+            shutil.rmtree(self._folder / _STATE, ignore_errors=True)
 
     def _state_path(self, phase: str) -> Path:
         assert self._folder is not None  # only a journal in a folder has states

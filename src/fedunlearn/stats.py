@@ -9,10 +9,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedunlearn.errors import DataError
+from fedunlearn.files import write_tensors
 from fedunlearn.groups import Tap, find_taps
 
 _COUNTS = "counts"
@@ -70,12 +71,12 @@ class ChannelStats:
         sums = {name.removeprefix("sums."): s for name, s in tensors.items() if name != _COUNTS}
         return ChannelStats(sums, tensors[_COUNTS])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the statistics as safetensors."""
-        save_file(self.tensors(), path)
+        write_tensors(Path(path), self.tensors(), {})
 
     @staticmethod
-    def load(path: Path) -> ChannelStats:
+    def load(path: Path | str) -> ChannelStats:
         """Read what ``save`` wrote.
 
         Raises:

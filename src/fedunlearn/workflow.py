@@ -16,7 +16,7 @@ from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.compare import compare
 from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.files import write_text, written
+from fedunlearn.files import write_text
 from fedunlearn.journal import Journal
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
@@ -71,8 +71,7 @@ def run(
     result["original"] = evaluate(original, test, forget=setting.forget)
     if command != "train":
         unlearned = _unlearn(setting, original, journal)
-        with written(out / "stats.safetensors") as path:
-            unlearned.stats.save(path)
+        unlearned.stats.save(out / "stats.safetensors")
         write_text(out / "plan.json", unlearned.plan.to_json() + "\n")
         _save(out / "model.safetensors", unlearned.model, setting, plan.then(unlearned.plan), unlearned.labels)
         result["pruned"] = evaluate(unlearned.pruned, test, forget=setting.forget)
@@ -156,17 +155,16 @@ def _engine(setting: Setting) -> dict[str, Any]:
 
 def _save(path: Path, model: nn.Module, setting: Setting, plan: PruningPlan, labels: Sequence[int]) -> None:
     test = setting.splits.test
-    with written(path) as part:
-        save_checkpoint(
-            part,
-            model,
-            plan=plan,
-            labels=labels,
-            classes=[test.classes[label] for label in labels],
-            mean=test.mean,
-            std=test.std,
-            architecture={"name": setting.recipe.model.name, "shortcut": setting.recipe.model.shortcut},
-        )
+    save_checkpoint(
+        path,
+        model,
+        plan=plan,
+        labels=labels,
+        classes=[test.classes[label] for label in labels],
+        mean=test.mean,
+        std=test.std,
+        architecture={"name": setting.recipe.model.name, "shortcut": setting.recipe.model.shortcut},
+    )
 
 
 def _portable(recipe: Recipe, out: Path) -> dict[str, Any]:

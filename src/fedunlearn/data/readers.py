@@ -53,7 +53,7 @@ _MNIST_PIXELS = ((0.1307,), (0.3081,))
 _TEST_SHARE = 0.2
 
 
-def read_digits(path: Path | None = None, *, official: bool = True, size: int = 0) -> Splits:
+def read_digits(path: Path | str | None = None, *, official: bool = True, size: int = 0) -> Splits:
     """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth of each class for testing."""
     from sklearn.datasets import load_digits  # takes a second: only where it is needed
 
@@ -63,7 +63,7 @@ def read_digits(path: Path | None = None, *, official: bool = True, size: int = 
     return _split(images, labels, tuple(str(name) for name in digits.target_names))
 
 
-def read_cifar10(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+def read_cifar10(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``cifar-10-batches-py`` (the folder itself or the one that holds it)."""
     folder = _folder(path, "cifar-10-batches-py", "data_batch_1")
     files = {name: _read(folder / name, md5 if official else None) for name, md5 in CIFAR10_MD5.items()}
@@ -78,7 +78,7 @@ def read_cifar10(path: Path, *, official: bool = True, size: int = 0) -> Splits:
     )
 
 
-def read_cifar100(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+def read_cifar100(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``cifar-100-python`` with its fine labels (the folder itself or the one that holds it)."""
     folder = _folder(path, "cifar-100-python", "train")
     parts = []
@@ -90,7 +90,7 @@ def read_cifar100(path: Path, *, official: bool = True, size: int = 0) -> Splits
     return Splits(*parts)
 
 
-def read_mnist(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+def read_mnist(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read the four MNIST idx files; ``writers.npz`` beside them (``train``, ``test``) gives the groups."""
     folder = _folder(path, "mnist", "train-images-idx3-ubyte")
     writers = load_npz(folder / "writers.npz") if (folder / "writers.npz").exists() else {}
@@ -103,7 +103,7 @@ def read_mnist(path: Path, *, official: bool = True, size: int = 0) -> Splits:
     return Splits(*parts)
 
 
-def read_folder(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+def read_folder(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*`` with a fifth of each class for testing.
 
     Args:
@@ -111,6 +111,7 @@ def read_folder(path: Path, *, official: bool = True, size: int = 0) -> Splits:
         official: not used here.
         size: height and width to resize to; 0 keeps images as they are, which must then agree.
     """
+    path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: expected a folder with one folder of images per class; check --data")
     if (path / "train").is_dir() and (path / "test").is_dir():
@@ -123,7 +124,7 @@ def read_folder(path: Path, *, official: bool = True, size: int = 0) -> Splits:
     return _split(*_image_folder(path, size))
 
 
-def read_npz(path: Path, *, official: bool = True, size: int = 0) -> Splits:
+def read_npz(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``x_train, y_train, x_test, y_test`` and, if there, ``classes``, ``groups_train``, ``groups_test``.
 
     Images are uint8 of shape ``(images, height, width)`` or ``(images, height, width, colours)``.
@@ -170,7 +171,7 @@ READERS: dict[str, Callable[..., Splits]] = {
 }
 
 
-def load_npz(path: Path) -> Mapping[str, np.ndarray]:
+def load_npz(path: Path | str) -> Mapping[str, np.ndarray]:
     """Return the arrays of an ``.npz``; pickled objects are refused.
 
     Raises:
@@ -185,8 +186,8 @@ def load_npz(path: Path) -> Mapping[str, np.ndarray]:
         ) from error
 
 
-def _folder(path: Path, name: str, member: str) -> Path:
-    for folder in (path, path / name):
+def _folder(path: Path | str, name: str, member: str) -> Path:
+    for folder in (Path(path), Path(path) / name):
         if (folder / member).is_file():
             return folder
     raise DataError(f"{path}: expected the folder {name} with the file {member}; check --data")
