@@ -81,8 +81,7 @@ def test_weights_trained_elsewhere_and_a_path_with_spaces_and_letters_beyond_asc
 
 def test_a_model_of_the_user_s_own_is_built_by_its_path(recipe, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from fedunlearn.data.readers import load_npz
-from fedunlearn.models import SmallCNN\n\ndef net(classes, colours):\n    return SmallCNN(classes, colours)\n"
+        "from fedunlearn.models import SmallCNN\n\ndef net(classes, colours):\n    return SmallCNN(classes, colours)\n"
     )
     done = fedunlearn("train", "--recipe", recipe, "--out", "out", "--set", "model.name=mine:net", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
