@@ -173,7 +173,7 @@ def test_one_step_of_full_batch_fedavg_equals_one_step_on_the_pooled_data():
     training = Training(lr=0.1, batch_size=100, momentum=0.0, weight_decay=0.0)
     engine = make_engine(images)
     federated = copy.deepcopy(net)
-    train_rounds(federated, engine, phase="train", training=training, rounds=1, journal=Journal(), classes=3)
+    train_rounds(federated, engine, training=training, rounds=1)
     train_locally(net, images, training, lr=0.1, draw=torch.Generator())
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(federated.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
@@ -214,7 +214,6 @@ def test_participation_draws_repeat_and_change_by_round(net):
             journal=journal,
             participation=0.3,
             seed=seed,
-            classes=3,
         )
         return [step.entries[0].clients for step in journal.steps("train")]
 
@@ -232,7 +231,6 @@ def test_training_stops_at_the_target_and_counts_the_evaluations(net):
         training=Training(lr=0.1, batch_size=8),
         rounds=30,
         journal=journal,
-        classes=3,
         target=0.9,
     )
     assert len(steps) < 30
@@ -251,7 +249,6 @@ def test_training_learns_what_can_be_seen(images):
         rounds=8,
         journal=Journal(),
         schedule=one_cycle,
-        classes=3,
     )
     correct, counts = count_correct(net, images, 3)
     assert int(correct.sum()) >= 0.95 * int(counts.sum())
@@ -292,18 +289,16 @@ def test_validation_accuracy_is_that_of_the_kept_classes_on_clients_that_have_im
         for batch, labels in batches(kept, 50):
             right += int((logits(net, batch).argmax(1) == labels).sum())
             total += len(labels)
-    found, entry = validation_accuracy(net, engine, phase="x", exclude=(2,), classes=3)
+    found, entry = validation_accuracy(net, engine, phase="x", exclude=(2,))
     assert found == right / total
     assert entry.job == "evaluate"
     with pytest.raises(FederationError, match=r"no client holds validation images.*data.validation"):
-        validation_accuracy(net, make_engine(), phase="x", exclude=(), classes=3)
+        validation_accuracy(net, make_engine(), phase="x", exclude=())
 
 
 def test_nobody_to_train_with_is_an_error(net):
     with pytest.raises(FederationError, match="no client has images of the kept classes"):
-        train_rounds(
-            net, make_engine(), phase="x", training=Training(lr=0.1), rounds=1, journal=Journal(), clients=[], classes=3
-        )
+        train_rounds(net, make_engine(), phase="x", training=Training(lr=0.1), rounds=1, journal=Journal(), clients=[])
 
 
 @pytest.mark.parametrize(

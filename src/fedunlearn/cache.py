@@ -50,10 +50,8 @@ class RetrainedCache:
 
     def restore(self, model: nn.Module, journal: Journal) -> bool:
         """Put a kept model's rounds into ``journal`` unless it has rounds of its own; say whether that was done."""
-        if journal.steps("retrain"):
+        if (journal.steps("retrain") and not journal.adopted("retrain")) or not self.path.exists():
             return journal.adopted("retrain")
-        if not self.path.exists():
-            return False
         with safetensors.safe_open(self.path, "pt") as file:
             steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)

@@ -32,7 +32,9 @@ DataOption = Annotated[str | None, typer.Option("--data", help="Folder or file o
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", help=".safetensors, .npz, .pt or .th; sets model.weights.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command again goes on with it.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; the same command again goes on with it.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -56,7 +58,7 @@ def _version(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
-    out: OutOption,
+    out: OutOption = None,
     data: DataOption = None,
     weights: WeightsOption = None,
     overrides: SetOption = None,
@@ -71,7 +73,7 @@ def run(
 @app.command()
 def train(
     recipe: RecipeOption,
-    out: OutOption,
+    out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
     quiet: QuietOption = False,
@@ -86,7 +88,7 @@ def train(
 def unlearn(
     recipe: RecipeOption,
     weights: Annotated[str, typer.Option("--weights", help="The trained model; sets model.weights.")],
-    out: OutOption,
+    out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
     quiet: QuietOption = False,
@@ -110,7 +112,7 @@ def evaluate(
     """Measure a model, unlearned or not, on the test images."""
     with _told(debug):
         block = workflow.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
-        _show({"original": block}, quiet, as_json, block)
+        _show({"unlearned": block}, quiet, as_json, block)
 
 
 @app.command()
@@ -123,7 +125,7 @@ def recipes() -> None:
 def _do(
     command: str,
     recipe: str,
-    out: Path,
+    out: Path | None,
     data: str | None,
     weights: str | None,
     overrides: list[str] | None,
@@ -133,20 +135,22 @@ def _do(
 ) -> None:
     with _told(debug):
         chosen = load_recipe(recipe, _overrides(data, weights, overrides))
+        stem = Path(recipe).stem
+        folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
         console = Console(stderr=True, quiet=quiet)
         handler = RichHandler(console=console, show_path=False)
         logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
         with nullcontext() if quiet else RunProgress(console) as progress:
             result = workflow.run(
                 chosen,
-                out,
+                folder,
                 command=command,
                 prepared=lambda setting: console.print(describe(setting), highlight=False),
                 observe=_silent if progress is None else progress.observe,
             )
         _show(result, quiet, as_json, result)
         if not quiet:
-            console.print(f"files: {out}", soft_wrap=True, highlight=False)
+            console.print(f"files: {folder}", soft_wrap=True, highlight=False)
 
 
 def _silent(phase: str, done: int, planned: int) -> None:
@@ -155,7 +159,10 @@ def _silent(phase: str, done: int, planned: int) -> None:
 
 def _overrides(data: str | None, weights: str | None, more: list[str] | None) -> list[str]:
     named = [("data.path", data), ("model.weights", weights)]
-    return [*(more or []), *(f"{key}={json.dumps(value)}" for key, value in named if value is not None)]
+    return [
+        *(more or []),
+        *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named if value is not None),
+    ]
 
 
 def _show(result: dict[str, Any], quiet: bool, as_json: bool, value: dict[str, Any]) -> None:

@@ -39,7 +39,6 @@ def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal
         "forget": setting.forget,
         "clients": unlearned.clients,
         "participation": fed.participation,
-        "classes": len(setting.splits.test.classes),
         "journal": journal,
     }
     tuned = copy.deepcopy(original)
@@ -77,7 +76,6 @@ def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal
             setting.engine,
             phase="compare",
             exclude=setting.forget,
-            classes=common["classes"],
         )
         blocks["cost"]["retrain"] = _cost_until(steps, reached)
         blocks["speedup"] = speedup(asdict(unlearned.cost), blocks["cost"]["retrain"])

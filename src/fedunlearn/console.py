@@ -59,10 +59,13 @@ def describe(setting: Setting) -> str:
     holders = (setting.table > 0).sum(0)
     train, test = setting.splits
     names = ", ".join(f"{label} ({train.classes[label]})" for label in setting.forget)
+    per_class = setting.table.sum(0).sort().values
+    held = int(sizes.sum())
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
-        f"{len(sizes)} clients with {sizes[0]}/{sizes[len(sizes) // 2]}/{sizes[-1]} training images "
-        f"(smallest/median/largest); a class is held by {int(holders.min())} to {int(holders.max())} of them"
+        f"{len(sizes)} clients train on {held}, each with one of them, and hold out {len(train) - held} to choose by\n"
+        f"per client {sizes[0]}/{sizes[len(sizes) // 2]}/{sizes[-1]} images (smallest/median/largest); "
+        f"per class {per_class[0]} to {per_class[-1]}, at {int(holders.min())} to {int(holders.max())} clients"
     )
 
 
@@ -74,10 +77,11 @@ def result_table(result: Mapping[str, Any]) -> Table:
     for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
-    table.add_row("original", *_figures(result["original"], None))
+    for name in ("original", "pruned"):
+        if name in result:
+            table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:
-        table.add_row("pruned", *_figures(result["pruned"], None))
-        table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
+        table.add_row("unlearned", *_figures(result["unlearned"], cost.get("unlearn")), _speedup(result), style="bold")
     for block in result.get("controls", {}).values():
         table.add_row("fine-tuning only", *_figures(block, block["cost"]))
     for block in result.get("oracles", {}).values():

@@ -14,7 +14,7 @@ from torch import Tensor
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to, then sync it to disk and put it in place of ``path``."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
         with part.open("rb") as file:

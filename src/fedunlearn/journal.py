@@ -121,8 +121,11 @@ class Journal:
         self._steps.append(step)
 
     def adopt(self, steps: list[Step], tensors: Mapping[str, Tensor]) -> None:
-        """Record steps that were finished elsewhere, with the tensors after the last."""
-        for step in steps:
+        """Record steps of one phase that were finished elsewhere, with the tensors after the last.
+
+        A kill can leave some of them unrecorded; the same call again records the rest.
+        """
+        for step in steps[len(self.steps(steps[0].phase)) :]:
             self.finish(replace(step, adopted=True), tensors)
 
     def adopted(self, phase: str) -> bool:
@@ -139,6 +142,8 @@ class Journal:
         return self._folder / _STATE / f"{phase}.safetensors"
 
     def _open(self, folder: Path, header: dict[str, Any]) -> None:
+        for part in folder.rglob("*.part"):  # what a kill left half written
+            part.unlink()
         path = folder / _ROUNDS
         text = path.read_text("utf-8") if path.exists() else ""
         complete = text[: text.rfind("\n") + 1]  # a kill can cut the last line short; its state brings it back

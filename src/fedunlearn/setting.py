@@ -60,6 +60,12 @@ def prepare(recipe: Recipe) -> Setting:
     forget = forget_classes(recipe.unlearn.forget, len(train.classes))
     model = new_model(recipe, train, seed=recipe.federation.seed)
     if weights is not None:
+        gone = sorted(set(range(len(train.classes))) - set(weights.labels or range(len(train.classes))))
+        if gone:
+            raise ModelError(
+                f"{weights.path} has no output row for the classes {gone}: start from the model before they were "
+                f"forgotten, with unlearn.forget={sorted({*gone, *forget})}"
+            )
         model = load_weights(model, weights)
     example = torch.randn((2, *train.shape), generator=generator(0, "example"))
     head_layer(model, example)

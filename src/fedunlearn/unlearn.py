@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.errors import PlanError
+from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.jobs import Engine, Measure
 from fedunlearn.federation.ledger import Cost
@@ -104,6 +104,11 @@ def unlearn(
     example = torch.randn((2, *engine.shape), generator=generator(seed, "example"))
     head = head_layer(model, example)
     classes = int(model.get_submodule(head).get_parameter("weight").shape[0])
+    if classes != engine.classes:
+        raise ModelError(
+            f"the model has {classes} output rows, the clients' data {engine.classes} classes: "
+            "start from the model that has a row for every class"
+        )
     wanted = forget_classes(forget, classes)
     if not 0 < fraction < 1:
         raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
@@ -139,7 +144,6 @@ def unlearn(
         participation=participation,
         seed=seed,
         plan=plan,
-        classes=classes,
         target=target,
     )
     rows = plan_without_rows(repaired, head, wanted)

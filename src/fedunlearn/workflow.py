@@ -115,7 +115,6 @@ def _original(setting: Setting, journal: Journal) -> tuple[nn.Module, PruningPla
         schedule=one_cycle,
         participation=fed.participation,
         seed=fed.seed,
-        classes=len(setting.splits.train.classes),
     )
     return setting.model, PruningPlan()
 

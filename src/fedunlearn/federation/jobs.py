@@ -142,5 +142,9 @@ class Engine(Protocol):
     def shape(self) -> tuple[int, int, int]:
         """``(colours, height, width)`` of the images."""
 
+    @property
+    def classes(self) -> int:
+        """Number of classes that labels count."""
+
     def run(self, job: Job) -> list[Reply]:
         """Run ``job``; a client that fails gives a reply with ``error``, not an exception."""

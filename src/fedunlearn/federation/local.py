@@ -73,6 +73,11 @@ class LocalEngine:
         """``(colours, height, width)`` of the images."""
         return next(iter(self._data.values())).train.shape
 
+    @property
+    def classes(self) -> int:
+        """Number of classes that labels count."""
+        return len(next(iter(self._data.values())).train.classes)
+
     def run(self, job: Job) -> list[Reply]:
         """Run ``job`` on its clients and return their replies in client-id order.
 

@@ -22,17 +22,16 @@ def train_rounds(
     model: nn.Module,
     engine: Engine,
     *,
-    phase: str,
     training: Training,
     rounds: int,
-    journal: Journal,
+    phase: str = "train",
+    journal: Journal | None = None,
     schedule: Callable[[int, int], float] = constant,
     exclude: tuple[int, ...] = (),
     clients: Sequence[str] | None = None,
     participation: float = 1.0,
     seed: int = 0,
     plan: PruningPlan | None = None,
-    classes: int,
     validate: bool = False,
     target: float | None = None,
 ) -> list[Step]:
@@ -41,23 +40,23 @@ def train_rounds(
     Args:
         model: the global model; where the journal knows finished rounds of ``phase``, training goes on after them.
         engine: who runs the jobs.
-        phase: name of the phase in the journal and in every draw.
         training: local settings; ``training.lr`` times ``schedule(round, rounds)`` is the rate of a round.
         rounds: at most so many.
-        journal: where each round is recorded.
+        phase: name of the phase in the journal and in every draw.
+        journal: where each round is recorded; memory where None.
         schedule: factor of the learning rate.
         exclude: classes whose images are not used.
         clients: those that take part; all where None.
         participation: share of them drawn in each round, at least one.
         seed: owner of the draws.
         plan: how the model's shapes came about.
-        classes: number of classes.
         validate: measure the accuracy on validation images after each round.
         target: stop when that accuracy is reached (implies ``validate``).
 
     Raises:
         FederationError: too few usable replies, or no validation images where they are needed.
     """
+    journal = journal or Journal()
     steps = journal.steps(phase)
     if steps:
         model.load_state_dict(journal.state(phase))
@@ -82,9 +81,7 @@ def train_rounds(
         entries = [entry]
         validation = None
         if validate or target is not None:
-            validation, evaluated = validation_accuracy(
-                model, engine, phase=phase, exclude=exclude, classes=classes, plan=plan
-            )
+            validation, evaluated = validation_accuracy(model, engine, phase=phase, exclude=exclude, plan=plan)
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation))
         journal.finish(steps[-1], model.state_dict())
@@ -98,7 +95,6 @@ def validation_accuracy(
     *,
     phase: str,
     exclude: tuple[int, ...],
-    classes: int,
     plan: PruningPlan | None = None,
 ) -> tuple[float, Entry]:
     """Return the share of right answers on the clients' validation images of the kept classes, and its cost.
@@ -106,9 +102,9 @@ def validation_accuracy(
     Raises:
         FederationError: no client holds validation images.
     """
-    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=classes)
+    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=engine.classes)
     replies, entry = collect(engine, job)
-    kept = torch.ones(classes, dtype=torch.bool)
+    kept = torch.ones(engine.classes, dtype=torch.bool)
     kept[list(exclude)] = False
     correct = sum(int(reply.tensors["correct"][kept].sum()) for reply in replies)
     counts = sum(int(reply.tensors["counts"][kept].sum()) for reply in replies)

@@ -24,7 +24,6 @@ def finetune(
     images: int,
     forget: tuple[int, ...],
     clients: Sequence[str],
-    classes: int,
     journal: Journal,
     participation: float = 1.0,
     seed: int = 0,
@@ -40,7 +39,6 @@ def finetune(
         images: images of the kept classes that the clients of one round hold.
         forget: classes whose images are not used.
         clients: those that hold images of other classes.
-        classes: number of classes.
         journal: where each round is recorded.
         participation: share of the clients drawn in each round.
         seed: owner of all draws.
@@ -58,5 +56,4 @@ def finetune(
         clients=clients,
         participation=participation,
         seed=seed,
-        classes=classes,
     )

@@ -20,7 +20,6 @@ def retrain(
     rounds: int,
     forget: tuple[int, ...],
     clients: Sequence[str],
-    classes: int,
     journal: Journal,
     participation: float = 1.0,
     validate: bool = True,
@@ -35,7 +34,6 @@ def retrain(
         rounds: all are run: one cycle of the learning rate.
         forget: classes whose images are not used.
         clients: those that hold images of other classes.
-        classes: number of classes.
         journal: where each round is recorded.
         participation: share of the clients drawn in each round.
         validate: measure the accuracy on validation images after each round.
@@ -53,6 +51,5 @@ def retrain(
         clients=clients,
         participation=participation,
         seed=seed,
-        classes=classes,
         validate=validate,
     )
