@@ -14,6 +14,7 @@ from torch import nn
 
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.compare import compare
+from fedunlearn.errors import RunError
 from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.files import write_text
@@ -51,6 +52,7 @@ def run(
     Raises:
         FedUnlearnError: something cannot be used; what was finished stays in ``out``.
     """
+    _check_folder(out)
     setting = prepare(recipe)
     prepared(setting)
     data = fingerprint(setting.splits)
@@ -99,6 +101,13 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     model = load_weights(new_model(recipe, test, seed=0), weights)
     forget = forget_classes(recipe.unlearn.forget, len(test.classes))
     return evaluate(model, test, forget=forget, labels=weights.labels)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before any work is done."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
 
 
 def _original(setting: Setting, journal: Journal) -> tuple[nn.Module, PruningPlan]:

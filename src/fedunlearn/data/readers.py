@@ -178,7 +178,7 @@ def load_npz(path: Path | str) -> Mapping[str, np.ndarray]:
         DataError: the file is missing, damaged or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a damaged archive can fail in any way
         raise DataError(
