@@ -28,7 +28,7 @@ PARTITIONS = [
     {"by": "iid", "clients": 7},
     {"by": "dirichlet", "clients": 5, "alpha": 0.3},
     {"by": "bias", "clients": 8, "bias": 0.45},
-    {"by": "bias", "clients": 3, "bias": 1.0},
+    {"by": "bias", "clients": 4, "bias": 1.0},
     {"by": "group"},
     {"by": "group", "clients": 5},
 ]
@@ -99,7 +99,8 @@ def test_hold_out_never_takes_the_last_image():
         ({"by": "iid", "clients": 121}, "120 images cannot go to 121 clients"),
         ({"by": "dirichlet", "clients": 3}, "needs alpha above 0, got None"),
         ({"by": "dirichlet", "clients": 100, "alpha": 1e-3}, "dirichlet with alpha 0.001 left a client empty"),
-        ({"by": "bias", "clients": 3, "bias": 1.5}, r"needs a share in \[0, 1\], got 1.5"),
+        ({"by": "bias", "clients": 6, "bias": 0.5}, "clients in a multiple of the 4 classes.*got 6"),
+        ({"by": "bias", "clients": 4, "bias": 1.5}, r"needs a share in \[0, 1\], got 1.5"),
         ({"by": "group", "clients": 13}, "there are 12 groups, too few for 13 clients"),
     ],
 )

@@ -12,7 +12,7 @@ from conftest import logits, make_images, make_net
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.federation.average import fedavg
 from fedunlearn.federation.client import count_correct, handle
 from fedunlearn.federation.collect import collect, refusal
@@ -292,8 +292,9 @@ def test_validation_accuracy_is_that_of_the_kept_classes_on_clients_that_have_im
     found, entry = validation_accuracy(net, engine, phase="x", exclude=(2,))
     assert found == right / total
     assert entry.job == "evaluate"
+    assert validation_accuracy(net, make_engine(), phase="x", exclude=())[0] is None
     with pytest.raises(FederationError, match=r"no client holds validation images.*data.validation"):
-        validation_accuracy(net, make_engine(), phase="x", exclude=())
+        train_rounds(net, make_engine(), training=Training(lr=0.1), rounds=1, target=0.5)
 
 
 def test_nobody_to_train_with_is_an_error(net):
@@ -343,6 +344,32 @@ def test_reestimation_weighs_clients_by_their_images():
     torch.testing.assert_close(even[1].running_var, skewed[1].running_var, rtol=2e-2, atol=1e-5)
 
 
+def test_reestimation_does_not_depend_on_the_order_of_the_images_and_leaves_dropout_out():
+    net = nn.Sequential(*make_net()[:6], nn.Dropout(0.9), *make_net()[6:]).train()
+    images = make_images(900)
+    by_class = images.take(images.labels.argsort(stable=True))
+    for source in (images, by_class):
+        clients = {"a": source, "b": source}
+        fitted = reestimate(net, LocalEngine(clients), journal=Journal())
+        batch, _ = next(batches(images, 900))
+        with torch.no_grad():
+            copied = copy.deepcopy(net).eval()
+            copied[1].train().momentum = 1.0
+            second = copied[3](torch.relu(copied[1](copied[0](batch))))
+        torch.testing.assert_close(fitted[4].running_mean, second.mean((0, 2, 3)), rtol=0.05, atol=0.01)
+        torch.testing.assert_close(fitted[4].running_var, second.var((0, 2, 3)), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 0}, {"batch_size": 0}, {"local_epochs": 0}, {"momentum": 1}, {"weight_decay": -1}, {"lr": float("nan")}],
+)
+def test_training_settings_out_of_range_are_refused(change):
+    (name,) = change
+    with pytest.raises(RecipeError, match=rf"Training\({name}=...\) is out of range: got"):
+        Training(**({"lr": 0.1} | change))
+
+
 def test_a_model_without_batch_normalisation_is_not_reestimated():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
     journal = Journal()
@@ -361,15 +388,17 @@ def test_flops_match_the_formula():
 
 def test_ledger_entries_count_what_was_asked_and_answered(net):
     job = make_train(net, clients=("a", "b", "c"))
-    used = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", {}, samples=1)]
-    entry = entry_for(job, (1, 8, 8), 3, used, {"c": "late"})
-    assert entry.samples == 21
-    assert entry.flops == 21 * flops_per_image(net, (1, 8, 8))[1]
+    replies = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", {}, samples=1)]
+    replies.append(Reply("c", {}, samples=7, error="late"))
+    entry = entry_for(job, (1, 8, 8), 3, replies, {"c": "late"})
+    assert entry.samples == 28
+    assert entry.clients == ("a", "b")
+    assert entry.flops == 28 * flops_per_image(net, (1, 8, 8))[1]
     assert entry.bytes_up == 20
     assert entry.bytes_down == 3 * (size_in_bytes(net.state_dict()) + len(job.plan.to_json()))
     assert Entry.from_dict(entry.to_dict()) == entry
     total = Cost.of([entry, Entry("evaluate", ("a", "d"), samples=4)])
-    assert (total.rounds, total.client_samples, total.clients, total.client_seconds) == (1, 25, 3, 1.5)
+    assert (total.rounds, total.client_samples, total.clients, total.client_seconds) == (1, 32, 3, 1.5)
 
 
 def test_the_four_jobs_answer_under_the_names_they_promise(net):

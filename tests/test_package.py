@@ -98,3 +98,10 @@ def test_the_constraints_pin_every_dependency_of_the_project():
     }
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     assert {re.match(r"[\w-]+", name)[0].lower() for name in wanted} <= pinned
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_measured_files():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,11 +1,17 @@
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from fedunlearn.data.partition import PARTITIONS
+from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
-from fedunlearn.models import MODELS
+from fedunlearn.groups import HOOKS
+from fedunlearn.models import MODELS, SHORTCUTS
+from fedunlearn.plan import ENDS, SCOPES
 from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
+from fedunlearn.scores import CRITERIA, REFERENCES
 
 EXPECTED = ["digits", "mnist-writers"] + [
     f"{data}-{model}"
@@ -80,3 +86,19 @@ def test_the_recipe_page_lists_every_key():
     for table, field in Recipe.model_fields.items():
         assert set(example[table]) == set(field.annotation.model_fields), table
     Recipe.model_validate(example)
+
+
+def test_choices_are_those_of_the_code_they_choose():
+    choices = {
+        ("data", "source"): READERS,
+        ("federation", "partition"): PARTITIONS,
+        ("model", "shortcut"): SHORTCUTS,
+        ("unlearn", "criterion"): CRITERIA,
+        ("unlearn", "reference"): REFERENCES,
+        ("unlearn", "hook"): HOOKS,
+        ("unlearn", "end"): ENDS,
+        ("unlearn", "scope"): SCOPES,
+    }
+    for (table, key), known in choices.items():
+        field = Recipe.model_fields[table].annotation.model_fields[key]
+        assert get_args(field.annotation) == tuple(known), key

@@ -255,6 +255,7 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     one, two = first["oracles"]["retrained-1"], second["oracles"]["retrained-1"]
     assert (one.pop("cached"), two.pop("cached")) == (False, True)
     assert one == two
+    assert (tmp_path / "two" / "rounds.jsonl").read_text().count('"retrain"') == 0
     assert "client_seconds" not in second["speedup"]
 
 
@@ -310,12 +311,72 @@ def test_a_journal_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "rounds.jsonl").write_text("something else\n")
     with pytest.raises(RunError, match=r"rounds.jsonl: expected the rounds of a run, but .*choose another --out"):
         Journal(tmp_path)
+    (tmp_path / "rounds.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RunError, match=r"rounds.jsonl: expected the rounds of a run"):
+        Journal(tmp_path)
     (tmp_path / "rounds.jsonl").unlink()
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "film.part").write_text("half")
+    with pytest.raises(RunError, match=r"holds files of something else \(notes.json\): choose another --out"):
+        Journal(tmp_path)
+    assert (tmp_path / "film.part").exists()
+
+
+def test_a_damaged_state_is_named(tmp_path):
     journal = Journal(tmp_path)
-    journal.finish(step(0), {"w": torch.zeros(1)})
-    (tmp_path / "state" / "train.safetensors").write_bytes(b"damaged")
-    with pytest.raises(RunError, match=r"train.safetensors: expected the state of the phase train"):
-        journal.state("train")
+    for number in range(3):
+        journal.finish(step(number), {"w": torch.zeros(1)})
+    state = tmp_path / "state" / "train.safetensors"
+    old = state.read_bytes()
+    state.write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"train.safetensors: expected the state of a phase, but"):
+        Journal(tmp_path)
+    state.write_bytes(old)
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rounds.jsonl").write_text("".join(lines[:-2]))
+    with pytest.raises(RunError, match=r"train.safetensors is that of round 2, rounds.jsonl has 1 rounds of train"):
+        Journal(tmp_path)
+
+
+def test_a_journal_in_memory_goes_on_too(trained):
+    _, engine = trained
+    options = {"training": Training(lr=0.1, batch_size=8), "schedule": one_cycle}
+    whole, parts, journal = make_net(classes=4), make_net(classes=4), Journal()
+    train_rounds(whole, engine, rounds=4, **options)
+    for rounds in (2, 4):
+        train_rounds(parts, engine, rounds=rounds, journal=journal, training=options["training"])
+    again = make_net(classes=4, seed=3)
+    train_rounds(again, engine, rounds=4, journal=journal, training=options["training"])
+    assert len(journal.steps("train")) == 4
+    assert all(tensor.equal(parts.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_damaged_kept_model_is_trained_anew(tmp_path):
+    recipe = str(write_set(tmp_path))
+    first = run(load_recipe(recipe), tmp_path / "one")
+    (kept,) = Path(os.environ["FEDUNLEARN_CACHE"]).rglob("*.safetensors")
+    kept.write_bytes(b"damaged")
+    second = run(load_recipe(recipe), tmp_path / "two")
+    assert without_seconds(first) == without_seconds(second)
+
+
+def test_already_pruned_weights_can_be_pruned_again_and_rows_must_be_all_there(tmp_path):
+    recipe = str(write_set(tmp_path))
+    first = run(load_recipe(recipe), tmp_path / "one", command="unlearn")
+    shipped = f'model.weights="{tmp_path / "one" / "model.safetensors"}"'
+    with pytest.raises(
+        ModelError, match=r"has output rows for the classes \[0, 1, 3\], not for all of 0 .. 3.*=\[1, 2\]"
+    ):
+        run(load_recipe(recipe, [shipped, "unlearn.forget=1"]), tmp_path / "two", command="unlearn")
+    original = f'model.weights="{tmp_path / "one" / "original.safetensors"}"'
+    again = run(load_recipe(recipe, [original]), tmp_path / "three", command="unlearn")
+    assert again["unlearned"] == first["unlearned"]
+
+
+def test_a_model_with_other_rows_than_the_data_has_classes_is_refused(trained):
+    _, engine = trained
+    with pytest.raises(ModelError, match="the model has 3 output rows, the clients' data 4 classes"):
+        unlearn(make_net(classes=3), engine, **UNLEARN)
 
 
 def checkpoint_of(net, path, **change):
@@ -417,6 +478,7 @@ def test_weights_of_another_shortcut_or_colours_are_refused(tmp_path):
     [
         ("alexnet", "model.name must be one of small-cnn, .* got 'alexnet'"),
         ("no.such:thing", "model.name 'no.such:thing': No module named 'no'; expected package.module:function"),
+        ("json:loads", "model.name 'json:loads': .*called with classes= and colours="),
         ("json:dumps_", "model.name 'json:dumps_': module 'json' has no attribute 'dumps_'"),
         ("builtins:dict", "model.name 'builtins:dict': expected a torch.nn.Module, got dict"),
     ],

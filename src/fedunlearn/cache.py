@@ -13,7 +13,7 @@ import safetensors
 from torch import nn
 
 from fedunlearn.files import write_tensors
-from fedunlearn.journal import Journal, Step
+from fedunlearn.journal import Step
 from fedunlearn.recipe import Recipe
 from fedunlearn.version import __version__
 
@@ -36,33 +36,35 @@ class RetrainedCache:
     path: Path
 
     @staticmethod
-    def of(recipe: Recipe, forget: Sequence[int], data: str) -> RetrainedCache:
+    def of(recipe: Recipe, forget: Sequence[int], data: str) -> RetrainedCache | None:
         """Return the place for a recipe's data, federation, architecture and training, without ``forget``.
 
         Args:
             recipe: the recipe; how it unlearns does not matter here.
             forget: the classes left out.
-            data: fingerprint of the images.
+            data: fingerprint of the images and of how they are normalised.
+
+        Returns:
+            None for a model of the user's own, whose code a name does not identify.
         """
+        if ":" in recipe.model.name:
+            return None
         parts = [recipe.digest("data", "federation", "train"), recipe.model.name, recipe.model.shortcut]
         key = hashlib.sha256(json.dumps([__version__, *parts, sorted(forget), data]).encode()).hexdigest()
         return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
 
-    def restore(self, model: nn.Module, journal: Journal) -> bool:
-        """Put a kept model's rounds into ``journal`` unless it has rounds of its own; say whether that was done."""
-        if (journal.steps("retrain") and not journal.adopted("retrain")) or not self.path.exists():
-            return journal.adopted("retrain")
-        with safetensors.safe_open(self.path, "pt") as file:
-            steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        model.load_state_dict(state)  # an error here, before the journal is touched, if the file is not what it says
-        journal.adopt(steps, state)
-        return True
+    def restore(self, model: nn.Module) -> list[Step] | None:
+        """Fill ``model`` with the kept weights and return their rounds; None where there is nothing to read."""
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
+            return None
+        return steps
 
     def store(self, model: nn.Module, steps: Sequence[Step]) -> None:
         """Keep ``model`` and the rounds it took."""
-        if self.path.exists():
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps([json.loads(step.to_json()) for step in steps])
         write_tensors(self.path, model.state_dict(), {"steps": text})

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 
 from fedunlearn import workflow
 from fedunlearn.console import RunProgress, describe, result_table
-from fedunlearn.errors import FedUnlearnError, RecipeError
+from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.recipe import SHIPPED, load_recipe
 from fedunlearn.version import __version__
 
@@ -42,7 +42,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; a model named package.module:function may lie in the working directory."""
+    sys.path.insert(0, str(Path.cwd()))
     app(prog_name="fedunlearn")
 
 
@@ -112,7 +113,7 @@ def evaluate(
     """Measure a model, unlearned or not, on the test images."""
     with _told(debug):
         block = workflow.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
-        _show({"unlearned": block}, quiet, as_json, block)
+        _show({"model": block}, quiet, as_json, block)
 
 
 @app.command()
@@ -182,7 +183,7 @@ def _told(debug: bool) -> Iterator[None]:
     except FedUnlearnError as error:
         if debug:
             raise
-        _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
+        _fail(str(error), 2 if isinstance(error, (RecipeError, PlanError)) else 1)
     except OSError as error:
         if debug:
             raise

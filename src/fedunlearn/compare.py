@@ -13,7 +13,6 @@ from torch import nn
 from fedunlearn.cache import RetrainedCache
 from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.groups import head_layer
 from fedunlearn.journal import Journal, Step
 from fedunlearn.methods.finetune import finetune
@@ -24,7 +23,15 @@ from fedunlearn.setting import Setting, new_model
 from fedunlearn.unlearn import Unlearned
 
 
-def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal: Journal, data: str) -> dict[str, Any]:
+def compare(
+    setting: Setting,
+    original: nn.Module,
+    unlearned: Unlearned,
+    journal: Journal,
+    *,
+    data: str,
+    reached: float | None,
+) -> dict[str, Any]:
     """Return the blocks ``controls``, ``oracles``, ``cost`` and ``speedup`` of result.json.
 
     Args:
@@ -33,6 +40,8 @@ def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal
         unlearned: the result to compare with.
         journal: of the run.
         data: fingerprint of the images, for the cache of retrained models.
+        reached: accuracy of the unlearned model on validation images of the kept classes, which retraining has to
+            reach; no speed-up where None.
     """
     fed = setting.recipe.federation
     common: dict[str, Any] = {
@@ -58,8 +67,9 @@ def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal
     seed = fed.seed + 1  # not the original's initial weights
     retrained = new_model(setting.recipe, setting.splits.train, seed=seed)
     cache = RetrainedCache.of(setting.recipe, setting.forget, data)
-    cached = cache.restore(retrained, journal)
-    steps = retrain(
+    kept = None if cache is None or journal.steps("retrain") else cache.restore(retrained)
+    cached = kept is not None
+    steps = kept or retrain(
         retrained,
         setting.engine,
         training=setting.recipe.training(),
@@ -68,16 +78,13 @@ def compare(setting: Setting, original: nn.Module, unlearned: Unlearned, journal
         seed=seed,
         **common,
     )
-    cache.store(retrained, steps)
+    if cache is not None and not cached:
+        cache.store(retrained, steps)
     blocks["oracles"] = {f"retrained-{seed}": _row_removed(setting, retrained) | {"cached": cached}}
-    if setting.recipe.data.validation > 0:  # the speed-up is defined on validation images
-        reached, _ = validation_accuracy(
-            unlearned.repaired,
-            setting.engine,
-            phase="compare",
-            exclude=setting.forget,
-        )
+    if reached is not None:
         blocks["cost"]["retrain"] = _cost_until(steps, reached)
+        # Weights from elsewhere may have been trained on what is validation data here.
+        blocks["cost"]["retrain"]["validation_unseen"] = setting.weights is None
         blocks["speedup"] = speedup(asdict(unlearned.cost), blocks["cost"]["retrain"])
         if cached:  # seconds of another day, perhaps of another machine
             blocks["speedup"].pop("client_seconds", None)

@@ -72,12 +72,14 @@ def describe(setting: Setting) -> str:
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: one row per model, accuracies in percent."""
     caption = "Accuracy in % on test images: U on the forgotten classes, R on the others."
+    if not result.get("cost", {}).get("retrain", {}).get("validation_unseen", True):
+        caption += "\nThe original's weights may have seen the validation images: the speed-up may be too high."
     table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
-    for name in ("original", "pruned"):
+    for name in ("model", "original", "pruned"):
         if name in result:
             table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:

@@ -11,13 +11,14 @@ from torch import nn
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.federation.client import count_correct
 from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.scores import forget_classes
 
 
 def evaluate(
     model: nn.Module,
     images: LabelledImages,
     *,
-    forget: Sequence[int],
+    forget: int | Sequence[int],
     labels: Sequence[int] | None = None,
     row_kept: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def evaluate(
     Args:
         model: the CNN.
         images: test images.
-        forget: forgotten classes: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on all others.
+        forget: forgotten class or classes: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
         labels: the class of each output row; row ``r`` is class ``r`` where None. A class without a row is never
             named, so its accuracy is 0.
         row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``;
@@ -34,7 +35,8 @@ def evaluate(
     """
     correct, counts = count_correct(model, images, len(images.classes), labels=labels)
     gone = torch.zeros(len(counts), dtype=torch.bool)
-    gone[list(forget)] = True
+    wanted = forget_classes(forget, len(images.classes))
+    gone[list(wanted)] = True
     accuracy: dict[str, Any] = {
         "forget": _share(correct[gone], counts[gone]),
         "retain": _share(correct[~gone], counts[~gone]),
@@ -42,7 +44,7 @@ def evaluate(
     }
     accuracy["forget_row_kept"] = accuracy["forget"]
     if row_kept is not None:
-        only = images.take(torch.isin(images.labels, torch.tensor(list(forget))).nonzero().flatten())
+        only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
         right, all_ = count_correct(row_kept, only, len(images.classes))
         accuracy["forget_row_kept"] = _share(right, all_)
     forward, _ = flops_per_image(model, images.shape)

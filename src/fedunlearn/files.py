@@ -10,11 +10,13 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+PART = ".part"  # ends the name of a file that is being written
+
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to, then sync it to disk and put it in place of ``path``."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
         yield part
         with part.open("rb") as file:

@@ -210,13 +210,14 @@ def find_taps(model: nn.Module, layers: Sequence[str], example: Tensor, *, hook:
 
 def _trace(model: nn.Module, example: Tensor) -> list[Group]:
     names = {module: name for name, module in model.named_modules()}
+    called = _outputs(model, example, (nn.Conv2d,))[0]
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     groups: list[Group] = []
     seen: set[str] = set()
     for module, name in names.items():
-        if not isinstance(module, nn.Conv2d) or name in seen:
+        if name not in called or name in seen:
             continue
-        width = module.out_channels
+        width = int(module.get_parameter("weight").shape[0])
         items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
         members = {}
         for dependency, positions in items:
@@ -294,7 +295,7 @@ def _sliced_equals_masked(model: nn.Module, groups: Sequence[Group], example: Te
     try:
         slice_tensors(sliced, combine(parts))
         found, expected = _forward(sliced, example), _forward(masked, example)
-    except (RuntimeError, IndexError):  # the sliced shapes do not fit together
+    except (ModelError, IndexError):  # the sliced shapes do not fit together
         return False
     scale = expected.abs().max().clamp_min(1.0)
     return found.shape == expected.shape and bool((found - expected).abs().max() <= _TRIAL_TOLERANCE * scale)
@@ -305,6 +306,10 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             output: Tensor = model.eval()(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; choose another model or size"
+        ) from error
     finally:
         model.train(training)
     return output

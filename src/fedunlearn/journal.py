@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedunlearn.errors import RunError
 from fedunlearn.federation.ledger import Entry
-from fedunlearn.files import write_tensors, write_text
+from fedunlearn.files import PART, write_tensors, write_text
 
 _ROUNDS = "rounds.jsonl"
 _STATE = "state"
@@ -31,14 +30,12 @@ class Step:
         round: number within the phase, from 0.
         entries: the jobs it took.
         validation: accuracy on the clients' validation images of the kept classes, where it was measured.
-        adopted: it was finished in another run and taken from the cache.
     """
 
     phase: str
     round: int
     entries: tuple[Entry, ...]
     validation: float | None = None
-    adopted: bool = False
 
     def to_json(self) -> str:
         """Return the step as one line of JSON."""
@@ -46,7 +43,6 @@ class Step:
             "phase": self.phase,
             "round": self.round,
             "validation": self.validation,
-            "adopted": self.adopted,
             "entries": [entry.to_dict() for entry in self.entries],
         }
         return json.dumps(value, sort_keys=True)
@@ -55,7 +51,7 @@ class Step:
     def from_dict(value: Mapping[str, Any]) -> Step:
         """Return the step whose JSON was parsed to ``value``."""
         entries = tuple(Entry.from_dict(entry) for entry in value["entries"])
-        return Step(value["phase"], value["round"], entries, value["validation"], value["adopted"])
+        return Step(value["phase"], value["round"], entries, value["validation"])
 
 
 class Journal:
@@ -71,7 +67,7 @@ class Journal:
         observe: called with phase, steps done and steps planned when a phase starts and after each step.
 
     Raises:
-        RunError: the folder holds another run, or its files cannot be read.
+        RunError: the folder holds another run or something else, or its files cannot be read.
     """
 
     def __init__(
@@ -84,9 +80,10 @@ class Journal:
         self._folder = folder
         self.report = observe
         self._steps: list[Step] = []
+        self._states: dict[str, dict[str, Tensor]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open(folder, dict(header or {}))
+            self._open(folder, json.loads(json.dumps(header or {})))
 
     def steps(self, phase: str) -> list[Step]:
         """Return the finished steps of ``phase`` in order."""
@@ -97,86 +94,76 @@ class Journal:
         return [entry for step in self._steps if step.phase.startswith(phases) for entry in step.entries]
 
     def state(self, phase: str) -> dict[str, Tensor]:
-        """Return the tensors after the last finished step of ``phase``.
-
-        Raises:
-            RunError: the file is missing or damaged.
-        """
-        path = self._state_path(phase)
-        try:
-            return load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise RunError(
-                f"{path}: expected the state of the phase {phase} as safetensors, but {error}: "
-                "delete the folder and run again"
-            ) from error
+        """Return the tensors after the last finished step of ``phase``."""
+        return dict(self._states[phase])
 
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         """Record ``step`` with the tensors to go on from."""
+        self._states[step.phase] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
-            path = self._state_path(step.phase)
-            path.parent.mkdir(exist_ok=True)
-            write_tensors(path, tensors, {"step": step.to_json()})
-            self._append(step.to_json())
+            state = self._folder / _STATE / f"{step.phase}.safetensors"
+            state.parent.mkdir(exist_ok=True)
+            write_tensors(state, tensors, {"step": step.to_json()})
+            _append(self._folder / _ROUNDS, step.to_json())
         self._steps.append(step)
-
-    def adopt(self, steps: list[Step], tensors: Mapping[str, Tensor]) -> None:
-        """Record steps of one phase that were finished elsewhere, with the tensors after the last.
-
-        A kill can leave some of them unrecorded; the same call again records the rest.
-        """
-        for step in steps[len(self.steps(steps[0].phase)) :]:
-            self.finish(replace(step, adopted=True), tensors)
-
-    def adopted(self, phase: str) -> bool:
-        """Say whether the steps of ``phase`` were finished elsewhere."""
-        return any(step.adopted for step in self.steps(phase))
 
     def close(self) -> None:
         """Delete the states: the run is finished and its models are written."""
         if self._folder is not None:
             shutil.rmtree(self._folder / _STATE, ignore_errors=True)
 
-    def _state_path(self, phase: str) -> Path:
-        assert self._folder is not None  # only a journal in a folder has states
-        return self._folder / _STATE / f"{phase}.safetensors"
-
-    def _open(self, folder: Path, header: dict[str, Any]) -> None:
-        for part in folder.rglob("*.part"):  # what a kill left half written
-            part.unlink()
+    def _open(self, folder: Path, header: Any) -> None:
         path = folder / _ROUNDS
-        text = path.read_text("utf-8") if path.exists() else ""
-        complete = text[: text.rfind("\n") + 1]  # a kill can cut the last line short; its state brings it back
+        data = path.read_bytes() if path.exists() else b""
+        complete = data[: data.rfind(b"\n") + 1]  # a kill can cut the last line short; its state brings it back
         if not complete:
+            foreign = sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
+            if foreign or (folder / _STATE).exists():
+                raise RunError(f"{folder} holds files of something else ({', '.join(foreign)}): choose another --out")
             write_text(path, json.dumps(header, sort_keys=True) + "\n")
             return
-        if complete != text:
-            write_text(path, complete)
-        first, *lines = complete.splitlines()
         try:
-            found = json.loads(first)
-            self._steps = [Step.from_dict(json.loads(line)) for line in lines]
+            found, *values = [json.loads(line) for line in complete.splitlines()]
+            self._steps = [Step.from_dict(value) for value in values]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: expected the rounds of a run, but {error}: choose another --out") from error
-        if found != json.loads(json.dumps(header)):
+        if found != header:
             raise RunError(
                 f"{folder} holds another run ({_difference(found, header)}): choose another --out, or delete it"
             )
-        recorded = {(step.phase, step.round) for step in self._steps}
-        for state in sorted((folder / _STATE).glob("*.safetensors")):
-            with safetensors.safe_open(state, "pt") as file:
-                line = (file.metadata() or {}).get("step", "")
-            step = Step.from_dict(json.loads(line))
-            if (step.phase, step.round) not in recorded:
-                self._append(line)
-                self._steps.append(step)
+        if complete != data:
+            write_text(path, complete.decode())
+        for state in sorted((folder / _STATE).glob("*")):
+            if state.suffix == PART:  # what a kill left half written
+                state.unlink()
+            else:
+                self._go_on_from(state, path)
 
-    def _append(self, line: str) -> None:
-        assert self._folder is not None  # only a journal in a folder has a file
-        with (self._folder / _ROUNDS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _go_on_from(self, state: Path, path: Path) -> None:
+        """Read the state of a phase, and record its step where a kill came before the line was written."""
+        try:
+            with safetensors.safe_open(state, "pt") as file:
+                line = file.metadata()["step"]
+                step = Step.from_dict(json.loads(line))
+                self._states[step.phase] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{state}: expected the state of a phase, but {error}: delete {path.parent}") from error
+        recorded = len(self.steps(step.phase))
+        if step.round == recorded:
+            _append(path, line)
+            self._steps.append(step)
+        elif step.round != recorded - 1:
+            raise RunError(
+                f"{state} is that of round {step.round}, {path.name} has {recorded} rounds of {step.phase}: "
+                f"delete {path.parent}"
+            )
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:

@@ -56,9 +56,12 @@ def _build_by_path(path: str, classes: int, colours: int) -> nn.Module:
     module, _, function = path.partition(":")
     try:
         build: Callable[..., object] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"model.name {path!r}: {error}; expected package.module:function on Python's path") from error
-    model = build(classes=classes, colours=colours)
+        model = build(classes=classes, colours=colours)
+    except Exception as error:  # the user's own code can fail in any way
+        raise ModelError(
+            f"model.name {path!r}: {error}; expected package.module:function on Python's path, "
+            "called with classes= and colours="
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name {path!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model

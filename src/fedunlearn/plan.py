@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,10 +73,6 @@ class PruningPlan:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"expected a pruning plan as JSON, but {type(error).__name__}: {error}") from error
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the JSON: the spec hash that travels with every message."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the plan was not made for.
 
@@ -146,8 +141,7 @@ def plan_pruning(
         PlanError: an argument is out of range, or scores do not fit the model.
         ModelError: the model cannot be pruned.
     """
-    if not 0 < fraction < 1:
-        raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
+    check_fraction(fraction)
     if end not in ENDS:
         raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {end!r}")
     if scope not in SCOPES:
@@ -167,6 +161,16 @@ def plan_pruning(
     kept = combine(group.kept(model, channels) for group, channels in zip(ranked, chosen) if channels)
     state = model.state_dict()
     return PruningPlan({name: tuple(state[name].shape) for name in kept}, kept, pruned, left_out)
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a fraction of channels that is not strictly between 0 and 1.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not 0 < fraction < 1:
+        raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
 
 
 def plan_without_rows(model: nn.Module, head: str, classes: Sequence[int]) -> PruningPlan:

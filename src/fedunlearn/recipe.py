@@ -89,6 +89,7 @@ class UnlearnTable(_Table):
     forget: tuple[int, ...]
     criterion: Literal["tf_idf", "contrast", "margin", "random"] = "tf_idf"
     reference: Literal["class", "channel"] = "class"
+    smoothing: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     hook: Literal["activation", "convolution"] = "activation"
     end: Literal["highest", "lowest"] = "highest"
     scope: Literal["layer", "global"] = "layer"
@@ -117,10 +118,10 @@ class Recipe(_Table):
         t = self.train
         return Training(t.lr, t.batch_size, t.local_epochs, t.momentum, t.weight_decay, t.augment)
 
-    def repair(self, local_epochs: float | None = None) -> Training:
+    def repair(self) -> Training:
         """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
         t, u = self.train, self.unlearn
-        return Training(u.lr, t.batch_size, local_epochs or u.local_epochs, t.momentum, t.weight_decay, t.augment)
+        return Training(u.lr, t.batch_size, u.local_epochs, t.momentum, t.weight_decay, t.augment)
 
     def digest(self, *tables: str) -> str:
         """Return the SHA-256 of these tables (all where none is named), without paths: what a cache goes by."""

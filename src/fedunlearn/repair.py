@@ -33,8 +33,9 @@ def reestimate(
         mean = sum_b n_b m_b / sum_b n_b
         var  = sum_b n_b (v_b + m_b^2) / sum_b n_b - mean^2
 
-    Clients send the sums, so the result does not depend on who holds which batch, and secure aggregation applies.
-    Each layer normalises by the batch while its successors are measured, as in training.
+    Clients send the sums, so secure aggregation applies. Each layer normalises by the batch while its successors are
+    measured, as in training: the statistics of the first layer do not depend on who holds which image, those of deeper
+    layers do where clients hold few classes each.
 
     Args:
         model: the pruned model.

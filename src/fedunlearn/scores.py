@@ -66,7 +66,7 @@ def tf_idf(
 ) -> ChannelScores:
     """Score channels by term frequency times inverse document frequency (word = channel, document = class).
 
-    With ``K`` classes::
+    With ``K`` classes that somebody holds, those to forget counted as one::
 
         tf[c]  = a[t, c] / sum_j a[t, j]
         idf[c] = log((smoothing + K) / (1 + #{u : a[u, c] >= r}))
@@ -143,13 +143,12 @@ def margin(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
 
 def random_scores(stats: ChannelStats, forget: int | Sequence[int], *, seed: int = 0) -> ChannelScores:
     """Score channels uniformly in (0, 1] without looking at them: the control for every criterion."""
-    forget_classes(forget, len(stats.counts))
-    return ChannelScores(
-        {
-            layer: 1 - torch.rand(sums.shape[1], generator=generator(seed, "random", layer), dtype=torch.float64)
-            for layer, sums in stats.sums.items()
-        }
-    )
+    wanted = _held_classes(stats, forget)
+    scores = {}
+    for layer, sums in stats.sums.items():
+        draw = generator(seed, "random", layer, *wanted)
+        scores[layer] = 1 - torch.rand(sums.shape[1], generator=draw, dtype=torch.float64)
+    return ChannelScores(scores)
 
 
 CRITERIA: dict[str, Callable[..., ChannelScores]] = {
@@ -162,11 +161,8 @@ CRITERIA: dict[str, Callable[..., ChannelScores]] = {
 
 def _by_layer(stats: ChannelStats, forget: int | Sequence[int], score: Callable[[Tensor], Tensor]) -> ChannelScores:
     """Apply ``score`` to the means of each layer, the forgotten classes pooled into row 0, absent classes left out."""
-    wanted = forget_classes(forget, len(stats.counts))
+    wanted = _held_classes(stats, forget)
     target = torch.tensor(wanted)
-    absent = [label for label in wanted if int(stats.counts[label]) == 0]
-    if absent:
-        raise PlanError(f"no client holds an image of class {absent[0]}: there is nothing to score it by")
     other = stats.counts > 0
     other[target] = False
     if not bool(other.any()):
@@ -176,6 +172,15 @@ def _by_layer(stats: ChannelStats, forget: int | Sequence[int], score: Callable[
         pooled = sums[target].sum(0) / stats.counts[target].sum()
         scores[layer] = score(torch.cat([pooled[None], sums[other] / stats.counts[other][:, None]]))
     return ChannelScores(scores)
+
+
+def _held_classes(stats: ChannelStats, forget: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the classes to forget; refuse one without images in ``stats``."""
+    wanted = forget_classes(forget, len(stats.counts))
+    absent = [label for label in wanted if int(stats.counts[label]) == 0]
+    if absent:
+        raise PlanError(f"no client holds an image of class {absent[0]}: there is nothing to score it by")
+    return wanted
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,12 +61,7 @@ def prepare(recipe: Recipe) -> Setting:
     forget = forget_classes(recipe.unlearn.forget, len(train.classes))
     model = new_model(recipe, train, seed=recipe.federation.seed)
     if weights is not None:
-        gone = sorted(set(range(len(train.classes))) - set(weights.labels or range(len(train.classes))))
-        if gone:
-            raise ModelError(
-                f"{weights.path} has no output row for the classes {gone}: start from the model before they were "
-                f"forgotten, with unlearn.forget={sorted({*gone, *forget})}"
-            )
+        _check_rows(weights, len(train.classes), forget)
         model = load_weights(model, weights)
     example = torch.randn((2, *train.shape), generator=generator(0, "example"))
     head_layer(model, example)
@@ -81,6 +77,17 @@ def prepare(recipe: Recipe) -> Setting:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     return Setting(recipe, splits, engine, model, weights, forget, table)
+
+
+def _check_rows(weights: Weights, classes: int, forget: tuple[int, ...]) -> None:
+    """Refuse weights whose output rows are not those of classes ``0 .. classes - 1``, in this order."""
+    if weights.labels is None or weights.labels == tuple(range(classes)):
+        return
+    gone = sorted(set(range(classes)) - set(weights.labels))
+    raise ModelError(
+        f"{weights.path} has output rows for the classes {list(weights.labels)}, not for all of 0 .. {classes - 1}: "
+        f"start from the model before they were forgotten, with unlearn.forget={sorted({*gone, *forget})}"
+    )
 
 
 def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
@@ -108,6 +115,7 @@ def read_data(recipe: Recipe) -> Splits:
     """Return the images that the recipe names.
 
     Raises:
+        RecipeError: the recipe does not say where they are.
         DataError: they cannot be read.
     """
     if recipe.data.source != "digits" and not recipe.data.path:
@@ -128,16 +136,19 @@ def criterion_of(recipe: Recipe) -> Criterion:
     """Return the criterion with the options the recipe gives it."""
     name = recipe.unlearn.criterion
     if name == "tf_idf":
-        return partial(CRITERIA[name], reference=recipe.unlearn.reference)
+        return partial(CRITERIA[name], reference=recipe.unlearn.reference, smoothing=recipe.unlearn.smoothing)
     if name == "random":
         return partial(CRITERIA[name], seed=recipe.federation.seed)
     return CRITERIA[name]
 
 
 def fingerprint(splits: Splits) -> str:
-    """Return the SHA-256 of all images and labels."""
+    """Return the SHA-256 of all images, labels and groups, and of the names and the normalisation that go with them."""
     digest = hashlib.sha256()
     for images in splits:
-        digest.update(images.images.numpy().tobytes())
-        digest.update(images.labels.numpy().tobytes())
+        about = [list(images.images.shape), images.classes, images.mean, images.std, images.groups is not None]
+        digest.update(json.dumps(about).encode())
+        for tensor in (images.images, images.labels, images.groups):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

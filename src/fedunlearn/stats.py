@@ -26,7 +26,7 @@ class ChannelStats:
     Attributes:
         sums: layer to float64, shape ``(classes, channels)``: over the images of the class, the sum of the
             channel's mean positive activation.
-        counts: int64, shape ``(classes,)``: images of each class.
+        counts: int64, shape ``(classes,)``: images of each class (clients that hold it, after ``one_vote_per_class``).
     """
 
     sums: Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, RecipeError
 
 _WARM_UP = 0.2
 
@@ -27,6 +27,9 @@ class Training:
         momentum: kept within a round, not across rounds.
         weight_decay: L2 coefficient.
         augment: names of augmentations, in order.
+
+    Raises:
+        RecipeError: a value is out of range.
     """
 
     lr: float
@@ -35,6 +38,17 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, valid in {
+            "lr": self.lr > 0,
+            "batch_size": self.batch_size >= 1,
+            "local_epochs": self.local_epochs > 0,
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": self.weight_decay >= 0,
+        }.items():
+            if not valid:
+                raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)}")
 
 
 def one_cycle(round: int, rounds: int) -> float:

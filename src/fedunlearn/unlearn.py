@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.errors import ModelError
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.jobs import Engine, Measure
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.groups import find_taps, head_layer, prunable_layers
 from fedunlearn.journal import Journal, Step
-from fedunlearn.plan import PruningPlan, plan_pruning, plan_without_rows
+from fedunlearn.plan import PruningPlan, check_fraction, plan_pruning, plan_without_rows
 from fedunlearn.prune import prune
 from fedunlearn.repair import reestimate
 from fedunlearn.scores import ChannelScores, Criterion, forget_classes, tf_idf
@@ -37,7 +38,7 @@ class Unlearned:
         repaired: after repair, the output rows of the forgotten classes still in place.
         model: the unlearned model: smaller, without those rows.
         labels: the class of each output row of ``model``.
-        clients: ids of the clients that hold images of the kept classes.
+        clients: ids of the clients that take part in the repair: all but those left with nothing.
         cost: what it cost the clients, statistics and evaluations included.
     """
 
@@ -72,6 +73,7 @@ def unlearn(
     target: float | None = None,
     participation: float = 1.0,
     seed: int = 0,
+    plan: PruningPlan | None = None,
     journal: Journal | None = None,
 ) -> Unlearned:
     """Make ``model`` forget classes; the model itself is left as it was.
@@ -94,6 +96,7 @@ def unlearn(
         target: stop the repair at this accuracy on the clients' validation images of the kept classes.
         participation: share of the clients drawn in each round of repair.
         seed: owner of all draws.
+        plan: how the shapes of ``model`` follow from its architecture, where channels were removed before.
         journal: where steps are recorded, to go on after a kill; memory where None.
 
     Raises:
@@ -110,24 +113,24 @@ def unlearn(
             "start from the model that has a row for every class"
         )
     wanted = forget_classes(forget, classes)
-    if not 0 < fraction < 1:
-        raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
+    check_fraction(fraction)
     prunable_layers(model, example)
 
-    pruned, plan = model, PruningPlan()
+    pruned, plan = model, plan or PruningPlan()
     for index, target_classes in enumerate([wanted] if jointly else [(label,) for label in wanted]):
         taps = find_taps(pruned, prunable_layers(pruned, example), example, hook=hook)
         job = Measure(
             phase=f"measure-{index}", model=pruned, plan=plan, taps=taps, classes=classes, sample=sample, seed=seed
         )
-        stats, table = measure(job, engine, journal, mean_of_clients=mean_of_clients)
+        stats, held = measure(job, engine, journal, mean_of_clients=mean_of_clients)
         scores = criterion(stats, target_classes)
         step = plan_pruning(pruned, scores, fraction=fraction, example=example, end=end, scope=scope)
         pruned, plan = prune(pruned, step), plan.then(step)
 
     labels = tuple(label for label in range(classes) if label not in wanted)
-    clients = tuple(name for name, counts in table.items() if int(counts[list(labels)].sum()) > 0)
-    repaired = prune(pruned, PruningPlan())
+    # A client that did not answer may hold images of the kept classes: it is asked again.
+    clients = tuple(name for name in engine.clients if name not in held or int(held[name][list(labels)].sum()) > 0)
+    repaired = copy.deepcopy(pruned)
     if batch_norm:
         repaired = reestimate(
             pruned, engine, journal=journal, exclude=wanted, clients=clients, sample=sample, seed=seed, plan=plan
@@ -155,7 +158,7 @@ def unlearn(
 def measure(
     job: Measure, engine: Engine, journal: Journal, *, mean_of_clients: bool = False
 ) -> tuple[ChannelStats, dict[str, Tensor]]:
-    """Return the clients' statistics, merged in client-id order, and each client's images per class.
+    """Return the clients' statistics, merged in client-id order, and what each client holds per class.
 
     Raises:
         FederationError: too few clients gave usable replies.
@@ -163,15 +166,18 @@ def measure(
     steps = journal.steps(job.phase)
     if steps:
         saved = journal.state(job.phase)
-        table = saved.pop("table")
-        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, table))
+        held = saved.pop("held")
+        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, held))
     journal.report(job.phase, 0, 1)
     replies, entry = collect(engine, job)
-    parts = [ChannelStats.from_tensors(reply.tensors) for reply in replies]
-    table = torch.stack([part.counts for part in parts])
+    held = torch.stack([reply.tensors["held"] for reply in replies])
+    parts = [
+        ChannelStats.from_tensors({name: tensor for name, tensor in reply.tensors.items() if name != "held"})
+        for reply in replies
+    ]
     merged = parts[0].one_vote_per_class() if mean_of_clients else parts[0]
     for part in parts[1:]:
         merged = merged.merge(part.one_vote_per_class() if mean_of_clients else part)
-    journal.finish(Step(job.phase, 0, (entry,)), {**merged.tensors(), "table": table})
+    journal.finish(Step(job.phase, 0, (entry,)), {**merged.tensors(), "held": held})
     journal.report(job.phase, 1, 1)
-    return merged, dict(zip((reply.client for reply in replies), table))
+    return merged, dict(zip((reply.client for reply in replies), held))

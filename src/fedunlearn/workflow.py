@@ -16,7 +16,7 @@ from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.compare import compare
 from fedunlearn.errors import RunError
 from fedunlearn.evaluate import evaluate
-from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.federation.rounds import train_rounds, validation_accuracy
 from fedunlearn.files import write_text
 from fedunlearn.journal import Journal
 from fedunlearn.plan import PruningPlan
@@ -65,24 +65,24 @@ def run(
         finished: dict[str, Any] = json.loads((out / _RESULT).read_text("utf-8"))
         return finished
 
-    result = {"schema": SCHEMA, "version": __version__, "recipe": portable, "forget": list(setting.forget)}
-    result |= {"classes": list(setting.splits.test.classes), "engine": _engine(setting)}
-    test = setting.splits.test
     original, plan = _original(setting, journal)
-    _save(out / "original.safetensors", original, setting, plan, range(len(test.classes)))
-    result["original"] = evaluate(original, test, forget=setting.forget)
+    _save(out / "original.safetensors", original, setting, plan, range(len(setting.splits.test.classes)))
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": __version__,
+        "recipe": portable,
+        "forget": list(setting.forget),
+        "classes": list(setting.splits.test.classes),
+        "engine": _engine(setting),
+        "original": evaluate(original, setting.splits.test, forget=setting.forget),
+    }
     if command != "train":
-        unlearned = _unlearn(setting, original, journal)
-        unlearned.stats.save(out / "stats.safetensors")
-        write_text(out / "plan.json", unlearned.plan.to_json() + "\n")
-        _save(out / "model.safetensors", unlearned.model, setting, plan.then(unlearned.plan), unlearned.labels)
-        result["pruned"] = evaluate(unlearned.pruned, test, forget=setting.forget)
-        result["unlearned"] = evaluate(
-            unlearned.model, test, forget=setting.forget, labels=unlearned.labels, row_kept=unlearned.repaired
-        )
-        result["cost"] = {"unlearn": asdict(unlearned.cost)}
+        unlearned = _unlearn(setting, original, plan, journal)
+        _save_unlearned(out, setting, unlearned)
+        result |= _unlearned_blocks(setting, unlearned)
         if command == "run":
-            blocks = compare(setting, original, unlearned, journal, data)
+            reached = result["unlearned"]["validation"]["retain"]
+            blocks = compare(setting, original, unlearned, journal, data=data, reached=reached)
             result["cost"] |= blocks.pop("cost")
             result |= blocks
     write_text(out / _RESULT, json.dumps(result, indent=2) + "\n")
@@ -128,7 +128,7 @@ def _original(setting: Setting, journal: Journal) -> tuple[nn.Module, PruningPla
     return setting.model, PruningPlan()
 
 
-def _unlearn(setting: Setting, original: nn.Module, journal: Journal) -> Unlearned:
+def _unlearn(setting: Setting, original: nn.Module, plan: PruningPlan, journal: Journal) -> Unlearned:
     u = setting.recipe.unlearn
     return unlearn(
         original,
@@ -148,8 +148,31 @@ def _unlearn(setting: Setting, original: nn.Module, journal: Journal) -> Unlearn
         target=u.target,
         participation=setting.recipe.federation.participation,
         seed=setting.recipe.federation.seed,
+        plan=plan,
         journal=journal,
     )
+
+
+def _unlearned_blocks(setting: Setting, unlearned: Unlearned) -> dict[str, Any]:
+    test, forget = setting.splits.test, setting.forget
+    shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
+        "validation": _validation(setting, unlearned)
+    }
+    return {
+        "pruned": evaluate(unlearned.pruned, test, forget=forget),
+        "unlearned": shipped,
+        "cost": {"unlearn": asdict(unlearned.cost)},
+    }
+
+
+def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
+    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
+    engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
+    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.plan)
+    r, _ = validation_accuracy(
+        unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
+    )
+    return {"forget_row_kept": u, "retain": r}
 
 
 def _engine(setting: Setting) -> dict[str, Any]:
@@ -159,6 +182,12 @@ def _engine(setting: Setting) -> dict[str, Any]:
         "images": int(setting.table.sum()),
         "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
     }
+
+
+def _save_unlearned(out: Path, setting: Setting, unlearned: Unlearned) -> None:
+    unlearned.stats.save(out / "stats.safetensors")
+    write_text(out / "plan.json", unlearned.plan.to_json() + "\n")
+    _save(out / "model.safetensors", unlearned.model, setting, unlearned.plan, unlearned.labels)
 
 
 def _save(path: Path, model: nn.Module, setting: Setting, plan: PruningPlan, labels: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ def partition(
         by: ``"iid"``: equal random parts. ``"dirichlet"``: each class is shared out in proportions
             drawn from Dirichlet(``alpha``). ``"bias"``: a share ``bias`` of a client's images comes
             from its preferred class (client ``k`` prefers class ``k mod classes``), the rest evenly
-            from the others; ``1 / classes`` is IID. ``"group"``: one client per value of
+            from the others, where classes are of one size; ``1 / classes`` is IID. ``"group"``: one client per value of
             ``images.groups``; with fewer ``clients``, group ``i`` goes to client ``i mod clients``.
         clients: how many; only ``"group"`` can do without.
         alpha: concentration of ``"dirichlet"``, above 0: small is skewed.
@@ -138,13 +138,15 @@ def _by_bias(images: LabelledImages, clients: int, bias: float | None, draw: tor
     classes = len(images.classes)
     if bias is None or not 0 <= bias <= 1:
         raise DataError(f"the bias partition needs a share in [0, 1], got {bias}")
+    if clients % classes:
+        raise DataError(
+            f"the bias partition needs clients in a multiple of the {classes} classes, so that each class is preferred "
+            f"by as many, got {clients}"
+        )
     shares = torch.full((classes, clients), (1 - bias) / max(classes - 1, 1), dtype=torch.float64)
     for client in range(clients):
         shares[client % classes, client] = bias
-    totals = shares.sum(1, keepdim=True)
-    # With fewer clients than classes and a bias of 1, a class that nobody prefers is shared evenly.
-    shares = torch.where(totals > 0, shares / totals.clamp_min(1e-300), 1 / clients)
-    return _share_out(images, shares, draw)
+    return _share_out(images, shares / shares.sum(1, keepdim=True), draw)
 
 
 def _share_out(images: LabelledImages, shares: Tensor, draw: torch.Generator) -> Tensor:

@@ -148,6 +148,8 @@ def read_npz(path: Path | str, *, official: bool = True, size: int = 0) -> Split
         x = arrays[f"x_{split}"]
         images = torch.from_numpy(np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)))
         groups = arrays.get(f"groups_{split}")
+        if groups is not None and groups.dtype.kind not in "iu":
+            raise DataError(f"{path}: groups_{split} must be whole numbers, one per image, got {groups.dtype}")
         pixels = pixel_statistics(images) if not parts else (parts[0].mean, parts[0].std)
         parts.append(
             LabelledImages(
@@ -211,14 +213,14 @@ def _cifar(batch: Mapping[bytes, Any], key: bytes, path: Path) -> tuple[Tensor, 
     data, labels = batch.get(b"data"), batch.get(key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise DataError(f"{path}: expected data of uint8 rows of 3,072 values; fetch the file again")
-    if not isinstance(labels, list) or len(labels) != len(data):
+    if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(n, int) for n in labels):
         raise DataError(f"{path}: expected {len(data)} {key.decode()}, one per image; fetch the file again")
     return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64)
 
 
 def _names(path: Path, key: bytes) -> tuple[str, ...]:
     names = load_arrays(_read(path, None), path).get(key)
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not all(isinstance(name, bytes) for name in names):
         raise DataError(f"{path}: expected the list {key.decode()}; fetch the file again")
     return tuple(name.decode() for name in names)
 

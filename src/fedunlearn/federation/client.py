@@ -35,10 +35,11 @@ def _answer(job: Job, model: nn.Module, data: ClientData) -> tuple[Mapping[str, 
         case Measure():
             images = _sampled(job, data, data.train, job.sample)
             stats = measure_channels(model, _in_order(images, model), layers=job.taps, num_classes=job.classes)
-            return stats.tensors(), len(images), len(images)
+            return {**stats.tensors(), "held": data.train.counts()}, len(images), len(images)
         case Reestimate():
             images = _sampled(job, data, _kept(data, job.exclude), job.sample)
-            return batch_norm_sums(model, images), len(images), len(images)
+            draw = generator(job.seed, job.phase, "order", data.client)
+            return batch_norm_sums(model, images, draw), len(images), len(images)
         case Train():
             images = _kept(data, job.exclude)
             draw = generator(job.seed, job.phase, job.round, data.client)
@@ -48,7 +49,7 @@ def _answer(job: Job, model: nn.Module, data: ClientData) -> tuple[Mapping[str, 
             return state, len(images), samples
         case Evaluate():
             images = data.train.take(slice(0, 0)) if data.validation is None else data.validation
-            correct, counts = count_correct(model, images, job.classes)
+            correct, counts = count_correct(model, images, job.classes, labels=job.labels)
             return {"correct": correct, "counts": counts}, len(images), len(images)
     raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
 
@@ -79,9 +80,10 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm1d | nn.BatchNo
     }
 
 
-def batch_norm_sums(model: nn.Module, images: LabelledImages) -> dict[str, Tensor]:
+def batch_norm_sums(model: nn.Module, images: LabelledImages, draw: torch.Generator) -> dict[str, Tensor]:
     """Return the sums that ``Reestimate`` describes; each layer normalises by the batch, as in training.
 
+    Batches are drawn at random: images in the order of their classes would give batches unlike those of training.
     With a momentum of 1 the running statistics after a batch are those of the batch.
     """
     layers = batch_norm_layers(model)
@@ -90,11 +92,12 @@ def batch_norm_sums(model: nn.Module, images: LabelledImages) -> dict[str, Tenso
         for name, layer in layers.items()
         for kind in ("mean", "square")
     }
+    model.eval()
     for layer in layers.values():
         layer.momentum = 1.0
         layer.train()
     with torch.inference_mode():
-        for batch, _ in _in_order(images, model):
+        for batch, _ in batches(images, _BATCH, draw=draw, device=next(model.parameters()).device):
             model(batch)
             for name, layer in layers.items():
                 assert layer.running_mean is not None and layer.running_var is not None  # track_running_stats

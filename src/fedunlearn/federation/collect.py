@@ -35,7 +35,7 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
             f"{job.phase}, round {job.round}: only {len(used)} of {asked} clients gave a usable reply, "
             f"expected at least half ({why}); mend them and run the same command again"
         )
-    return used, entry_for(job, engine.shape, asked, used, refused)
+    return used, entry_for(job, engine.shape, asked, replies, refused)
 
 
 def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -49,11 +49,21 @@ def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> 
     for name, tensor in reply.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} has values that are not finite"
-        if isinstance(job, (Measure, Evaluate)) and bool((tensor < 0).any()):
+        if not _may_be_negative(name, job) and bool((tensor < 0).any()):
             return f"{name} has negative values"
     if reply.images < 1 and not isinstance(job, Evaluate):
         return f"it reports {reply.images} images"
     return None
+
+
+def _may_be_negative(name: str, job: Job) -> bool:
+    match job:
+        case Train():
+            return not name.endswith("running_var")
+        case Reestimate():
+            return name.startswith("mean:")
+        case _:
+            return False
 
 
 def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
@@ -61,7 +71,7 @@ def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
         case Measure():
             widths = {layer: int(job.model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in job.taps}
             shapes: dict[str, tuple[int, ...]] = {f"sums.{layer}": (job.classes, w) for layer, w in widths.items()}
-            return {"counts": (job.classes,), **shapes}
+            return {"counts": (job.classes,), "held": (job.classes,), **shapes}
         case Reestimate():
             layers = batch_norm_layers(job.model).items()
             return {"images": ()} | {

@@ -39,7 +39,8 @@ class Job:
 class Measure(Job):
     """Sum channel activations per class over training images.
 
-    Answer: the tensors of ``ChannelStats``.
+    Answer: the tensors of ``ChannelStats``, and ``held``, int64, shape ``(classes,)``: the client's training images of
+    each class, sampled or not.
 
     Attributes:
         taps: where the channels of each layer are read.
@@ -90,9 +91,14 @@ class Evaluate(Job):
     """Count right answers on validation images.
 
     Answer: ``correct`` and ``counts``, int64, shape ``(classes,)``.
+
+    Attributes:
+        classes: number of classes.
+        labels: the class of each output row; row ``r`` is class ``r`` where None.
     """
 
     classes: int
+    labels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,22 +87,24 @@ class Cost:
 
 
 def entry_for(
-    job: Job, shape: tuple[int, int, int], asked: int, used: Iterable[Reply], refused: Mapping[str, str]
+    job: Job, shape: tuple[int, int, int], asked: int, replies: Sequence[Reply], refused: Mapping[str, str]
 ) -> Entry:
-    """Return the ledger entry of ``job``, sent to ``asked`` clients that see images of ``shape``."""
-    used = list(used)
-    samples = sum(reply.samples for reply in used)
+    """Return the ledger entry of ``job``, sent to ``asked`` clients that see images of ``shape``.
+
+    What refused replies report to have cost is counted too.
+    """
+    samples = sum(reply.samples for reply in replies)
     forward, training = flops_per_image(job.model, shape)
     message = size_in_bytes(job.model.state_dict()) + len(job.plan.to_json())
     return Entry(
         job=type(job).__name__.lower(),
-        clients=tuple(reply.client for reply in used),
+        clients=tuple(reply.client for reply in replies if reply.client not in refused),
         refused=refused,
         samples=samples,
         flops=samples * (training if isinstance(job, Train) else forward),
-        seconds=sum(reply.seconds for reply in used),
+        seconds=sum(reply.seconds for reply in replies),
         bytes_down=asked * message,
-        bytes_up=sum(size_in_bytes(reply.tensors) for reply in used),
+        bytes_up=sum(size_in_bytes(reply.tensors) for reply in replies),
     )
 
 

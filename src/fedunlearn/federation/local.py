@@ -21,7 +21,7 @@ class LocalEngine:
     """Clients inside this process.
 
     Results do not depend on ``workers``: each client's draws have their own generator, and replies are merged in
-    client-id order. (A model with dropout draws from torch's global generator; use one worker to repeat it.)
+    client-id order. A model with dropout draws from torch's global generator and does not repeat.
 
     Args:
         clients: client id to training images.
@@ -62,11 +62,6 @@ class LocalEngine:
     def clients(self) -> tuple[str, ...]:
         """Ids of all clients, sorted."""
         return tuple(self._data)
-
-    @property
-    def validated(self) -> tuple[str, ...]:
-        """Ids of the clients that hold validation images."""
-        return tuple(name for name, data in self._data.items() if data.validation is not None)
 
     @property
     def shape(self) -> tuple[int, int, int]:

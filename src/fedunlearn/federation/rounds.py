@@ -82,6 +82,10 @@ def train_rounds(
         validation = None
         if validate or target is not None:
             validation, evaluated = validation_accuracy(model, engine, phase=phase, exclude=exclude, plan=plan)
+            if validation is None:
+                raise FederationError(
+                    "no client holds validation images of the kept classes: set data.validation above 0"
+                )
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation))
         journal.finish(steps[-1], model.state_dict())
@@ -95,22 +99,21 @@ def validation_accuracy(
     *,
     phase: str,
     exclude: tuple[int, ...],
+    labels: tuple[int, ...] | None = None,
     plan: PruningPlan | None = None,
-) -> tuple[float, Entry]:
-    """Return the share of right answers on the clients' validation images of the kept classes, and its cost.
+) -> tuple[float | None, Entry]:
+    """Return the share of right answers on the clients' validation images, and its cost.
 
-    Raises:
-        FederationError: no client holds validation images.
+    Classes in ``exclude`` do not count; the share is None where no client holds images of others. ``labels`` is the
+    class of each output row; row ``r`` is class ``r`` where it is None.
     """
-    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=engine.classes)
+    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=engine.classes, labels=labels)
     replies, entry = collect(engine, job)
     kept = torch.ones(engine.classes, dtype=torch.bool)
     kept[list(exclude)] = False
     correct = sum(int(reply.tensors["correct"][kept].sum()) for reply in replies)
     counts = sum(int(reply.tensors["counts"][kept].sum()) for reply in replies)
-    if counts == 0:
-        raise FederationError("no client holds validation images of the kept classes: set data.validation above 0")
-    return correct / counts, entry
+    return correct / counts if counts else None, entry
 
 
 def _drawn(able: Sequence[str], participation: float, seed: int, phase: str, round: int) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Measured figures and the tools that make pages of them."""
