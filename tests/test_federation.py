@@ -20,9 +20,9 @@ from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reest
 from fedunlearn.federation.ledger import Cost, Entry, entry_for, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds, validation_accuracy
-from fedunlearn.groups import find_taps
 from fedunlearn.journal import Journal
 from fedunlearn.repair import reestimate
+from fedunlearn.taps import find_taps
 from fedunlearn.training import Training, constant, one_cycle, train_locally
 
 EXAMPLE = torch.randn(2, 1, 8, 8)

@@ -7,11 +7,11 @@ import pytest
 from fedunlearn.data.partition import PARTITIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
-from fedunlearn.groups import HOOKS
 from fedunlearn.models import MODELS, SHORTCUTS
 from fedunlearn.plan import ENDS, SCOPES
 from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.scores import CRITERIA, REFERENCES
+from fedunlearn.taps import HOOKS
 
 EXPECTED = ["digits", "mnist-writers"] + [
     f"{data}-{model}"

@@ -43,49 +43,18 @@ def compare(
         reached: accuracy of the unlearned model on validation images of the kept classes, which retraining has to
             reach; no speed-up where None.
     """
-    fed = setting.recipe.federation
-    common: dict[str, Any] = {
-        "forget": setting.forget,
-        "clients": unlearned.clients,
-        "participation": fed.participation,
-        "journal": journal,
+    retrained, steps, cached = _retrained(setting, unlearned, journal, data)
+    oracle = _row_removed(setting, retrained) | {"cached": cached}
+    blocks: dict[str, Any] = {
+        "controls": {"finetune": _finetuned(setting, original, unlearned, journal)},
+        "oracles": {f"retrained-{_oracle_seed(setting)}": oracle},
+        "cost": {},
     }
-    tuned = copy.deepcopy(original)
-    finetune(
-        tuned,
-        setting.engine,
-        training=setting.recipe.repair(),
-        rounds=max(1, unlearned.cost.rounds),
-        flops=unlearned.cost.client_flops,
-        images=int(_images_kept(setting, unlearned)),
-        seed=fed.seed,
-        **common,
-    )
-    blocks: dict[str, Any] = {"controls": {"finetune": _row_removed(setting, tuned)}, "cost": {}}
-    blocks["controls"]["finetune"]["cost"] = asdict(Cost.of(journal.entries("finetune")))
-
-    seed = fed.seed + 1  # not the original's initial weights
-    retrained = new_model(setting.recipe, setting.splits.train, seed=seed)
-    cache = RetrainedCache.of(setting.recipe, setting.forget, data)
-    kept = None if cache is None or journal.steps("retrain") else cache.restore(retrained)
-    cached = kept is not None
-    steps = kept or retrain(
-        retrained,
-        setting.engine,
-        training=setting.recipe.training(),
-        rounds=setting.recipe.train.rounds,
-        validate=setting.recipe.data.validation > 0,
-        seed=seed,
-        **common,
-    )
-    if cache is not None and not cached:
-        cache.store(retrained, steps)
-    blocks["oracles"] = {f"retrained-{seed}": _row_removed(setting, retrained) | {"cached": cached}}
     if reached is not None:
-        blocks["cost"]["retrain"] = _cost_until(steps, reached)
         # Weights from elsewhere may have been trained on what is validation data here.
-        blocks["cost"]["retrain"]["validation_unseen"] = setting.weights is None
-        blocks["speedup"] = speedup(asdict(unlearned.cost), blocks["cost"]["retrain"])
+        retraining = _cost_until(steps, reached) | {"validation_unseen": setting.weights is None}
+        blocks["cost"]["retrain"] = retraining
+        blocks["speedup"] = speedup(asdict(unlearned.cost), retraining)
         if cached:  # seconds of another day, perhaps of another machine
             blocks["speedup"].pop("client_seconds", None)
     return blocks
@@ -99,6 +68,59 @@ def speedup(unlearned: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[
         unlearned["bytes_up"] + unlearned["bytes_down"],
     )
     return {name: above / below for name, (above, below) in pairs.items() if below}
+
+
+def _finetuned(setting: Setting, original: nn.Module, unlearned: Unlearned, journal: Journal) -> dict[str, Any]:
+    """Return the block of fine-tuning only, with as many operations as unlearning took."""
+    fed = setting.recipe.federation
+    model = copy.deepcopy(original)
+    finetune(
+        model,
+        setting.engine,
+        training=setting.recipe.repair(),
+        rounds=max(1, unlearned.cost.rounds),
+        flops=unlearned.cost.client_flops,
+        images=int(_images_kept(setting, unlearned)),
+        forget=setting.forget,
+        clients=unlearned.clients,
+        participation=fed.participation,
+        seed=fed.seed,
+        journal=journal,
+    )
+    return _row_removed(setting, model) | {"cost": asdict(Cost.of(journal.entries("finetune")))}
+
+
+def _retrained(
+    setting: Setting, unlearned: Unlearned, journal: Journal, data: str
+) -> tuple[nn.Module, list[Step], bool]:
+    """Return the retrained model, its rounds, and whether both were kept from an earlier run."""
+    recipe, seed = setting.recipe, _oracle_seed(setting)
+    model = new_model(recipe, setting.splits.train, seed=seed)
+    cache = RetrainedCache.of(recipe, setting.forget, data)
+    if cache is not None and not journal.steps("retrain"):
+        kept = cache.restore(model)
+        if kept is not None:
+            return model, kept, True
+    steps = retrain(
+        model,
+        setting.engine,
+        training=recipe.training(),
+        rounds=recipe.train.rounds,
+        forget=setting.forget,
+        clients=unlearned.clients,
+        participation=recipe.federation.participation,
+        validate=recipe.data.validation > 0,
+        seed=seed,
+        journal=journal,
+    )
+    if cache is not None:
+        cache.store(model, steps)
+    return model, steps, False
+
+
+def _oracle_seed(setting: Setting) -> int:
+    """Return a seed that is not the original's: the oracle shares neither its initial weights nor its draws."""
+    return setting.recipe.federation.seed + 1
 
 
 def _cost_until(steps: list[Step], accuracy: float) -> dict[str, Any]:

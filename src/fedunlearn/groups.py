@@ -1,4 +1,4 @@
-"""Which layers lose channels together, and where the channels of a layer are read.
+"""Which layers lose channels together.
 
 Torch-Pruning follows the graph of the model (residual additions, flattening, concatenation). It can be wrong without
 a sign, on zero-padded shortcuts for one, so every group is tried out before it is used: the model with channels
@@ -8,7 +8,7 @@ sliced away must give the same logits as the model with those channels masked.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,26 +18,8 @@ from torch import Tensor, nn
 from fedunlearn.errors import ModelError
 from fedunlearn.slicing import Kept, combine, parameter_layers, slice_tensors
 
-HOOKS = ("activation", "convolution")
-_FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _TRIAL_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where the channels of a layer are read.
-
-    Attributes:
-        module: name of the module; empty for the whole model.
-        side: ``"input"`` or ``"output"`` of the module.
-        start: first channel that belongs to the layer.
-        stop: one past the last; ``stop - start`` is a multiple of the layer's channels where maps were flattened.
-    """
-
-    module: str
-    side: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ def check_prunable(model: nn.Module) -> None:
                 f"{name!r} is a grouped convolution (groups={module.groups}), whose channels cannot be removed "
                 "one by one: replace it by a Conv2d with groups=1"
             )
-        if not isinstance(module, _FOLLOWED) and next(module.parameters(recurse=False), None) is not None:
+        if not isinstance(module, FOLLOWED) and next(module.parameters(recurse=False), None) is not None:
             raise ModelError(
                 f"{name or 'the model itself'!r} is a {type(module).__name__} with weights of its own, which pruning "
                 "cannot follow: use Conv2d, Linear and BatchNorm, for example BatchNorm2d in place of LayerNorm"
@@ -113,7 +95,7 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     Raises:
         ModelError: the model's output does not come straight from a ``Linear`` layer.
     """
-    outputs, logits = _outputs(model, example, (nn.Linear,))
+    outputs, logits = outputs_of(model, example, (nn.Linear,))
     for name, output in outputs.items():
         if output is logits:
             return name
@@ -149,7 +131,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
     example = example[:2].to(next(trial.parameters()).device)
     found: list[Group] = []
     left_out: dict[str, str] = {}
-    for group in _trace(trial, example):
+    for group in trace(trial, example):
         if all(member.axis == 0 for member in group.members):
             left_out |= dict.fromkeys(group.layers, "no layer consumes its channels: they are the model's output")
         else:
@@ -166,51 +148,10 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
     return followed, left_out
 
 
-def find_taps(model: nn.Module, layers: Sequence[str], example: Tensor, *, hook: str) -> dict[str, Tap]:
-    """Return where the channels of each layer are read.
-
-    Args:
-        model: the CNN.
-        layers: names of convolutions.
-        example: a batch of normalised images.
-        hook: ``"convolution"``: the output of the convolution itself, before batch normalisation, as in the paper.
-            ``"activation"``: what the network makes of it, namely the input of the first layer called after it
-            that consumes its channels; the model's output where none does.
-
-    Raises:
-        ModelError: a name is no convolution of the model, or the hook is unknown.
-    """
-    if hook not in HOOKS:
-        raise ModelError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {hook!r}")
-    modules = dict(model.named_modules())
-    for name in layers:
-        if not isinstance(modules.get(name), nn.Conv2d):
-            raise ModelError(f"{name!r} is no Conv2d of the model; prunable_layers() names those that can be measured")
-    widths = {name: int(modules[name].weight.shape[0]) for name in layers}
-    if hook == "convolution":
-        return {name: Tap(name, "output", 0, widths[name]) for name in layers}
-    trial = copy.deepcopy(model).eval()
-    example = example[:2].to(next(trial.parameters()).device)
-    order = _call_order(trial, example)
-    group_of = {layer: group for group in _trace(trial, example) for layer in group.layers}
-    taps = {}
-    for name in layers:
-        later = [
-            (order[member.module], member)
-            for member in group_of[name].members
-            if member.axis == 1 and order.get(member.module, -1) > order[name]
-        ]
-        if later:
-            _, member = min(later, key=lambda pair: pair[0])
-            taps[name] = Tap(member.module, "input", min(member.positions), max(member.positions) + 1)
-        else:
-            taps[name] = Tap("", "output", 0, widths[name])
-    return taps
-
-
-def _trace(model: nn.Module, example: Tensor) -> list[Group]:
+def trace(model: nn.Module, example: Tensor) -> list[Group]:
+    """Return every group of the model as Torch-Pruning sees it, whether it can be pruned or not."""
     names = {module: name for name, module in model.named_modules()}
-    called = _outputs(model, example, (nn.Conv2d,))[0]
+    called = outputs_of(model, example, (nn.Conv2d,))[0]
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     groups: list[Group] = []
     seen: set[str] = set()
@@ -222,7 +163,7 @@ def _trace(model: nn.Module, example: Tensor) -> list[Group]:
         members = {}
         for dependency, positions in items:
             target = dependency.target.module
-            if not isinstance(target, _FOLLOWED):
+            if not isinstance(target, FOLLOWED):
                 continue
             axis = 1 if dependency.handler.__name__ == "prune_in_channels" and not _is_norm(target) else 0
             member = Member(names[target], axis, tuple(sorted(int(i) for i in positions)))
@@ -246,11 +187,9 @@ def _is_convolution(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name), nn.Conv2d)
 
 
-def _call_order(model: nn.Module, example: Tensor) -> Mapping[str, int]:
-    return {name: place for place, name in enumerate(_outputs(model, example, _FOLLOWED)[0])}
-
-
-def _outputs(model: nn.Module, example: Tensor, kinds: tuple[type[nn.Module], ...]) -> tuple[dict[str, Tensor], Tensor]:
+def outputs_of(
+    model: nn.Module, example: Tensor, kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, Tensor], Tensor]:
     """Return the output of each module of these kinds, in the order of their first call, and the model's own."""
     outputs: dict[str, Tensor] = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedunlearn.errors import DataError
 from fedunlearn.files import write_tensors
-from fedunlearn.groups import Tap, find_taps
+from fedunlearn.taps import Tap, find_taps
 
 _COUNTS = "counts"
 

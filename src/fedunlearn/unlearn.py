@@ -14,7 +14,7 @@ from fedunlearn.federation.collect import collect
 from fedunlearn.federation.jobs import Engine, Measure
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.groups import find_taps, head_layer, prunable_layers
+from fedunlearn.groups import head_layer, prunable_layers
 from fedunlearn.journal import Journal, Step
 from fedunlearn.plan import PruningPlan, check_fraction, plan_pruning, plan_without_rows
 from fedunlearn.prune import prune
@@ -22,6 +22,7 @@ from fedunlearn.repair import reestimate
 from fedunlearn.scores import ChannelScores, Criterion, forget_classes, tf_idf
 from fedunlearn.seeding import generator
 from fedunlearn.stats import ChannelStats
+from fedunlearn.taps import find_taps
 from fedunlearn.training import Training
 
 

@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.groups import Tap
 from fedunlearn.plan import PruningPlan
+from fedunlearn.taps import Tap
 from fedunlearn.training import Training
 
 
