@@ -26,6 +26,7 @@ clean:
 # torch first and alone: a later requirement must find it there and not fetch another build of it.
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedunlearn needs Python 3.11 or newer; set PYTHON=")'
+	@echo "installing into $(VENV): about 1.2 GB, a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e .

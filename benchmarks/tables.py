@@ -21,7 +21,11 @@ _HEAD = (
 
 
 def filled(page: str) -> str:
-    """Return ``page`` with every table made anew."""
+    """Return ``page`` with every table made anew; a file without a table, or a table without a file, is an error."""
+    tables = {name for _, name, _ in _BLOCK.findall(page)}
+    groups = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
+    if tables != groups:
+        sys.exit(f"{PAGE} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
     return _BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
 
 

@@ -41,7 +41,7 @@ def test_a_run_prints_its_table_and_where_the_files_are(recipe, tmp_path):
     assert done.returncode == 0
     for row in ("original", "pruned", "unlearned", "fine-tuning only", "retrained"):
         assert row in done.stdout
-    assert "3 clients train on 96" in done.stderr
+    assert "3 clients: 96 images to train on, 24 held out" in done.stderr
     assert f"files: {tmp_path / 'out'}" in done.stderr
 
 
@@ -64,6 +64,7 @@ def test_the_single_steps_lead_from_data_to_an_unlearned_model(recipe, tmp_path)
     measured = json.loads(done.stdout)
     assert measured["accuracy"]["retain"] == unlearned["accuracy"]["retain"]
     assert measured["accuracy"]["forget"] == 0
+    assert measured["accuracy"]["forget_row_kept"] is None
     assert measured["parameters"] == unlearned["parameters"]
 
 
@@ -112,6 +113,9 @@ BAD = [
     (("run", "{recipe}", "--set", "federation.clients=1"), 1, "a federation needs at least two clients, got 1"),
     (("run", "{recipe}", "--set", "federation.clients=999"), 1, "120 images cannot go to 999 clients"),
     (("run", "{recipe}", "--set", "federation.partition=group"), 1, "the group partition needs images with groups"),
+    (("run", "{recipe}", "--set", "unlearn.forget=owl"), 2, "no class is named 'owl'; the classes are 0, 1, 2, 3"),
+    (("run", "{tmp}/none.toml"), 2, "none.toml: there is no such recipe file"),
+    (("run", "{recipe}", "--out", "/proc/fedunlearn/out"), 1, "choose another --out"),
     (("run", "cifar10-resnt20"), 2, "did you mean 'cifar10-resnet20'?"),
     (("run", "cifar10-resnet20"), 2, "the source cifar10 is read from disk: give its place with --data"),
     (("run", "cifar10-resnet20", "--data", "{tmp}"), 1, "expected the folder cifar-10-batches-py"),
@@ -215,7 +219,8 @@ def test_a_folder_of_pictures_runs_from_end_to_end(recipe, tmp_path):
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{k}.png")
     done = fedunlearn(
         "run", recipe, "--data", tmp_path / "pictures", "--out", tmp_path / "out", "--set", "data.source=folder",
-        "--set", "data.size=8", "--json",
+        "--set", "data.size=8", "--set", "unlearn.forget=dogs", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["classes"] == ["cats", "dogs", "owls"]
+    assert json.loads(done.stdout)["forget"] == [1]

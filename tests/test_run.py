@@ -15,6 +15,7 @@ import torch
 
 from conftest import logits, make_images, make_net
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import ModelError, PlanError, RecipeError, RunError
 from fedunlearn.federation.ledger import Cost, Entry
@@ -488,3 +489,16 @@ def test_models_that_cannot_be_built_are_refused(name, text):
         build_model(name, classes=3, colours=1)
     with pytest.raises(ModelError, match=r"model.shortcut must be A or B, got 'C'"):
         build_model("resnet20", classes=3, colours=1, shortcut="C")
+
+
+def test_a_model_that_still_names_the_class_is_said_not_to_have_forgotten(tmp_path):
+    recipe = str(write_set(tmp_path))
+    result = run(load_recipe(recipe, ["unlearn.criterion=random", "unlearn.fraction=0.05"]), tmp_path / "out")
+    kept = result["unlearned"]["accuracy"]["forget_row_kept"]
+    assert kept > 0.1
+    assert f"NOT FORGOTTEN: with its row kept, {100 * kept:.0f} % are named" in notes(result)
+    result["unlearned"]["accuracy"]["forget_row_kept"] = 0.05
+    assert "NOT FORGOTTEN" not in notes(result)
+    result["cost"]["retrain"] |= {"reached": False, "validation_unseen": False}
+    assert "> is a lower bound" in notes(result)
+    assert "may have seen the validation images" in notes(result)

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fedunlearn import workflow
-from fedunlearn.console import RunProgress, describe, result_table
+from fedunlearn.console import RunProgress, describe, notes, result_table
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.recipe import SHIPPED, load_recipe
+from fedunlearn.threads import one_torch_thread
 from fedunlearn.version import __version__
 
 app = typer.Typer(
@@ -33,7 +34,8 @@ WeightsOption = Annotated[
     str | None, typer.Option("--weights", help=".safetensors, .npz, .pt or .th; sets model.weights.")
 ]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the run; the same command again goes on with it.")
+    Path | None,
+    typer.Option("--out", help="Folder of the run, runs/RECIPE by default; the same command goes on with it."),
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -141,7 +143,7 @@ def _do(
         console = Console(stderr=True, quiet=quiet)
         handler = RichHandler(console=console, show_path=False)
         logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
-        with nullcontext() if quiet else RunProgress(console) as progress:
+        with one_torch_thread(), nullcontext() if quiet else RunProgress(console) as progress:
             result = workflow.run(
                 chosen,
                 folder,
@@ -170,7 +172,9 @@ def _show(result: dict[str, Any], quiet: bool, as_json: bool, value: dict[str, A
     if as_json:
         typer.echo(json.dumps(value, indent=2))
     elif not quiet:
-        Console().print(result_table(result))
+        console = Console()
+        console.print(result_table(result))
+        console.print(notes(result), highlight=False)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedunlearn.setting import Setting
 
+_FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {
     "train": "training the original",
     "measure": "measuring channels",
@@ -56,50 +57,73 @@ class RunProgress:
 def describe(setting: Setting) -> str:
     """Return what is about to run: images, clients and classes."""
     sizes = setting.table.sum(1).sort().values
+    per_class = setting.table.sum(0).sort().values
     holders = (setting.table > 0).sum(0)
     train, test = setting.splits
     names = ", ".join(f"{label} ({train.classes[label]})" for label in setting.forget)
-    per_class = setting.table.sum(0).sort().values
-    held = int(sizes.sum())
+    used = int(sizes.sum())
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
-        f"{len(sizes)} clients train on {held}, each with one of them, and hold out {len(train) - held} to choose by\n"
-        f"per client {sizes[0]}/{sizes[len(sizes) // 2]}/{sizes[-1]} images (smallest/median/largest); "
-        f"per class {per_class[0]} to {per_class[-1]}, at {int(holders.min())} to {int(holders.max())} clients"
+        f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
+        f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
+        f"{per_class[-1]} per class; a class is at {int(holders.min())} to {int(holders.max())} clients"
     )
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: one row per model, accuracies in percent."""
-    caption = "Accuracy in % on test images: U on the forgotten classes, R on the others."
-    if not result.get("cost", {}).get("retrain", {}).get("validation_unseen", True):
-        caption += "\nThe original's weights may have seen the validation images: the speed-up may be too high."
-    table = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "speed-up"):
+    for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "client\nGFLOP", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
     for name in ("model", "original", "pruned"):
         if name in result:
             table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:
-        table.add_row("unlearned", *_figures(result["unlearned"], cost.get("unlearn")), _speedup(result), style="bold")
+        table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
     for block in result.get("controls", {}).values():
         table.add_row("fine-tuning only", *_figures(block, block["cost"]))
     for block in result.get("oracles", {}).values():
-        table.add_row("retrained" + (" (kept)" if block["cached"] else ""), *_figures(block, cost.get("retrain")))
+        table.add_row("retrained (cache)" if block["cached"] else "retrained", *_figures(block, cost.get("retrain")))
     return table
+
+
+def notes(result: Mapping[str, Any]) -> str:
+    """Return what a reader of the table must know, a line each."""
+    lines = ["Accuracy in % on test images: U on the forgotten classes, R on the others."]
+    if "unlearned" in result:
+        lines.append("Without its output row a class is never named (U = 0): read U with the row kept.")
+    retraining = result.get("cost", {}).get("retrain")
+    if retraining is not None:
+        planned = result["recipe"]["train"]["rounds"]
+        lines.append(
+            f"Retrained: cost until as good as the unlearned model on validation images ({retraining['rounds']} of "
+            f"{planned} rounds). Speed-up: ratio of GFLOP."
+            if retraining["reached"]
+            else f"Retraining did not get as good as the unlearned model in {planned} rounds: > is a lower bound."
+        )
+        if not retraining["validation_unseen"]:
+            lines.append("The original's weights may have seen the validation images: the speed-up may be too high.")
+    elif "unlearned" in result and not result.get("oracles"):
+        lines.append("To compare with retraining: fedunlearn run with the same --weights.")
+    left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
+    if left > _FORGOTTEN:
+        lines.append(
+            f"NOT FORGOTTEN: with the row kept {100 * left:.0f} % are still named. Prune more or repair longer."
+        )
+    return "\n".join(lines)
 
 
 def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[str, ...]:
     accuracy = block["accuracy"]
     shares = (accuracy["forget"], accuracy["forget_row_kept"], accuracy["retain"])
-    samples = "" if cost is None else f"{cost['client_samples']:,}"
-    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", samples)
+    spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e9:,.1f}")
+    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
 
 
 def _percent(share: float | None) -> str:
-    return "none" if share is None else f"{100 * share:.2f}"
+    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def _speedup(result: Mapping[str, Any]) -> str:

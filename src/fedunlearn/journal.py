@@ -82,7 +82,10 @@ class Journal:
         self._steps: list[Step] = []
         self._states: dict[str, dict[str, Tensor]] = {}
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{folder}: cannot be made ({error.strerror}): choose another --out") from error
             self._open(folder, json.loads(json.dumps(header or {})))
 
     def steps(self, phase: str) -> list[Step]:

@@ -86,7 +86,7 @@ class TrainTable(_Table):
 class UnlearnTable(_Table):
     """Forgetting: what, by which ranking, and the repair after it."""
 
-    forget: tuple[int, ...]
+    forget: tuple[int | str, ...]
     criterion: Literal["tf_idf", "contrast", "margin", "random"] = "tf_idf"
     reference: Literal["class", "channel"] = "class"
     smoothing: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -160,6 +160,8 @@ def _read(name: str) -> dict[str, Any]:
             value.setdefault("model", {})["name"] = model
         return value
     path = Path(name)
+    if path.suffix == ".toml" and not path.exists():
+        raise RecipeError(f"{path}: there is no such recipe file")
     if path.suffix != ".toml":
         near = difflib.get_close_matches(name, SHIPPED, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -181,7 +183,7 @@ def _override(value: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = text.strip()  # a bare word is a string
-    if name == "forget" and isinstance(parsed, int):
+    if name == "forget" and isinstance(parsed, int | str):
         parsed = [parsed]
     value.setdefault(table, {})[name] = parsed
 

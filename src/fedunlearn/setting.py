@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def prepare(recipe: Recipe) -> Setting:
     if weights is not None:
         splits = normalised_for(splits, weights, recipe)
     train = splits.train
-    forget = forget_classes(recipe.unlearn.forget, len(train.classes))
+    forget = forget_classes(class_numbers(recipe.unlearn.forget, train.classes), len(train.classes))
     model = new_model(recipe, train, seed=recipe.federation.seed)
     if weights is not None:
         _check_rows(weights, len(train.classes), forget)
@@ -77,6 +78,18 @@ def prepare(recipe: Recipe) -> Setting:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     return Setting(recipe, splits, engine, model, weights, forget, table)
+
+
+def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> list[int]:
+    """Return the number of each class in ``forget``, which may hold names.
+
+    Raises:
+        PlanError: no class has such a name.
+    """
+    unknown = [name for name in forget if isinstance(name, str) and name not in classes]
+    if unknown:
+        raise PlanError(f"no class is named {unknown[0]!r}; the classes are {', '.join(classes)}: check unlearn.forget")
+    return [classes.index(name) if isinstance(name, str) else name for name in forget]
 
 
 def _check_rows(weights: Weights, classes: int, forget: tuple[int, ...]) -> None:

@@ -22,7 +22,16 @@ from fedunlearn.journal import Journal
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
 from fedunlearn.scores import forget_classes
-from fedunlearn.setting import Setting, criterion_of, fingerprint, new_model, normalised_for, prepare, read_data
+from fedunlearn.setting import (
+    Setting,
+    class_numbers,
+    criterion_of,
+    fingerprint,
+    new_model,
+    normalised_for,
+    prepare,
+    read_data,
+)
 from fedunlearn.training import one_cycle
 from fedunlearn.unlearn import Unlearned, unlearn
 from fedunlearn.version import __version__
@@ -99,7 +108,7 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
     model = load_weights(new_model(recipe, test, seed=0), weights)
-    forget = forget_classes(recipe.unlearn.forget, len(test.classes))
+    forget = forget_classes(class_numbers(recipe.unlearn.forget, test.classes), len(test.classes))
     return evaluate(model, test, forget=forget, labels=weights.labels)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +13,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import handle
 from fedunlearn.federation.jobs import ClientData, Job, Reply
+from fedunlearn.threads import cores, one_torch_thread
 
 
 class LocalEngine:
@@ -55,8 +54,7 @@ class LocalEngine:
         held = validation or {}
         self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._workers = workers or (cores if self._device.type == "cpu" else 1)
+        self._workers = workers or (cores() if self._device.type == "cpu" else 1)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -94,20 +92,9 @@ class LocalEngine:
             return handle(job, mine.model, self._data[name])
 
         workers = min(self._workers, len(names)) or 1
-        with _one_torch_thread(), ThreadPoolExecutor(workers) as pool:
+        with one_torch_thread(), ThreadPoolExecutor(workers) as pool:
             try:
                 return list(pool.map(answer, names))
             except BaseException:  # Ctrl-C: do not finish the round first
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let each worker thread use one core; several OpenMP pools on the same cores stall each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
