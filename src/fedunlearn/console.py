@@ -109,9 +109,7 @@ def notes(result: Mapping[str, Any]) -> str:
         lines.append("To compare with retraining: fedunlearn run with the same --weights.")
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
     if left > _FORGOTTEN:
-        lines.append(
-            f"NOT FORGOTTEN: with the row kept {100 * left:.0f} % are still named. Prune more or repair longer."
-        )
+        lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
     return "\n".join(lines)
 
 

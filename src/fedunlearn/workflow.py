@@ -63,13 +63,13 @@ def run(
     """
     _check_folder(out)
     setting = prepare(recipe)
-    prepared(setting)
     data = fingerprint(setting.splits)
     portable = _portable(recipe, out)
     header = {"command": command, "version": __version__, "recipe": portable, "data": data}
     if setting.weights is not None:
         header["weights"] = hashlib.sha256(setting.weights.path.read_bytes()).hexdigest()
     journal = Journal(out, header=header, observe=observe)
+    prepared(setting)
     if (out / _RESULT).exists():
         finished: dict[str, Any] = json.loads((out / _RESULT).read_text("utf-8"))
         return finished
