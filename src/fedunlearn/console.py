@@ -74,7 +74,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: one row per model, accuracies in percent."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("U", "U, row\nkept", "R", "parameters", "client\nsamples", "client\nGFLOP", "speed-up"):
+    for column in ("U", "U, row\nkept", "R", "para-\nmeters", "client\nsamples", "client\nGFLOP", "speed-\nup"):
         table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
     for name in ("model", "original", "pruned"):
