@@ -11,8 +11,49 @@ from torch import nn
 from fedunlearn.federation.client import batch_norm_layers
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.jobs import Engine, Reestimate
+from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.journal import Journal, Step
 from fedunlearn.plan import PruningPlan
+from fedunlearn.training import Training
+
+
+def repair(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    training: Training,
+    rounds: int,
+    batch_norm: bool,
+    journal: Journal,
+    exclude: tuple[int, ...],
+    clients: Sequence[str],
+    sample: int | None = None,
+    participation: float = 1.0,
+    seed: int = 0,
+    plan: PruningPlan | None = None,
+    target: float | None = None,
+) -> nn.Module:
+    """Return a repaired copy of the pruned ``model``, all output rows in place; arguments as for ``unlearn``."""
+    repaired = copy.deepcopy(model)
+    if batch_norm:
+        repaired = reestimate(
+            model, engine, journal=journal, exclude=exclude, clients=clients, sample=sample, seed=seed, plan=plan
+        )
+    train_rounds(
+        repaired,
+        engine,
+        phase="repair",
+        training=training,
+        rounds=rounds,
+        journal=journal,
+        exclude=exclude,
+        clients=clients,
+        participation=participation,
+        seed=seed,
+        plan=plan,
+        target=target,
+    )
+    return repaired
 
 
 def reestimate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,11 @@ from fedunlearn.errors import ModelError
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.jobs import Engine, Measure
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.groups import head_layer, prunable_layers
 from fedunlearn.journal import Journal, Step
 from fedunlearn.plan import PruningPlan, check_fraction, plan_pruning, plan_without_rows
 from fedunlearn.prune import prune
-from fedunlearn.repair import reestimate
+from fedunlearn.repair import repair
 from fedunlearn.scores import ChannelScores, Criterion, forget_classes, tf_idf
 from fedunlearn.seeding import generator
 from fedunlearn.stats import ChannelStats
@@ -106,45 +104,39 @@ def unlearn(
     """
     journal = journal or Journal()
     example = torch.randn((2, *engine.shape), generator=generator(seed, "example"))
-    head = head_layer(model, example)
-    classes = int(model.get_submodule(head).get_parameter("weight").shape[0])
-    if classes != engine.classes:
-        raise ModelError(
-            f"the model has {classes} output rows, the clients' data {engine.classes} classes: "
-            "start from the model that has a row for every class"
-        )
-    wanted = forget_classes(forget, classes)
+    head, wanted = _checked(model, engine, forget, example)
     check_fraction(fraction)
-    prunable_layers(model, example)
 
     pruned, plan = model, plan or PruningPlan()
     for index, target_classes in enumerate([wanted] if jointly else [(label,) for label in wanted]):
         taps = find_taps(pruned, prunable_layers(pruned, example), example, hook=hook)
         job = Measure(
-            phase=f"measure-{index}", model=pruned, plan=plan, taps=taps, classes=classes, sample=sample, seed=seed
+            phase=f"measure-{index}",
+            model=pruned,
+            plan=plan,
+            taps=taps,
+            classes=engine.classes,
+            sample=sample,
+            seed=seed,
         )
         stats, held = measure(job, engine, journal, mean_of_clients=mean_of_clients)
         scores = criterion(stats, target_classes)
         step = plan_pruning(pruned, scores, fraction=fraction, example=example, end=end, scope=scope)
         pruned, plan = prune(pruned, step), plan.then(step)
 
-    labels = tuple(label for label in range(classes) if label not in wanted)
+    labels = tuple(label for label in range(engine.classes) if label not in wanted)
     # A client that did not answer may hold images of the kept classes: it is asked again.
     clients = tuple(name for name in engine.clients if name not in held or int(held[name][list(labels)].sum()) > 0)
-    repaired = copy.deepcopy(pruned)
-    if batch_norm:
-        repaired = reestimate(
-            pruned, engine, journal=journal, exclude=wanted, clients=clients, sample=sample, seed=seed, plan=plan
-        )
-    train_rounds(
-        repaired,
+    repaired = repair(
+        pruned,
         engine,
-        phase="repair",
         training=training,
         rounds=rounds,
+        batch_norm=batch_norm,
         journal=journal,
         exclude=wanted,
         clients=clients,
+        sample=sample,
         participation=participation,
         seed=seed,
         plan=plan,
@@ -154,6 +146,21 @@ def unlearn(
     cost = Cost.of(journal.entries("measure", "reestimate", "repair"))
     final = prune(repaired, rows)
     return Unlearned(wanted, stats, scores, plan.then(rows), pruned, repaired, final, labels, clients, cost)
+
+
+def _checked(
+    model: nn.Module, engine: Engine, forget: int | Sequence[int], example: Tensor
+) -> tuple[str, tuple[int, ...]]:
+    """Return the name of the last layer and the classes to forget; refuse a model or classes that cannot be used."""
+    head = head_layer(model, example)
+    rows = int(model.get_submodule(head).get_parameter("weight").shape[0])
+    if rows != engine.classes:
+        raise ModelError(
+            f"the model has {rows} output rows, the clients' data {engine.classes} classes: "
+            "start from the model that has a row for every class"
+        )
+    prunable_layers(model, example)
+    return head, forget_classes(forget, rows)
 
 
 def measure(
