@@ -36,13 +36,14 @@ class RetrainedCache:
     path: Path
 
     @staticmethod
-    def of(recipe: Recipe, forget: Sequence[int], data: str) -> RetrainedCache | None:
+    def of(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> RetrainedCache | None:
         """Return the place for a recipe's data, federation, architecture and training, without ``forget``.
 
         Args:
             recipe: the recipe; how it unlearns does not matter here.
             forget: the classes left out.
             data: fingerprint of the images and of how they are normalised.
+            seed: of the retrained model.
 
         Returns:
             None for a model of the user's own, whose code a name does not identify.
@@ -50,7 +51,7 @@ class RetrainedCache:
         if ":" in recipe.model.name:
             return None
         parts = [recipe.digest("data", "federation", "train"), recipe.model.name, recipe.model.shortcut]
-        key = hashlib.sha256(json.dumps([__version__, *parts, sorted(forget), data]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([__version__, *parts, sorted(forget), data, seed]).encode()).hexdigest()
         return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
 
     def restore(self, model: nn.Module) -> list[Step] | None:

@@ -19,7 +19,16 @@ _PHASES = {
     "reestimate": "re-estimating batch normalisation",
     "repair": "repairing",
     "finetune": "fine-tuning only, for comparison",
-    "retrain": "retraining, for comparison",
+    "retrain": "retraining",
+    "audit": "auditing, a model a step",
+}
+
+
+_PARTS = {"random": "random channels, for comparison"}
+_CONTROLS = {
+    "head_only": "head only",
+    "random": "random channels",
+    "finetune": "fine-tuning only",
 }
 
 
@@ -48,8 +57,10 @@ class RunProgress:
         """Show that ``done`` of ``planned`` steps of ``phase`` are finished."""
         self._progress.start()  # not before there is something to show: an error then stands alone
         if phase not in self._tasks:
-            name, _, number = phase.partition("-")
+            part, _, own = phase.rpartition(".")
+            name, _, number = own.partition("-")
             text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
+            text += f" ({_PARTS.get(part, part)})" if part else ""
             self._tasks[phase] = self._progress.add_task(text, total=planned)
         self._progress.update(self._tasks[phase], completed=done)
 
@@ -82,10 +93,13 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:
         table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
-    for block in result.get("controls", {}).values():
-        table.add_row("fine-tuning only", *_figures(block, block["cost"]))
-    for block in result.get("oracles", {}).values():
-        table.add_row("retrained (cache)" if block["cached"] else "retrained", *_figures(block, cost.get("retrain")))
+    for name, text in _CONTROLS.items():
+        if name in result.get("controls", {}):
+            block = result["controls"][name]
+            table.add_row(text, *_figures(block, block.get("cost")))
+    for number, (name, block) in enumerate(result.get("oracles", {}).items()):
+        spent = cost.get("retrain") if number == 0 else None
+        table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
     return table
 
 
@@ -107,6 +121,13 @@ def notes(result: Mapping[str, Any]) -> str:
             lines.append("The original's weights may have seen the validation images: the speed-up may be too high.")
     elif "unlearned" in result and not result.get("oracles"):
         lines.append("To compare with retraining: fedunlearn run with the same --weights.")
+    if "verdict" in result:
+        names = ", ".join(
+            f"{name} ({audit['distance']:+.1f} sd)"
+            for name, audit in result["audits"].items()
+            if _decided(result, name)
+        )
+        lines.append(f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}.")
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
     if left > _FORGOTTEN:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
@@ -118,6 +139,10 @@ def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[
     shares = (accuracy["forget"], accuracy["forget_row_kept"], accuracy["retain"])
     spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e9:,.1f}")
     return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
+
+
+def _decided(result: Mapping[str, Any], name: str) -> bool:
+    return name in result["decided_by"] and result["audits"][name]["verdict"] != "inside"
 
 
 def _percent(share: float | None) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class Journal:
         observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
     ) -> None:
         self._folder = folder
+        self._prefix = ""
         self.report = observe
         self._steps: list[Step] = []
         self._states: dict[str, dict[str, Tensor]] = {}
@@ -88,20 +90,30 @@ class Journal:
                 raise RunError(f"{folder}: cannot be made ({error.strerror}): choose another --out") from error
             self._open(folder, json.loads(json.dumps(header or {})))
 
+    def part(self, name: str) -> Journal:
+        """Return the journal of a part of the run, whose phases are recorded here as ``NAME.PHASE``."""
+        part = copy.copy(self)  # steps and states are shared
+        part._prefix = f"{self._prefix}{name}."
+        observe, prefix = self.report, f"{name}."
+        part.report = lambda phase, done, planned: observe(prefix + phase, done, planned)
+        return part
+
     def steps(self, phase: str) -> list[Step]:
         """Return the finished steps of ``phase`` in order."""
-        return [step for step in self._steps if step.phase == phase]
+        return [step for step in self._steps if step.phase == self._prefix + phase]
 
     def entries(self, *phases: str) -> list[Entry]:
         """Return the ledger entries of the steps whose phase starts with one of ``phases``."""
-        return [entry for step in self._steps if step.phase.startswith(phases) for entry in step.entries]
+        wanted = tuple(self._prefix + phase for phase in phases)
+        return [entry for step in self._steps if step.phase.startswith(wanted) for entry in step.entries]
 
     def state(self, phase: str) -> dict[str, Tensor]:
         """Return the tensors after the last finished step of ``phase``."""
-        return dict(self._states[phase])
+        return dict(self._states[self._prefix + phase])
 
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         """Record ``step`` with the tensors to go on from."""
+        step = replace(step, phase=self._prefix + step.phase)
         self._states[step.phase] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
             state = self._folder / _STATE / f"{step.phase}.safetensors"

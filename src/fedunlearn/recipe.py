@@ -104,6 +104,21 @@ class UnlearnTable(_Table):
     target: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
+class AuditTable(_Table):
+    """How forgetting is judged: retrained models to compare with, and images of each class for probes."""
+
+    oracles: Annotated[int, Field(ge=0)] = 3
+    images: Annotated[int, Field(ge=10)] = 500
+
+
+class EvidenceTable(_Table):
+    """What the dossier says: the request it answers, and for how long it holds. Feature maps show test images."""
+
+    request: str = ""
+    valid_days: Annotated[int, Field(ge=1)] = 365
+    feature_maps: bool = True
+
+
 class Recipe(_Table):
     """All of a run."""
 
@@ -112,6 +127,8 @@ class Recipe(_Table):
     model: ModelTable
     train: TrainTable
     unlearn: UnlearnTable
+    audit: AuditTable = AuditTable()
+    evidence: EvidenceTable = EvidenceTable()
 
     def training(self) -> Training:
         """Return the local settings of training from fresh weights."""

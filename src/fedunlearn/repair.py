@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedunlearn.federation.client import batch_norm_layers
 from fedunlearn.federation.collect import collect
@@ -93,11 +93,10 @@ def reestimate(
     """
     phase = "reestimate"
     fitted = copy.deepcopy(model)
-    layers = batch_norm_layers(fitted)
     if journal.steps(phase):
         fitted.load_state_dict(journal.state(phase))
         return fitted
-    if not layers:
+    if not batch_norm_layers(fitted):
         return fitted
     job = Reestimate(
         phase=phase,
@@ -110,13 +109,18 @@ def reestimate(
     )
     journal.report(phase, 0, 1)
     replies, entry = collect(engine, job)
-    total = sum(float(reply.tensors["images"]) for reply in replies)
-    for name, layer in layers.items():
-        mean = torch.stack([reply.tensors[f"mean:{name}"] for reply in replies]).sum(0) / total
-        square = torch.stack([reply.tensors[f"square:{name}"] for reply in replies]).sum(0) / total
-        assert layer.running_mean is not None and layer.running_var is not None  # batch_norm_layers chose it so
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_((square - mean**2).clamp_min(0))
+    fit_batch_norm(fitted, [reply.tensors for reply in replies])
     journal.finish(Step(phase, 0, (entry,)), fitted.state_dict())
     journal.report(phase, 1, 1)
     return fitted
+
+
+def fit_batch_norm(model: nn.Module, sums: Sequence[Mapping[str, Tensor]]) -> None:
+    """Set the batch normalisation statistics of ``model``, in place, from the ``sums`` of one or more clients."""
+    total = sum(float(part["images"]) for part in sums)
+    for name, layer in batch_norm_layers(model).items():
+        mean = torch.stack([part[f"mean:{name}"] for part in sums]).sum(0) / total
+        square = torch.stack([part[f"square:{name}"] for part in sums]).sum(0) / total
+        assert layer.running_mean is not None and layer.running_var is not None  # batch_norm_layers chose it so
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_((square - mean**2).clamp_min(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.checkpoint import Weights, load_weights, read_weights
-from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
 from fedunlearn.errors import ModelError, PlanError, RecipeError
@@ -37,6 +38,8 @@ class Setting:
         weights: what ``model.weights`` names.
         forget: classes to forget.
         table: training images per client and class, int64, shape ``(clients, classes)``.
+        clients: training images of each client.
+        validation: validation images of each client that has some.
     """
 
     recipe: Recipe
@@ -46,6 +49,23 @@ class Setting:
     weights: Weights | None
     forget: tuple[int, ...]
     table: torch.Tensor
+    clients: Mapping[str, LabelledImages]
+    validation: Mapping[str, LabelledImages]
+
+    def holders(self) -> tuple[str, ...]:
+        """Return the clients that hold images of the kept classes."""
+        kept = [label for label in range(len(self.splits.train.classes)) if label not in self.forget]
+        return tuple(name for name, row in zip(self.clients, self.table) if int(row[kept].sum()) > 0)
+
+    def audit_images(self) -> AuditImages:
+        """Return the images to audit with: all clients' training images, and the test images."""
+        return audit_images(
+            joined(self.clients.values()),
+            self.splits.test,
+            forget=self.forget,
+            per_class=self.recipe.audit.images,
+            seed=self.recipe.federation.seed,
+        )
 
 
 def prepare(recipe: Recipe) -> Setting:
@@ -77,7 +97,7 @@ def prepare(recipe: Recipe) -> Setting:
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
-    return Setting(recipe, splits, engine, model, weights, forget, table)
+    return Setting(recipe, splits, engine, model, weights, forget, table, clients, validation)
 
 
 def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> list[int]:

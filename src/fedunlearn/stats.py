@@ -133,7 +133,7 @@ def measure_channels(
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
             for layer, tap in taps.items():
                 z = output if tap.module == "" else maps[layer]
-                means = _channel_means(z, tap, _width(model, layer)).double().cpu()
+                means = channel_means(z, tap, _width(model, layer)).double().cpu()
                 sums.setdefault(layer, torch.zeros(num_classes, means.shape[1], dtype=torch.float64))
                 sums[layer].index_add_(0, labels.cpu(), means)
     finally:
@@ -175,6 +175,6 @@ def _width(model: nn.Module, layer: str) -> int:
     return int(model.get_submodule(layer).get_parameter("weight").shape[0])
 
 
-def _channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
-    """Return the mean positive value per channel, shape ``(images, width)``, of maps flattened or not."""
+def channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
+    """Return the mean positive value per channel, shape ``(images, width)``, of the maps ``z``, flattened or not."""
     return z[:, tap.start : tap.stop].clamp_min(0).reshape(len(z), width, -1).mean(2)

@@ -5,35 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fedunlearn.audits.artefacts import artefacts
+from fedunlearn.audits.audit import CANDIDATE, Findings, audit
+from fedunlearn.audits.subject import Subject, without_rows
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
-from fedunlearn.compare import compare
+from fedunlearn.compare import cost_until, speedup
+from fedunlearn.controls import Control, controls
 from fedunlearn.errors import RunError
 from fedunlearn.evaluate import evaluate
-from fedunlearn.federation.rounds import train_rounds, validation_accuracy
+from fedunlearn.evidence.events import EVENTS, EventLog
+from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.files import write_text
 from fedunlearn.journal import Journal
+from fedunlearn.oracles import Oracle, retrained_models
+from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
 from fedunlearn.scores import forget_classes
 from fedunlearn.setting import (
     Setting,
     class_numbers,
-    criterion_of,
     fingerprint,
     new_model,
     normalised_for,
     prepare,
     read_data,
 )
-from fedunlearn.training import one_cycle
-from fedunlearn.unlearn import Unlearned, unlearn
+from fedunlearn.unlearn import Unlearned
 from fedunlearn.version import __version__
 
 SCHEMA = 1
@@ -53,8 +58,8 @@ def run(
     Args:
         recipe: what to do.
         out: folder of the run; created, or gone on with. A finished run is read back.
-        command: ``"train"``: the original model only; ``"unlearn"``: also forget; ``"run"``: also compare with
-            fine-tuning only and with retraining.
+        command: ``"train"``: the original model only; ``"unlearn"``: also forget; ``"run"``: also audit it,
+            with retrained models and controls.
         prepared: called once data, clients and model are there.
         observe: called with phase, steps done and steps planned.
 
@@ -74,8 +79,11 @@ def run(
         finished: dict[str, Any] = json.loads((out / _RESULT).read_text("utf-8"))
         return finished
 
-    original, plan = _original(setting, journal)
+    events = EventLog(out / EVENTS)
+    events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
+    original, plan = original_model(setting, journal)
     _save(out / "original.safetensors", original, setting, plan, range(len(setting.splits.test.classes)))
+    events.once("original ready", sha256=_hash(out / "original.safetensors"))
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
@@ -83,18 +91,22 @@ def run(
         "forget": list(setting.forget),
         "classes": list(setting.splits.test.classes),
         "engine": _engine(setting),
-        "original": evaluate(original, setting.splits.test, forget=setting.forget),
     }
-    if command != "train":
-        unlearned = _unlearn(setting, original, plan, journal)
+    if command == "train":
+        result["original"] = evaluate(original, setting.splits.test, forget=setting.forget)
+    else:
+        unlearned = unlearned_model(setting, original, plan, journal)
         _save_unlearned(out, setting, unlearned)
-        result |= _unlearned_blocks(setting, unlearned)
+        events.once("unlearned", sha256=_hash(out / "model.safetensors"), plan=_hash(out / "plan.json"))
         if command == "run":
-            reached = result["unlearned"]["validation"]["retain"]
-            blocks = compare(setting, original, unlearned, journal, data=data, reached=reached)
-            result["cost"] |= blocks.pop("cost")
-            result |= blocks
+            compared = _compared(setting, original, plan, unlearned, journal, data)
+            findings = _audited(out, setting, original, unlearned, compared, events, observe)
+            result |= _unlearned_blocks(setting, original, unlearned) | _audit_blocks(setting, compared, findings)
+            result |= _cost_blocks(setting, compared, result)
+        else:
+            result |= _unlearned_blocks(setting, original, unlearned)
     write_text(out / _RESULT, json.dumps(result, indent=2) + "\n")
+    events.once("result written", sha256=_hash(out / _RESULT))
     journal.close()
     return result
 
@@ -119,59 +131,105 @@ def _check_folder(out: Path) -> None:
         raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
 
 
-def _original(setting: Setting, journal: Journal) -> tuple[nn.Module, PruningPlan]:
-    if setting.weights is not None:
-        return setting.model, setting.weights.plan
-    fed = setting.recipe.federation
-    train_rounds(
-        setting.model,
-        setting.engine,
-        phase="train",
-        training=setting.recipe.training(),
-        rounds=setting.recipe.train.rounds,
-        journal=journal,
-        schedule=one_cycle,
-        participation=fed.participation,
-        seed=fed.seed,
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """The models that a run holds its own against, before any of them is measured."""
+
+    oracles: Mapping[str, Oracle]
+    controls: Mapping[str, Control]
+
+
+def _compared(
+    setting: Setting, original: nn.Module, plan: PruningPlan, unlearned: Unlearned, journal: Journal, data: str
+) -> _Compared:
+    oracles = retrained_models(setting, journal, data=data, count=setting.recipe.audit.oracles)
+    return _Compared(oracles, controls(setting, original, plan, unlearned, journal))
+
+
+def _audited(
+    out: Path,
+    setting: Setting,
+    original: nn.Module,
+    unlearned: Unlearned,
+    compared: _Compared,
+    events: EventLog,
+    observe: Callable[[str, int, int], None],
+) -> Findings:
+    """Write the retrained models, fix the thresholds by them, and judge."""
+    (out / "oracles").mkdir(exist_ok=True)
+    test, everything = setting.splits.test, range(len(setting.splits.test.classes))
+    for name, oracle in compared.oracles.items():
+        _save(out / "oracles" / f"{name}.safetensors", oracle.model, setting, PruningPlan(), everything)
+    files = {name: _hash(out / "oracles" / f"{name}.safetensors") for name in compared.oracles}
+    events.once("retrained models ready", sha256=files)
+    left = artefacts(out / "model.safetensors", state=original.state_dict(), forget=setting.forget)
+    findings = audit(
+        Subject(unlearned.model, unlearned.labels, unlearned.repaired),
+        oracles={
+            name: without_rows(oracle.model, setting.forget, classes=len(everything), shape=test.shape)
+            for name, oracle in compared.oracles.items()
+        },
+        controls={name: control.subject for name, control in compared.controls.items()},
+        images=setting.audit_images(),
+        lr=setting.recipe.unlearn.lr,
+        artefacts={CANDIDATE: left},
+        folder=out,
+        fixed=lambda digest: events.once("thresholds fixed", sha256=digest),
+        observe=observe,
     )
-    return setting.model, PruningPlan()
+    events.once("audited", verdict=findings.verdict)
+    return findings
 
 
-def _unlearn(setting: Setting, original: nn.Module, plan: PruningPlan, journal: Journal) -> Unlearned:
-    u = setting.recipe.unlearn
-    return unlearn(
-        original,
-        setting.engine,
-        forget=setting.forget,
-        fraction=u.fraction,
-        training=setting.recipe.repair(),
-        rounds=u.rounds if u.repair == "finetune" else 0,
-        criterion=criterion_of(setting.recipe),
-        hook=u.hook,
-        end=u.end,
-        scope=u.scope,
-        jointly=u.jointly,
-        mean_of_clients=u.mean_of_clients,
-        sample=u.sample or None,
-        batch_norm=u.repair != "none",
-        target=u.target,
-        participation=setting.recipe.federation.participation,
-        seed=setting.recipe.federation.seed,
-        plan=plan,
-        journal=journal,
-    )
-
-
-def _unlearned_blocks(setting: Setting, unlearned: Unlearned) -> dict[str, Any]:
+def _unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
     test, forget = setting.splits.test, setting.forget
     shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
         "validation": _validation(setting, unlearned)
     }
     return {
+        "original": evaluate(original, test, forget=forget),
         "pruned": evaluate(unlearned.pruned, test, forget=forget),
         "unlearned": shipped,
         "cost": {"unlearn": asdict(unlearned.cost)},
     }
+
+
+def _audit_blocks(setting: Setting, compared: _Compared, findings: Findings) -> dict[str, Any]:
+    """Return the blocks ``controls``, ``oracles``, ``audits``, ``verdict`` and ``calibration`` of result.json."""
+    test, forget = setting.splits.test, setting.forget
+    blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
+    for name, control in compared.controls.items():
+        own = control.subject
+        blocks["controls"][name] = evaluate(
+            own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept
+        ) | _judged(findings.judgements[name])
+        if control.cost is not None:
+            blocks["controls"][name]["cost"] = asdict(control.cost)
+    for name, oracle in compared.oracles.items():
+        own = without_rows(oracle.model, forget, classes=len(test.classes), shape=test.shape)
+        blocks["oracles"][name] = evaluate(own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept) | {
+            "cached": oracle.cached
+        }
+    judgement = findings.judgements[CANDIDATE]
+    return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | _judged(judgement)
+
+
+def _judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: judgement[key] for key in ("verdict", "reason", "decided_by")}
+
+
+def _cost_blocks(setting: Setting, compared: _Compared, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
+    reached = result["unlearned"]["validation"]["retain"]
+    if reached is None or not compared.oracles:
+        return {}
+    first = next(iter(compared.oracles.values()))
+    # Weights from elsewhere may have been trained on what is validation data here.
+    retraining = cost_until(first.steps, reached) | {"validation_unseen": setting.weights is None}
+    ratios = speedup(result["cost"]["unlearn"], retraining)
+    if first.cached:  # seconds of another day, perhaps of another machine
+        ratios.pop("client_seconds", None)
+    return {"cost": result["cost"] | {"retrain": retraining}, "speedup": ratios}
 
 
 def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
@@ -197,6 +255,10 @@ def _save_unlearned(out: Path, setting: Setting, unlearned: Unlearned) -> None:
     unlearned.stats.save(out / "stats.safetensors")
     write_text(out / "plan.json", unlearned.plan.to_json() + "\n")
     _save(out / "model.safetensors", unlearned.model, setting, unlearned.plan, unlearned.labels)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _save(path: Path, model: nn.Module, setting: Setting, plan: PruningPlan, labels: Sequence[int]) -> None:

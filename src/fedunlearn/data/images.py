@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +92,21 @@ class LabelledImages:
             return self
         unwanted = torch.isin(self.labels, torch.tensor(sorted(classes)))
         return self.take((~unwanted).nonzero().flatten())
+
+
+def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
+    """Return all images of ``parts``, which agree in shape, classes and normalisation, in order."""
+    first, *rest = parts
+    if not rest:
+        return first
+    everyone = (first, *rest)
+    groups = [own.groups for own in everyone if own.groups is not None]
+    return replace(
+        first,
+        images=torch.cat([own.images for own in everyone]),
+        labels=torch.cat([own.labels for own in everyone]),
+        groups=torch.cat(groups) if len(groups) == len(everyone) else None,
+    )
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

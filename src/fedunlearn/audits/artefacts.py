@@ -1,0 +1,61 @@
+"""Audit: is anything of the class left in the file that is shipped?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+from torch import Tensor
+
+from fedunlearn.errors import ModelError
+
+_METADATA = {"schema", "architecture", "labels", "classes", "mean", "std", "plan"}
+
+
+def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int]) -> list[str]:
+    """Return what a shipped ``.safetensors`` file holds and should not, a line each; empty where it is clean.
+
+    Looked for: tensors that the pruned architecture does not have, such as the state of an optimiser; tensors that
+    pruning made smaller and that are as large as before; the output row, the label or the name of a forgotten class;
+    metadata beyond what is needed to use the model; the bytes of a removed filter of the original.
+
+    Args:
+        path: the file.
+        state: tensors of the original by name.
+        forget: the forgotten classes.
+
+    Raises:
+        ModelError: the file was not written by ``save_checkpoint``, or cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["fedunlearn"])
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: expected a model written by fedunlearn, but {error}") from error
+    kept: Mapping[str, Mapping[str, Sequence[int]]] = about["plan"]["kept"]
+    lines = [f"tensor {name} is not of the architecture" for name in sorted(found.keys() - state.keys())]
+    lines += [f"metadata {key} is not needed to use the model" for key in sorted(about.keys() - _METADATA)]
+    lines += [f"the labels name the forgotten class {label}" for label in forget if label in about["labels"]]
+    for name in sorted(found.keys() & state.keys()):
+        wanted = list(state[name].shape)
+        for axis, positions in kept.get(name, {}).items():
+            wanted[int(axis)] = len(positions)
+        if list(found[name].shape) != wanted:
+            lines.append(f"tensor {name} has shape {list(found[name].shape)}, the plan leaves {wanted}")
+    data = path.read_bytes()
+    for name, axes in sorted(kept.items()):
+        gone = sorted(set(range(len(state[name]))) - set(axes.get("0", range(len(state[name])))))
+        if state[name].ndim == 4:
+            lines += [f"filter {row} of {name} is still in the file" for row in gone if _inside(state[name][row], data)]
+    return lines
+
+
+def _inside(filter: Tensor, data: bytes) -> bool:
+    """Return whether one of the kernels of ``filter`` is in ``data``; kernels of a single weight prove nothing."""
+    kernels = filter.detach().cpu().contiguous().flatten(1)
+    return kernels.shape[1] > 1 and any(
+        kernel.numpy().tobytes() in data for kernel in kernels if bool(kernel.count_nonzero())
+    )

@@ -1,0 +1,113 @@
+"""Audit: can it be told who was in the training set?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+_FALSE_POSITIVES = 0.01
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well a score tells members from others.
+
+    Attributes:
+        auc: probability that a member scores higher than another image; 0.5 is chance.
+        auc_error: its standard error.
+        tpr: share of the members that score above all but 1 % of the others; 0.01 is chance.
+        tpr_interval: its 95 % confidence interval, for the threshold as drawn.
+        members: how many.
+        others: how many.
+    """
+
+    auc: float
+    auc_error: float
+    tpr: float
+    tpr_interval: tuple[float, float]
+    members: int
+    others: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, with the 95 % interval of the AUC."""
+        half = float(stats.norm.ppf((1 + _LEVEL) / 2)) * self.auc_error
+        return asdict(self) | {"auc_interval": [max(0.0, self.auc - half), min(1.0, self.auc + half)]}
+
+
+def signal(logits: Tensor, truth: Tensor, *, labels: Sequence[int]) -> Tensor:
+    """Return the log-probability of each image's class, or of the likeliest class where its own has no row.
+
+    Args:
+        logits: shape ``(images, rows)``.
+        truth: int64, shape ``(images,)``.
+        labels: the class of each row.
+
+    Example:
+        >>> signal(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([1, 5]), labels=[0, 1]).exp()
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    log_probabilities = logits.double().log_softmax(1)
+    value = log_probabilities.max(1).values
+    for row, label in enumerate(labels):
+        own = truth == label
+        value[own] = log_probabilities[own, row]
+    return value
+
+
+def rmia(target: Tensor, references: Tensor) -> Tensor:
+    """Return the score of each image in the robust membership inference attack, offline form.
+
+    With ``p`` the target's probability and ``q`` the mean of the reference models', the attack scores an image by the
+    share of other images ``z`` with ``(p(x) / q(x)) / (p(z) / q(z)) >= 1``. For one target that share grows with
+    ``p(x) / q(x)`` alone, so its logarithm is returned: the same order of images, without ties::
+
+        score(x) = log p(x) - log q(x)
+
+    S. Zarifzadeh, P. Liu, R. Shokri, *Low-Cost High-Power Membership Inference Attacks*, ICML 2024.
+
+    Args:
+        target: ``log p(x)``, shape ``(images,)``.
+        references: ``log`` of each reference model's probability, shape ``(models, images)``.
+
+    Returns:
+        float64, shape ``(images,)``.
+
+    Example:
+        >>> rmia(torch.tensor([0.9, 0.2]).log(), torch.tensor([[0.2, 0.4], [0.4, 0.4]]).log()).exp()
+        tensor([3.0000, 0.5000], dtype=torch.float64)
+    """
+    models = torch.tensor(float(len(references)), dtype=torch.float64)
+    return target.double() - (references.double().logsumexp(0) - models.log())
+
+
+def membership(members: Tensor, others: Tensor) -> Membership:
+    """Return how well a score tells members from others.
+
+    The standard error of the AUC ``A`` of ``m`` members and ``n`` others is that of Hanley and McNeil (1982)::
+
+        sqrt((A (1-A) + (m-1) (A/(2-A) - A^2) + (n-1) (2 A^2/(1+A) - A^2)) / (m n))
+
+    Args:
+        members: scores, shape ``(m,)``.
+        others: scores, shape ``(n,)``.
+
+    Example:
+        >>> membership(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])).auc
+        1.0
+    """
+    m, n = len(members), len(others)
+    truth = torch.cat([torch.ones(m), torch.zeros(n)])
+    auc = float(roc_auc_score(truth.numpy(), torch.cat([members, others]).numpy()))
+    spread = auc * (1 - auc) + (m - 1) * (auc / (2 - auc) - auc**2) + (n - 1) * (2 * auc**2 / (1 + auc) - auc**2)
+    threshold = others.sort().values[-1 - int(_FALSE_POSITIVES * n)]
+    found = int((members > threshold).sum())
+    interval = stats.binomtest(found, m).proportion_ci(_LEVEL, method="wilson")
+    error = float(max(spread, 0.0) / (m * n)) ** 0.5
+    return Membership(auc, error, found / m, (float(interval.low), float(interval.high)), m, n)

@@ -1,0 +1,50 @@
+"""Audit: does the output on the forgotten class look like that of a retrained model?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mean_output(logits: Tensor, *, labels: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """Return the mean probability of each kept class, the rows of other classes left out.
+
+    ``mean_x softmax(logits[x, rows of kept])``, float64, shape ``(len(kept),)``.
+
+    Args:
+        logits: shape ``(images, rows)``.
+        labels: the class of each row.
+        kept: the kept classes, each with a row.
+
+    Example:
+        >>> mean_output(torch.tensor([[0.0, 9.0, 0.0]]), labels=[0, 1, 2], kept=[0, 2])
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    rows = [list(labels).index(label) for label in kept]
+    return logits[:, rows].double().softmax(1).mean(0)
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    """Return ``1/2 sum_k |p_k - q_k|`` of two distributions, shape ``(classes,)`` each; in [0, 1].
+
+    Example:
+        >>> total_variation(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))
+        0.5
+    """
+    return float((p.double() - q.double()).abs().sum() / 2)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> float:
+    """Return ``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, in bits; in [0, 1].
+
+    Example:
+        >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        1.0
+    """
+    p, q = p.double(), q.double()
+    middle = (p + q) / 2
+    halves = [(torch.xlogy(d, d) - torch.xlogy(d, middle)).sum() / 2 for d in (p, q)]
+    return float(halves[0] + halves[1]) / math.log(2)

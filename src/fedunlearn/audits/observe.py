@@ -1,0 +1,83 @@
+"""What a model makes of images: logits, penultimate features, and the activations of each layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.groups import head_layer, prunable_layers
+from fedunlearn.stats import channel_means, reading
+from fedunlearn.taps import Tap, find_taps
+from fedunlearn.threads import cores, one_torch_thread
+
+_BATCH = 256
+_HEAD = ""  # no convolution has this name
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What a model makes of images, on the CPU.
+
+    Attributes:
+        logits: shape ``(images, rows)``.
+        features: what the last linear layer receives, shape ``(images, width)``.
+        layers: per layer, the mean positive activation of its channels, shape ``(images, channels)``.
+    """
+
+    logits: Tensor
+    features: Tensor
+    layers: Mapping[str, Tensor]
+
+
+def observe(model: nn.Module, images: LabelledImages, *, layers: bool = False) -> Observed:
+    """Return what ``model`` makes of ``images`` in evaluation mode, each core observing a part of them.
+
+    Args:
+        model: the CNN; left as it was.
+        images: at least one.
+        layers: also read the activations of every layer that can be pruned.
+
+    Raises:
+        ModelError: the model does not end in a linear layer.
+    """
+    example = torch.zeros((2, *images.shape))
+    taps = {_HEAD: Tap(head_layer(model, example), "input", 0, 0)}
+    if layers:
+        found = find_taps(model, prunable_layers(model, example), example, hook="activation")
+        taps |= {name: tap for name, tap in found.items() if tap.module}
+    part = -(-len(images) // cores())
+    parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
+    with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
+        seen = list(pool.map(lambda own: _observe(copy.deepcopy(model).eval(), own, taps), parts))
+    return _joined(seen)
+
+
+def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) -> Observed:
+    """Observe ``images`` with a copy of the model that no other thread uses: its hooks collect into one place."""
+    seen = []
+    device = next(model.parameters()).device
+    with reading(model, taps) as maps, torch.inference_mode():
+        for batch, _ in batches(images, _BATCH, device=device):
+            logits = model(batch).float().cpu()
+            means = {
+                name: channel_means(maps[name], tap, model.get_submodule(name).get_parameter("weight").shape[0])
+                for name, tap in taps.items()
+                if name != _HEAD
+            }
+            seen.append(Observed(logits, maps[_HEAD].float().cpu(), {name: m.cpu() for name, m in means.items()}))
+    return _joined(seen)
+
+
+def _joined(parts: Sequence[Observed]) -> Observed:
+    return Observed(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.features for part in parts]),
+        {name: torch.cat([part.layers[name] for part in parts]) for name in parts[0].layers},
+    )

@@ -1,0 +1,35 @@
+"""Audit: does one label-free forward pass bring the class back?"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.federation.client import batch_norm_sums
+from fedunlearn.repair import fit_batch_norm
+
+
+def reestimated(model: nn.Module, images: LabelledImages, *, draw: torch.Generator) -> nn.Module:
+    """Return a copy of ``model`` whose batch normalisation statistics are those of ``images``.
+
+    The formula is that of ``fedunlearn.reestimate``. Pruning shifts what batch normalisation receives, which alone
+    can silence a class: it then comes back with the statistics, without a label or a gradient.
+
+    Args:
+        model: the CNN; without batch normalisation the copy is the same.
+        images: of the kept classes.
+        draw: owner of the order of the images.
+
+    Example:
+        >>> norm = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> pixels = torch.zeros(8, 1, 2, 2, dtype=torch.uint8)
+        >>> black = LabelledImages(pixels, torch.zeros(8).long(), ("a",), mean=(0.5,), std=(0.5,))
+        >>> reestimated(norm, black, draw=torch.Generator())[0].running_mean  # (0 - 0.5) / 0.5
+        tensor([-1.])
+    """
+    fitted = copy.deepcopy(model)
+    fit_batch_norm(fitted, [batch_norm_sums(copy.deepcopy(model), images, draw)])
+    return fitted

@@ -1,0 +1,206 @@
+"""The verdict: a model's figures held against the band of models retrained without the class.
+
+With ``n`` retrained models, of which a figure has mean ``m`` and standard deviation ``s``, and the figure's standard
+error ``e`` on the images it was measured on::
+
+    sd   = max(s, e, 0.001)
+    band = m +- t sd sqrt(1 + 1/n)        t: 97.5 % quantile of Student's t with n - 1 degrees of freedom
+
+the 95 % prediction interval of one more retrained model. ``evidence/verify.py`` computes the same on its own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy import stats
+
+from fedunlearn.audits.measure import Figure
+
+INDISTINGUISHABLE = "indistinguishable from retraining"
+SUPPRESSED = "suppressed, not erased"
+NOT_FORGOTTEN = "not forgotten"
+NO_VERDICT = "no verdict"
+
+FEWEST = 3  # retrained models for a verdict
+_LEVEL = 0.95
+_FINEST = 0.001
+
+# What a value above the band says: "class", more of the forgotten class than a retrained model knows; "apart", further
+# from the retrained models than they are from each other; "near", the opposite of apart.
+KINDS = {
+    "forget": "class",
+    "retain": "near",
+    "reestimated": "class",
+    "probe": "class",
+    "prototype_1": "class",
+    "prototype_5": "class",
+    "prototype_10": "class",
+    "relearn": "class",
+    "int8": "class",
+    "int4": "class",
+    "membership": "class",
+    "neighbours": "apart",
+    "cka": "near",
+    "procrustes": "apart",
+    "artefacts": "class",
+}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where one more retrained model is expected.
+
+    Attributes:
+        mean: of the retrained models.
+        sd: the unit of distances, see above.
+        low: lower end.
+        high: upper end.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+_FIXED = {"artefacts": Band(0.0, 1.0, 0.0, 0.0)}  # nothing of the class may be in the file, whatever retraining gives
+
+
+def factor(oracles: int) -> float:
+    """Return half the width of a band in ``sd``: ``t sqrt(1 + 1/n)``.
+
+    Example:
+        >>> [round(factor(n), 2) for n in (3, 4, 5, 10)]
+        [4.97, 3.56, 3.04, 2.37]
+    """
+    quantile = float(stats.t.ppf((1 + _LEVEL) / 2, oracles - 1))
+    return quantile * math.sqrt(1 + 1 / oracles)
+
+
+def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
+    """Return the band of each figure that all retrained models have, none for fewer than two of them; and of artefacts.
+
+    Args:
+        oracles: the figures of each retrained model.
+
+    Example:
+        >>> band = calibrate([{"probe": Figure(0.7)}, {"probe": Figure(0.75)}, {"probe": Figure(0.8)}])["probe"]
+        >>> round(band.mean, 3), round(band.sd, 3), round(band.low, 3), round(band.high, 3)
+        (0.75, 0.05, 0.502, 0.998)
+    """
+    bands = dict(_FIXED)
+    for name in KINDS:
+        own = [figures[name] for figures in oracles if name in figures]
+        if len(own) < 2 or len(own) < len(oracles):
+            continue
+        mean = statistics.fmean(figure.value for figure in own)
+        spread = statistics.stdev(figure.value for figure in own)
+        sd = max(spread, *(figure.error for figure in own), _FINEST)
+        half = factor(len(own)) * sd
+        bands[name] = Band(mean, sd, mean - half, mean + half)
+    return bands
+
+
+def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: int, chance: float) -> dict[str, Any]:
+    """Return the verdict on a model as it stands in result.json.
+
+    ``not forgotten``: U lies above the band and above chance. ``indistinguishable from retraining``: every figure lies
+    in its band, or nearer to the retrained models than they are to each other. ``suppressed, not erased``: all else.
+    The burden of proof is the model's: where no audit finds the class and the model yet differs from retrained ones
+    (it sends the class elsewhere, say), erasure is not shown; ``reason`` tells the two cases apart.
+
+    Args:
+        figures: of the model.
+        bands: of the retrained models.
+        oracles: how many they are.
+        chance: U of a model that guesses.
+
+    Returns:
+        ``verdict``, ``reason``, ``decided_by`` (names of figures) and ``audits``: per figure ``figure``, ``band``,
+        ``distance`` from the mean in ``sd``, and ``verdict``: ``inside``, ``above`` or ``below``, or None without a
+        band.
+    """
+    audits = {name: _held(figures[name], bands.get(name)) for name in KINDS if name in figures}
+    outside = {name: audit["verdict"] for name, audit in audits.items() if audit["verdict"] in ("above", "below")}
+    if oracles < FEWEST:
+        reason = f"{oracles} retrained models, at least {FEWEST} are needed: every figure is reported without a verdict"
+        return {"verdict": NO_VERDICT, "reason": reason, "decided_by": [], "audits": audits}
+    apart = [name for name, side in outside.items() if (KINDS[name], side) not in _HARMLESS]
+    shown = [name for name in apart if (KINDS[name], outside[name]) == ("class", "above")]
+    if "forget" in shown and figures["forget"].value > chance:
+        verdict, decided, reason = NOT_FORGOTTEN, ["forget"], "the model still names the class"
+    elif shown:
+        verdict, decided, reason = SUPPRESSED, apart, "it knows more of the class than models retrained without it"
+    elif apart:
+        reason = "no audit finds more of the class than in models retrained without it, but it is unlike them"
+        verdict, decided = SUPPRESSED, apart
+    else:
+        reason = f"all {len(audits)} figures lie where one more retrained model is expected"
+        verdict, decided = INDISTINGUISHABLE, list(audits)
+    return {"verdict": verdict, "reason": reason, "decided_by": decided, "audits": audits}
+
+
+_HARMLESS = {("near", "above"), ("apart", "below")}  # closer to the retrained models than they are to each other
+
+
+def leave_one_out(
+    oracles: Mapping[str, Mapping[str, Figure]], controls: Mapping[str, Mapping[str, Figure]], *, chance: float
+) -> dict[str, Any]:
+    """Return what the verdict is on each retrained model, and on controls, by the bands of the other retrained models.
+
+    Args:
+        oracles: figures of each retrained model.
+        controls: figures of models that must fail.
+        chance: U of a model that guesses.
+
+    Returns:
+        ``models``: per held-out model its ``verdict``, the figures ``outside`` and the verdicts on ``controls``;
+        ``false_positives`` of ``figures``: how many of the held-out models' figures lie outside.
+    """
+    models: dict[str, Any] = {}
+    figures = outside = 0
+    for name, held in oracles.items():
+        others = [own for other, own in oracles.items() if other != name]
+        bands = calibrate(others)
+        # The bands of two models are wide enough to be used where three are needed: they are only a check here.
+        asked = max(len(others), FEWEST)
+        found = judge(held, bands, oracles=asked, chance=chance)
+        beyond = [figure for figure, audit in found["audits"].items() if audit["verdict"] in ("above", "below")]
+        figures += len(found["audits"])
+        outside += len(beyond)
+        models[name] = {
+            "verdict": found["verdict"],
+            "outside": beyond,
+            "controls": {
+                control: judge(own, bands, oracles=asked, chance=chance)["verdict"] for control, own in controls.items()
+            },
+        }
+    return {"models": models, "figures": figures, "false_positives": outside}
+
+
+def thresholds_json(bands: Mapping[str, Band], *, oracles: int) -> dict[str, Any]:
+    """Return thresholds as they stand in thresholds.json."""
+    return {
+        "level": _LEVEL,
+        "oracles": oracles,
+        "factor": factor(oracles) if oracles > 1 else None,
+        "bands": {name: asdict(band) for name, band in bands.items()},
+    }
+
+
+def _held(figure: Figure, band: Band | None) -> dict[str, Any]:
+    if band is None:
+        return {"figure": figure.value, "error": figure.error, "band": None, "distance": None, "verdict": None}
+    side = "above" if figure.value > band.high else "below" if figure.value < band.low else "inside"
+    return {
+        "figure": figure.value,
+        "error": figure.error,
+        "band": [band.low, band.high],
+        "distance": (figure.value - band.mean) / band.sd,
+        "verdict": side,
+    }
