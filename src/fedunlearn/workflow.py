@@ -21,8 +21,9 @@ from fedunlearn.controls import Control, controls
 from fedunlearn.errors import RunError
 from fedunlearn.evaluate import evaluate
 from fedunlearn.evidence.events import EVENTS, EventLog
+from fedunlearn.evidence.maps import save_feature_maps
 from fedunlearn.federation.rounds import validation_accuracy
-from fedunlearn.files import write_text
+from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
 from fedunlearn.oracles import Oracle, retrained_models
 from fedunlearn.phases import original_model, unlearned_model
@@ -96,7 +97,7 @@ def run(
         result["original"] = evaluate(original, setting.splits.test, forget=setting.forget)
     else:
         unlearned = unlearned_model(setting, original, plan, journal)
-        _save_unlearned(out, setting, unlearned)
+        _save_unlearned(out, setting, original, unlearned)
         events.once("unlearned", sha256=_hash(out / "model.safetensors"), plan=_hash(out / "plan.json"))
         if command == "run":
             compared = _compared(setting, original, plan, unlearned, journal, data)
@@ -251,9 +252,14 @@ def _engine(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _save_unlearned(out: Path, setting: Setting, unlearned: Unlearned) -> None:
+def _save_unlearned(out: Path, setting: Setting, original: nn.Module, unlearned: Unlearned) -> None:
     unlearned.stats.save(out / "stats.safetensors")
     write_text(out / "plan.json", unlearned.plan.to_json() + "\n")
+    if len(setting.forget) == 1 or setting.recipe.unlearn.jointly:  # otherwise the scores are those of the last class
+        write_tensors(out / "scores.safetensors", unlearned.scores, {})
+        if setting.recipe.evidence.feature_maps:
+            maps = out / "maps.safetensors"
+            save_feature_maps(maps, original, setting.splits.test, unlearned.scores, forget=setting.forget)
     _save(out / "model.safetensors", unlearned.model, setting, unlearned.plan, unlearned.labels)
 
 

@@ -1,0 +1,61 @@
+"""The folder of a finished run, read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedunlearn.errors import RunError
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A finished and audited run.
+
+    Attributes:
+        path: its folder.
+        result: content of result.json.
+        models: content of audits/NAME.json by name.
+    """
+
+    path: Path
+    result: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
+
+    @staticmethod
+    def read(path: Path) -> RunFolder:
+        """Return the run in ``path``.
+
+        Raises:
+            RunError: there is none, it is not finished, or it was not audited.
+        """
+        file = path / RESULT
+        if not file.is_file():
+            raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
+        result = _json(file)
+        if "verdict" not in result:
+            raise RunError(f"{path}: this run was not audited: use fedunlearn run, or fedunlearn audit on its model")
+        return RunFolder(path, result, {own.stem: _json(own) for own in sorted((path / "audits").glob("*.json"))})
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Return the figures of a model by name; empty where it was not audited."""
+        figures = self.models.get(name, {}).get("figures", {})
+        return {figure: float(own["value"]) for figure, own in figures.items()}
+
+    @property
+    def oracles(self) -> list[str]:
+        """Names of the retrained models."""
+        return list(self.result.get("oracles", {}))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: expected JSON, but {error}: run the same command into another --out") from error
+    return value

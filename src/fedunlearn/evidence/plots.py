@@ -1,0 +1,228 @@
+"""The plots of the report, as SVG that takes the colours of the page.
+
+Drawn by matplotlib, without a script: such a page opens offline, prints, and stays small (the script of an interactive
+plotting library alone is near 5 MB). Text stays text. Black is replaced by ``currentColor``, so a dark page has light
+axes; the other colours are legible on both.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+_INK = "#010203"  # replaced by currentColor
+_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e07b1f", "#2f9e6e", "#8a8f98"
+_STYLE: Any = {
+    "text.parse_math": False,  # a class may be named with a dollar sign
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+_WIDTH = 4.3  # inches: the width of a phone, so that text is not shrunk there
+_KEPT = LinearSegmentedColormap.from_list("kept", ["#e4eef7", _BLUE])
+_GONE = LinearSegmentedColormap.from_list("gone", ["#fbe9d8", _ORANGE])
+
+
+@mpl.rc_context(_STYLE)
+def per_class(before: Mapping[str, float], after: Mapping[str, float], retrained: Mapping[str, float]) -> str:
+    """Return bars of the accuracy per class before and after, with a mark for retrained models."""
+    names = list(before)
+    figure, axes = _figure(0.42 * len(names) + 0.9)
+    places = np.arange(len(names))
+    axes.barh(places - 0.2, [100 * before[name] for name in names], 0.38, color=_GREY, label="original")
+    axes.barh(places + 0.2, [100 * after[name] for name in names], 0.38, color=_BLUE, label="unlearned")
+    if retrained:
+        means = [100 * retrained[name] for name in names]
+        axes.plot(means, places, "|", color=_ORANGE, markersize=14, markeredgewidth=2, label="retrained, mean")
+    axes.set_yticks(places, [_short(name) for name in names])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy on test images, %", xlim=(0, 103))
+    _legend(figure, axes, 3)
+    return _svg(figure, "classes")
+
+
+@mpl.rc_context(_STYLE)
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """Return the confusion of a model: a row per class, in shares of the row."""
+    table = np.asarray(counts, dtype=float)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    few = len(names) <= 20
+    figure, axes = _figure(4.2)
+    axes.imshow(shares, cmap=_KEPT, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="named", ylabel="is")
+    if few:
+        places = range(len(names))
+        axes.set_xticks(places, [_short(name) for name in names], rotation=90)
+        axes.set_yticks(places, [_short(name) for name in names])
+        for row, column in zip(*np.nonzero(shares >= 0.005)):
+            # On these colours black is legible whatever the page is like.
+            axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", color="#000", size=7.5)
+    return _svg(figure, "confusion")
+
+
+@mpl.rc_context(_STYLE)
+def relearning(curves: Mapping[str, Mapping[str, Sequence[float]]], *, oracles: Sequence[str]) -> str:
+    """Return U as training brings the class back; the retrained models as one thin line each."""
+    figure, axes = _figure(3.0)
+    colours = {"original": _GREY, "head_only": _GREEN, "unlearned": _BLUE}
+    lines = {"original": "--", "head_only": ":", "unlearned": "-"}
+    for place, name in enumerate(oracles):
+        own = curves[name]
+        label = "retrained" if place == 0 else None
+        axes.plot(_positions(own), _percent(own["forget"]), color=_ORANGE, linewidth=0.9, label=label)
+    for name, colour in colours.items():
+        if name in curves:
+            own = curves[name]
+            text = name.replace("_", " ")
+            axes.plot(_positions(own), _percent(own["forget"]), lines[name], color=colour, linewidth=2, label=text)
+    samples = curves["unlearned"]["samples"]
+    axes.set_xticks(range(len(samples)), [f"{int(sample):,}" for sample in samples])
+    axes.set(xlabel="training images seen", ylabel="U, %", ylim=(-3, 103))
+    _legend(figure, axes, 4)
+    return _svg(figure, "relearning")
+
+
+@mpl.rc_context(_STYLE)
+def bands(
+    audits: Mapping[str, Mapping[str, Any]],
+    oracles: Sequence[Mapping[str, float]],
+    original: Mapping[str, float],
+    texts: Mapping[str, str],
+) -> str:
+    """Return the figures of the candidate beside their bands, the retrained models and the original."""
+    names = list(audits)
+    figure, axes = _figure(0.36 * len(names) + 1.0)
+    for place, name in enumerate(names):
+        audit = audits[name]
+        if audit["band"] is not None:
+            low, high = (min(max(end, 0.0), 1.0) for end in audit["band"])
+            axes.barh(place, high - low, 0.62, left=low, color=_ORANGE, alpha=0.25, linewidth=0)
+        axes.plot(
+            [own[name] for own in oracles if name in own],
+            [place] * sum(name in own for own in oracles),
+            "|",
+            color=_ORANGE,
+            markersize=9,
+        )
+        if name in original:
+            axes.plot(original[name], place, "o", color=_GREY, markersize=6, fillstyle="none")
+        axes.plot(audit["figure"], place, "D", color=_BLUE, markersize=6)
+    handles = [
+        Patch(color=_ORANGE, alpha=0.25, label="band"),
+        Line2D([], [], color=_ORANGE, marker="|", linestyle="", label="retrained"),
+        Line2D([], [], color=_GREY, marker="o", fillstyle="none", linestyle="", label="original"),
+        Line2D([], [], color=_BLUE, marker="D", linestyle="", label="unlearned"),
+    ]
+    axes.set_yticks(range(len(names)), [texts[name] for name in names])
+    axes.invert_yaxis()
+    axes.set(xlim=(-0.03, 1.03))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.0)
+    return _svg(figure, "bands")
+
+
+@mpl.rc_context(_STYLE)
+def scores(layers: Mapping[str, NDArray[np.float64]], pruned: Mapping[str, Sequence[int]]) -> str:
+    """Return a row per layer, a cell per channel from the highest score to the lowest; pruned ones in orange."""
+    widest = max(len(own) for own in layers.values())
+    image = np.zeros((len(layers), widest, 4))
+    for row, (layer, own) in enumerate(layers.items()):
+        order = np.argsort(-own, kind="stable")
+        spread = float(own.max() - own.min()) or 1.0
+        depth = (own[order] - own.min()) / spread
+        gone = np.isin(order, list(pruned.get(layer, ())))
+        image[row, : len(own)] = np.where(gone[:, None], _GONE(depth), _KEPT(depth))
+    figure, axes = _figure(0.2 * len(layers) + 1.1)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(layers)), [_short(layer, 26) for layer in layers], size=7.5)
+    axes.set(xlabel="channels, highest score first")
+    handles = [Patch(color=_ORANGE, label="removed"), Patch(color=_BLUE, label="kept")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return _svg(figure, "scores")
+
+
+@mpl.rc_context(_STYLE)
+def feature_maps(
+    pictures: NDArray[np.uint8], maps: NDArray[np.uint8], rows: Sequence[str], columns: Sequence[str]
+) -> str:
+    """Return a grid: a row per image, the image first, then what each channel makes of it.
+
+    Args:
+        pictures: shape ``(images, colours, height, width)``.
+        maps: shape ``(images, channels, height, width)``.
+        rows: name of each image's class.
+        columns: name of each channel.
+    """
+    count, channels = maps.shape[:2]
+    figure = Figure(figsize=(_WIDTH, _WIDTH * count / (channels + 1) + 0.7), layout="constrained")
+    grid = figure.subplots(count, channels + 1, squeeze=False)
+    for row in range(count):
+        picture = pictures[row].transpose(1, 2, 0)
+        first = picture if picture.shape[2] == 3 else picture[:, :, 0]
+        cells = [first, *maps[row]]
+        for column, cell in enumerate(cells):
+            axes = grid[row, column]
+            axes.imshow(cell, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if row == 0:
+                axes.set_title(["image", *columns][column], size=7, rotation=60)
+        grid[row, 0].set_ylabel(_short(rows[row], 10), size=7)
+    return _svg(figure, "maps")
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=columns, handletextpad=0.4, columnspacing=1.0, fontsize=8.5
+    )
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return the figure as SVG whose ids start with ``name`` and whose bytes depend on what is drawn alone."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace(_INK, "currentColor")
+
+
+def _positions(curve: Mapping[str, Sequence[float]]) -> list[int]:
+    return list(range(len(curve["samples"])))
+
+
+def _percent(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def _short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

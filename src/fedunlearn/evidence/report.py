@@ -1,0 +1,241 @@
+"""The report of a run: one HTML file that needs nothing else, and the same in Markdown for pull requests."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import safetensors.numpy
+
+from fedunlearn.evidence import plots
+from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.maps import FeatureMaps
+from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, summary
+from fedunlearn.files import write_text
+
+HTML, MARKDOWN = "report.html", "report.md"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the report.
+
+    Attributes:
+        name: its id in the page.
+        title: what it is.
+        text: what it says, read to those who do not see it.
+        svg: the drawing.
+    """
+
+    name: str
+    title: str
+    text: str
+    svg: str
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html and report.md into the folder of an audited run; the same files give the same bytes.
+
+    Raises:
+        RunError: the folder does not hold an audited run.
+    """
+    run = RunFolder.read(folder)
+    plan = folder / "plan.json"
+    values = {
+        "result": run.result,
+        "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
+        "summary": summary(run.result),
+        "rows": _rows(run),
+        "audits": [
+            (name, *AUDITS[name], run.result["audits"][name]) for name in AUDITS if name in run.result["audits"]
+        ],
+        "oracle_mean": {name: _mean_of_oracles(run, name) for name in AUDITS},
+        "original": run.figures("original"),
+        "membership": run.models["unlearned"]["details"].get("membership", {}),
+        "representation": run.models["unlearned"]["details"].get("representation", {}),
+        "retrained_representation": _mean_representation(run),
+        "relearned": _relearned(run),
+        "models": MODELS,
+        "labels": {name: text for name, (text, _) in AUDITS.items()},
+        "plots": _plots(run),
+        "pruned": json.loads(plan.read_text("utf-8"))["pruned"] if plan.exists() else {},
+        "recipe": json.dumps(run.result["recipe"], indent=2),
+        "limits": LIMITS,
+    }
+    for name in (HTML, MARKDOWN):
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
+            autoescape=name == HTML,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        environment.filters["percent"] = _percent
+        write_text(folder / name, environment.get_template(name).render(values))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _rows(run: RunFolder) -> list[dict[str, Any]]:
+    """Return the models of the U/R table with their verdicts: the candidate, the controls, the retrained models."""
+    result = run.result
+    rows = [
+        {"text": text, "block": block, "verdict": block.get("verdict", ""), "candidate": name == "unlearned"}
+        for name, text in MODELS.items()
+        for block in [{**result.get(name, {}), **result.get("controls", {}).get(name, {})}]
+        if block
+    ]
+    for row in rows:
+        if row["candidate"]:
+            row["verdict"] = result["verdict"]
+    held_out = result.get("calibration", {}).get("models", {})
+    rows += [
+        {"text": name, "block": block, "verdict": held_out.get(name, {}).get("verdict", ""), "candidate": False}
+        for name, block in result.get("oracles", {}).items()
+    ]
+    return rows
+
+
+def _mean_of_oracles(run: RunFolder, name: str) -> float | None:
+    own = [run.figures(oracle)[name] for oracle in run.oracles if name in run.figures(oracle)]
+    return statistics.fmean(own) if own else None
+
+
+def _mean_representation(run: RunFolder) -> dict[str, dict[str, float]]:
+    """Return, per layer, how far retrained models are from each other."""
+    own = [run.models[name]["details"]["representation"] for name in run.oracles if len(run.oracles) > 1]
+    if not own:
+        return {}
+    return {
+        layer: {kind: statistics.fmean(details[layer][kind] for details in own) for kind in ("cka", "procrustes")}
+        for layer in own[0]
+    }
+
+
+def _relearned(run: RunFolder) -> list[tuple[str, int | None]]:
+    """Return, per model, the images after which U first reached 95 % of the original's."""
+    if "original" not in run.models:
+        return []
+    wanted = 0.95 * run.figures("original")["forget"]
+    found = []
+    for name in [*(name for name in MODELS if name in run.models), *run.oracles]:
+        curve = run.models[name]["details"]["relearn"]
+        reached = next((s for s, u in zip(curve["samples"], curve["forget"]) if u >= wanted), None)
+        found.append((MODELS.get(name, name), reached))
+    return found
+
+
+def _plots(run: RunFolder) -> dict[str, Plot]:
+    result = run.result
+    drawn = [_bands(run), _relearning(run), _confusion(run)]
+    if "original" in result:
+        drawn.append(_classes(run))
+    drawn += _channels(run)
+    return {plot.name: plot for plot in drawn}
+
+
+def _bands(run: RunFolder) -> Plot:
+    audits = {
+        name: run.result["audits"][name] for name in AUDITS if name in run.result["audits"] and name != "artefacts"
+    }
+    outside = [AUDITS[name][0] for name, audit in audits.items() if audit["verdict"] in ("above", "below")]
+    return Plot(
+        "bands",
+        "Every figure beside its band",
+        "The band is where one more retrained model is expected. Outside: " + (", ".join(outside) or "none") + ".",
+        plots.bands(
+            audits,
+            [run.figures(name) for name in run.oracles],
+            run.figures("original"),
+            {name: text for name, (text, _) in AUDITS.items()},
+        ),
+    )
+
+
+def _relearning(run: RunFolder) -> Plot:
+    curves = {name: own["details"]["relearn"] for name, own in run.models.items()}
+    last = curves["unlearned"]
+    return Plot(
+        "relearning",
+        "Relearning",
+        f"Accuracy on the class as a short training brings it back. Unlearned: {100 * last['forget'][0]:.0f} % at the "
+        f"start, {100 * last['forget'][-1]:.0f} % after {last['samples'][-1]:,} images.",
+        plots.relearning(curves, oracles=run.oracles),
+    )
+
+
+def _confusion(run: RunFolder) -> Plot:
+    counts, names = run.models["unlearned"]["details"]["confusion"], run.result["classes"]
+    parts = []
+    for label in run.result["forget"]:
+        total = max(sum(counts[label]), 1)
+        top = sorted(range(len(names)), key=lambda other: -counts[label][other])[:3]
+        parts.append(f"{names[label]}: " + ", ".join(f"{names[k]} {100 * counts[label][k] / total:.0f} %" for k in top))
+    return Plot(
+        "confusion",
+        "What each class is named",
+        "Rows are the true class, in % of its test images. Forgotten " + "; ".join(parts) + ".",
+        plots.confusion(counts, names),
+    )
+
+
+def _classes(run: RunFolder) -> Plot:
+    before, after = (run.result[name]["accuracy"]["per_class"] for name in ("original", "unlearned"))
+    oracles = [block["accuracy"]["per_class"] for block in run.result.get("oracles", {}).values()]
+    mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
+    kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
+    change = max(kept, key=lambda name: abs((after[name] or 0) - (before[name] or 0)))
+    return Plot(
+        "classes",
+        "Accuracy per class, before and after",
+        f"The largest change among the kept classes is {change}: {_percent(before[change])} to "
+        f"{_percent(after[change])} %.",
+        plots.per_class(_numbers(before), _numbers(after), _numbers(mean)),
+    )
+
+
+def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: share or 0.0 for name, share in shares.items()}
+
+
+def _channels(run: RunFolder) -> list[Plot]:
+    """Return the heat map of scores and the feature maps, where the run kept them."""
+    drawn = []
+    file = run.path / "scores.safetensors"
+    if file.exists():
+        scores = safetensors.numpy.load_file(file)
+        pruned = json.loads((run.path / "plan.json").read_text("utf-8"))["pruned"]
+        gone = sum(len(channels) for channels in pruned.values())
+        total = sum(len(own) for own in scores.values())
+        drawn.append(
+            Plot(
+                "scores",
+                "Channel scores and what was removed",
+                f"A row per layer, darker for a higher score within the layer: {gone} of {total} channels were "
+                "removed, in orange.",
+                plots.scores(dict(sorted(scores.items())), pruned),
+            )
+        )
+    file = run.path / "maps.safetensors"
+    if file.exists():
+        own = FeatureMaps.load(file)
+        half = len(own.columns) // 2
+        titles = [f"{'high' if place < half else 'low'} {channel}" for place, channel in enumerate(own.columns)]
+        drawn.append(
+            Plot(
+                "maps",
+                "What channels saw",
+                f"Feature maps of the original in {own.layer}: the forgotten class in the upper rows; the {half} "
+                f"channels ranked highest, then the {half} ranked lowest.",
+                plots.feature_maps(own.pictures, own.maps, own.rows, titles),
+            )
+        )
+    return drawn

@@ -1,0 +1,77 @@
+"""The words of the report: what each verdict and each audit means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED
+
+# Figure -> label and question, in the order of the report.
+AUDITS = {
+    "forget": ("U, row in place", "Does the model still name the class, its output row in place where it is known?"),
+    "retain": ("R, other classes", "Does it still name the others?"),
+    "reestimated": ("U, re-estimated", "Does a label-free pass over kept images bring the class back?"),
+    "int8": ("U, 8 bits", "Does rounding the weights to 8 bits bring it back?"),
+    "int4": ("U, 4 bits", "Does rounding to 4 bits?"),
+    "probe": ("linear probe", "Can a linear probe on the frozen features tell the class?"),
+    "prototype_1": ("1-shot prototypes", "Does one image per class bring it back (nearest prototype)?"),
+    "prototype_5": ("5-shot prototypes", "Do five images per class?"),
+    "prototype_10": ("10-shot prototypes", "Do ten?"),
+    "relearn": ("relearning", "How far does a short training bring it back (mean U along the curve)?"),
+    "membership": ("membership AUC", "Can its training images be told from its test images (chance: 50)?"),
+    "neighbours": ("neighbours, TV", "How far is its mean output from that of retrained models (total variation)?"),
+    "cka": ("CKA, features", "How alike are the features to those of retrained models (1: the same)?"),
+    "procrustes": ("Procrustes, features", "How far are the features from those of retrained models?"),
+    "artefacts": ("artefacts", "Is anything of the class left in the shipped file (findings)?"),
+}
+
+MODELS = {
+    "original": "original",
+    "pruned": "pruning only",
+    "unlearned": "unlearned",
+    "head_only": "head only",
+    "random": "random channels + repair",
+    "finetune": "fine-tuning only",
+}
+
+LIMITS = (
+    "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "
+    "find the class.",
+    "The bands come from a few retrained models. A 95 % band per figure errs about one time in twenty, and there are "
+    "more than ten figures: read the held-out verdicts beside them.",
+    "The server learned which class was forgotten, which classes each client holds and their summed activations.",
+    "Nothing is claimed about the privacy of single images of the classes that stay.",
+)
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Return the verdict in plain words."""
+    names = ", ".join(result["classes"][label] for label in result["forget"])
+    u = result["audits"]["forget"]["figure"]
+    named = f"With an output row for it, the model names {100 * u:.1f} % of its test images."
+    if result["verdict"] == NOT_FORGOTTEN:
+        return f"The model still knows {names}. {named}"
+    if result["verdict"] == INDISTINGUISHABLE:
+        return f"In every audit the model behaves towards {names} like models retrained without it. {named}"
+    if result["verdict"] == SUPPRESSED:
+        more = [name for name in result["decided_by"] if _shows_class(result["audits"], name)]
+        if more:
+            return (
+                f"The model no longer answers {names}, but audits find more of it than in models retrained without "
+                f"it: {_listed(more)}. {named}"
+            )
+        return (
+            f"The model no longer answers {names}, and no audit finds more of it than in models retrained without it. "
+            f"It can still be told from them, so erasure is not shown: {_listed(result['decided_by'])}. {named}"
+        )
+    assert result["verdict"] == NO_VERDICT
+    return f"There is no verdict on {names}: {result['reason']}. {named}"
+
+
+def _shows_class(audits: Mapping[str, Any], name: str) -> bool:
+    return audits[name]["verdict"] == "above" and name not in ("neighbours", "procrustes", "retain", "cka")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(AUDITS[name][0] for name in names)
