@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +15,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fedunlearn import workflow
-from fedunlearn.console import RunProgress, describe, notes, result_table
+from fedunlearn.auditing import audit_model
+from fedunlearn.console import RunProgress, audit_table, describe, notes, result_table, verdict_line
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
+from fedunlearn.evidence import verify as verifier
+from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.report import HTML, write_report
 from fedunlearn.recipe import SHIPPED, load_recipe
 from fedunlearn.threads import one_torch_thread
 from fedunlearn.version import __version__
@@ -40,6 +44,9 @@ OutOption = Annotated[
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", help="Your private key (fedunlearn keygen): sign a dossier of the run.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -66,11 +73,12 @@ def run(
     weights: WeightsOption = None,
     overrides: SetOption = None,
     quiet: QuietOption = False,
+    key: KeyOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train or load a model, make it forget, and compare with fine-tuning only and with retraining."""
-    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug)
+    """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
+    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, key=key)
 
 
 @app.command()
@@ -119,6 +127,74 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    model: Annotated[Path, typer.Argument(help="Weights of the model: .safetensors, .npz, .pt or .th.")],
+    recipe: RecipeOption,
+    out: OutOption = None,
+    data: DataOption = None,
+    oracle: Annotated[
+        list[Path] | None, typer.Option("--oracle", help="A model retrained without the class; at least three.")
+    ] = None,
+    client: Annotated[str | None, typer.Option("--client", help="Audit with this client's images alone.")] = None,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Audit a model that this or another tool made forget, beside retrained models."""
+    with _told(debug):
+        chosen = load_recipe(recipe, _overrides(data, None, overrides))
+        folder = out or Path("runs") / f"{Path(recipe).stem}-audit"
+        with _progress(quiet) as (console, observe):
+            result = audit_model(
+                chosen,
+                folder,
+                model=model,
+                oracles=oracle or (),
+                client=client,
+                prepared=lambda setting: console.print(describe(setting), highlight=False),
+                observe=observe,
+            )
+        if as_json:
+            typer.echo(json.dumps(result, indent=2))
+        elif not quiet:
+            Console().print(audit_table(result))
+            Console().print(verdict_line(result), highlight=False)
+            console.print(f"report: {folder / HTML}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of an audited run.")],
+    debug: DebugOption = False,
+) -> None:
+    """Write report.html and report.md of a run again."""
+    with _told(debug):
+        write_report(folder)
+        typer.echo(folder / HTML)
+
+
+@app.command()
+def keygen(
+    out: Annotated[Path, typer.Option("--out", help="File of the private key; the public one is FILE.pub.")],
+    debug: DebugOption = False,
+) -> None:
+    """Make the operator's keys, which sign and verify dossiers."""
+    with _told(debug):
+        make_keys(out)
+        typer.echo(f"{out}: private, keep it\n{out}.pub: give it to those who verify")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder with dossier.json.")],
+    key: Annotated[Path, typer.Option("--key", help="The operator's public key.")],
+) -> None:
+    """Check signature, files, event log, figures and dates of a dossier."""
+    sys.exit(verifier.main([str(folder), "--key", str(key)]))
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     for name in SHIPPED:
@@ -135,25 +211,35 @@ def _do(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    key: Path | None = None,
 ) -> None:
     with _told(debug):
         chosen = load_recipe(recipe, _overrides(data, weights, overrides))
         stem = Path(recipe).stem
         folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
-        console = Console(stderr=True, quiet=quiet)
-        handler = RichHandler(console=console, show_path=False)
-        logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
-        with one_torch_thread(), nullcontext() if quiet else RunProgress(console) as progress:
+        with _progress(quiet) as (console, observe):
             result = workflow.run(
                 chosen,
                 folder,
                 command=command,
+                key=key,
                 prepared=lambda setting: console.print(describe(setting), highlight=False),
-                observe=_silent if progress is None else progress.observe,
+                observe=observe,
             )
         _show(result, quiet, as_json, result)
         if not quiet:
-            console.print(f"files: {folder}", soft_wrap=True, highlight=False)
+            for text in (f"report: {folder / HTML}",) * (command == "run") + (f"files: {folder}",):
+                console.print(text, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[tuple[Console, Callable[[str, int, int], None]]]:
+    """Give a console on standard error and what shows progress on it, while work goes on."""
+    console = Console(stderr=True, quiet=quiet)
+    handler = RichHandler(console=console, show_path=False)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
+    with one_torch_thread(), nullcontext() if quiet else RunProgress(console) as progress:
+        yield console, _silent if progress is None else progress.observe
 
 
 def _silent(phase: str, done: int, planned: int) -> None:

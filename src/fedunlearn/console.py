@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedunlearn.evidence.words import AUDITS
 from fedunlearn.setting import Setting
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
@@ -103,6 +104,29 @@ def result_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def audit_table(result: Mapping[str, Any]) -> Table:
+    """Return the figures of an audit beside their bands."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("audit", no_wrap=True)
+    for column in ("figure", "band", "sd away", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, (text, _) in AUDITS.items():
+        audit = result["audits"].get(name)
+        if audit is not None:
+            band = audit["band"] and f"{_percent(max(audit['band'][0], 0))} to {_percent(min(audit['band'][1], 1))}"
+            away = "" if audit["distance"] is None else f"{audit['distance']:+.1f}"
+            table.add_row(text, _percent(audit["figure"]), band or "", away, audit["verdict"] or "no band")
+    return table
+
+
+def verdict_line(result: Mapping[str, Any]) -> str:
+    """Return the verdict, why, and how far the figures that decided it are from their bands."""
+    audits = result["audits"]
+    outside = [name for name in result["decided_by"] if audits[name]["verdict"] != "inside"]
+    names = ", ".join(f"{AUDITS[name][0]} {audits[name]['distance']:+.1f} sd" for name in outside)
+    return f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}."
+
+
 def notes(result: Mapping[str, Any]) -> str:
     """Return what a reader of the table must know, a line each."""
     lines = ["Accuracy in % on test images: U on the forgotten classes, R on the others."]
@@ -122,12 +146,7 @@ def notes(result: Mapping[str, Any]) -> str:
     elif "unlearned" in result and not result.get("oracles"):
         lines.append("To compare with retraining: fedunlearn run with the same --weights.")
     if "verdict" in result:
-        names = ", ".join(
-            f"{name} ({audit['distance']:+.1f} sd)"
-            for name, audit in result["audits"].items()
-            if _decided(result, name)
-        )
-        lines.append(f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}.")
+        lines.append(verdict_line(result))
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
     if left > _FORGOTTEN:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
@@ -139,10 +158,6 @@ def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[
     shares = (accuracy["forget"], accuracy["forget_row_kept"], accuracy["retain"])
     spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e9:,.1f}")
     return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
-
-
-def _decided(result: Mapping[str, Any], name: str) -> bool:
-    return name in result["decided_by"] and result["audits"][name]["verdict"] != "inside"
 
 
 def _percent(share: float | None) -> str:

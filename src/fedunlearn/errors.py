@@ -8,7 +8,8 @@
     ├── PlanError         scores, fractions, classes to forget, pruning plans
     ├── FederationError   clients, replies, too few of them
     ├── RecipeError       keys and values of a recipe
-    └── RunError          the folder a run writes into
+    ├── RunError          the folder a run writes into
+    └── EvidenceError     keys and dossiers
 
 Every message says what was expected, what came, where, and what to do.
 """
@@ -40,3 +41,7 @@ class RecipeError(FedUnlearnError):
 
 class RunError(FedUnlearnError):
     """The folder of a run cannot be used."""
+
+
+class EvidenceError(FedUnlearnError):
+    """A key cannot be used, or a dossier does not hold."""

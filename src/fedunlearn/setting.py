@@ -78,6 +78,15 @@ def prepare(recipe: Recipe) -> Setting:
     splits = read_data(recipe)
     if weights is not None:
         splits = normalised_for(splits, weights, recipe)
+    return set_up(recipe, splits, weights)
+
+
+def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
+    """Share ``splits`` out and build the model, with fresh weights where ``weights`` is None; refuse what cannot work.
+
+    Raises:
+        FedUnlearnError: the recipe, the data, the weights or the model cannot be used.
+    """
     train = splits.train
     forget = forget_classes(class_numbers(recipe.unlearn.forget, train.classes), len(train.classes))
     model = new_model(recipe, train, seed=recipe.federation.seed)

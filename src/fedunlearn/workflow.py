@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
 from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.audit import CANDIDATE, Findings, audit
 from fedunlearn.audits.subject import Subject, without_rows
-from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
-from fedunlearn.compare import cost_until, speedup
+from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.controls import Control, controls
-from fedunlearn.errors import RunError
 from fedunlearn.evaluate import evaluate
+from fedunlearn.evidence.card import write_card
+from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.events import EVENTS, EventLog
+from fedunlearn.evidence.folder import RESULT
+from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
-from fedunlearn.federation.rounds import validation_accuracy
+from fedunlearn.evidence.report import HTML, write_report
+from fedunlearn.evidence.verify import SIGNATURE
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
 from fedunlearn.oracles import Oracle, retrained_models
 from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
+from fedunlearn.result import audit_blocks, cost_blocks, engine_block, unlearned_blocks
+from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, save_model, sha256
 from fedunlearn.scores import forget_classes
 from fedunlearn.setting import (
     Setting,
@@ -42,15 +46,13 @@ from fedunlearn.setting import (
 from fedunlearn.unlearn import Unlearned
 from fedunlearn.version import __version__
 
-SCHEMA = 1
-_RESULT = "result.json"
-
 
 def run(
     recipe: Recipe,
     out: Path,
     *,
     command: str = "run",
+    key: Path | None = None,
     prepared: Callable[[Setting], None] = lambda setting: None,
     observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
 ) -> dict[str, Any]:
@@ -61,55 +63,76 @@ def run(
         out: folder of the run; created, or gone on with. A finished run is read back.
         command: ``"train"``: the original model only; ``"unlearn"``: also forget; ``"run"``: also audit it,
             with retrained models and controls.
+        key: the operator's private key, which signs a dossier of what ``"run"`` found.
         prepared: called once data, clients and model are there.
         observe: called with phase, steps done and steps planned.
 
     Raises:
         FedUnlearnError: something cannot be used; what was finished stays in ``out``.
     """
-    _check_folder(out)
+    check_folder(out)
+    signer = None if key is None else read_private_key(key, outside=out)
     setting = prepare(recipe)
     data = fingerprint(setting.splits)
-    portable = _portable(recipe, out)
+    portable = portable_recipe(recipe, out)
     header = {"command": command, "version": __version__, "recipe": portable, "data": data}
     if setting.weights is not None:
         header["weights"] = hashlib.sha256(setting.weights.path.read_bytes()).hexdigest()
     journal = Journal(out, header=header, observe=observe)
-    prepared(setting)
-    if (out / _RESULT).exists():
-        finished: dict[str, Any] = json.loads((out / _RESULT).read_text("utf-8"))
-        return finished
-
     events = EventLog(out / EVENTS)
-    events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
-    original, plan = original_model(setting, journal)
-    _save(out / "original.safetensors", original, setting, plan, range(len(setting.splits.test.classes)))
-    events.once("original ready", sha256=_hash(out / "original.safetensors"))
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "version": __version__,
-        "recipe": portable,
-        "forget": list(setting.forget),
-        "classes": list(setting.splits.test.classes),
-        "engine": _engine(setting),
-    }
-    if command == "train":
-        result["original"] = evaluate(original, setting.splits.test, forget=setting.forget)
-    else:
-        unlearned = unlearned_model(setting, original, plan, journal)
-        _save_unlearned(out, setting, original, unlearned)
-        events.once("unlearned", sha256=_hash(out / "model.safetensors"), plan=_hash(out / "plan.json"))
-        if command == "run":
-            compared = _compared(setting, original, plan, unlearned, journal, data)
-            findings = _audited(out, setting, original, unlearned, compared, events, observe)
-            result |= _unlearned_blocks(setting, original, unlearned) | _audit_blocks(setting, compared, findings)
-            result |= _cost_blocks(setting, compared, result)
-        else:
-            result |= _unlearned_blocks(setting, original, unlearned)
-    write_text(out / _RESULT, json.dumps(result, indent=2) + "\n")
-    events.once("result written", sha256=_hash(out / _RESULT))
+    prepared(setting)
+    if not (out / RESULT).exists():
+        events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
+        result = {"schema": SCHEMA, "version": __version__, "recipe": portable} | _work(
+            out, setting, journal, events, command=command, data=data, observe=observe
+        )
+        write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
+    events.once("result written", sha256=sha256(out / RESULT))
     journal.close()
-    return result
+    finished: dict[str, Any] = json.loads((out / RESULT).read_text("utf-8"))
+    if command == "run":
+        _show(out, signer)
+    return finished
+
+
+def _work(
+    out: Path,
+    setting: Setting,
+    journal: Journal,
+    events: EventLog,
+    *,
+    command: str,
+    data: str,
+    observe: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Do what ``command`` asks, write all files but result.json, and return its blocks."""
+    classes = setting.splits.test.classes
+    original, plan = original_model(setting, journal)
+    save_model(out / "original.safetensors", original, setting, plan, range(len(classes)))
+    events.once("original ready", sha256=sha256(out / "original.safetensors"))
+    result = {"forget": list(setting.forget), "classes": list(classes), "engine": engine_block(setting)}
+    if command == "train":
+        return result | {"original": evaluate(original, setting.splits.test, forget=setting.forget)}
+    unlearned = unlearned_model(setting, original, plan, journal)
+    _save_unlearned(out, setting, original, unlearned)
+    events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))
+    if command == "unlearn":
+        return result | unlearned_blocks(setting, original, unlearned)
+    oracles = retrained_models(setting, journal, data=data, count=setting.recipe.audit.oracles)
+    beside = controls(setting, original, plan, unlearned, journal)
+    findings = _audited(out, setting, original, unlearned, oracles, beside, events, observe)
+    # Not before the thresholds are fixed: no test image has met the unlearned model until then.
+    result |= unlearned_blocks(setting, original, unlearned) | audit_blocks(setting, oracles, beside, findings)
+    return result | cost_blocks(setting, oracles, result)
+
+
+def _show(out: Path, signer: Ed25519PrivateKey | None) -> None:
+    """Write what is missing of report, model card and, with a key, dossier."""
+    if not (out / HTML).exists():
+        write_card(out)
+        write_report(out)
+    if signer is not None and not (out / SIGNATURE).exists():
+        write_dossier(out, signer)
 
 
 def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
@@ -125,131 +148,43 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     return evaluate(model, test, forget=forget, labels=weights.labels)
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that cannot be written before any work is done."""
-    there = next(path for path in (out, *out.resolve().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
-
-
-@dataclass(frozen=True, eq=False)
-class _Compared:
-    """The models that a run holds its own against, before any of them is measured."""
-
-    oracles: Mapping[str, Oracle]
-    controls: Mapping[str, Control]
-
-
-def _compared(
-    setting: Setting, original: nn.Module, plan: PruningPlan, unlearned: Unlearned, journal: Journal, data: str
-) -> _Compared:
-    oracles = retrained_models(setting, journal, data=data, count=setting.recipe.audit.oracles)
-    return _Compared(oracles, controls(setting, original, plan, unlearned, journal))
-
-
 def _audited(
     out: Path,
     setting: Setting,
     original: nn.Module,
     unlearned: Unlearned,
-    compared: _Compared,
+    oracles: Mapping[str, Oracle],
+    beside: Mapping[str, Control],
     events: EventLog,
     observe: Callable[[str, int, int], None],
 ) -> Findings:
     """Write the retrained models, fix the thresholds by them, and judge."""
     (out / "oracles").mkdir(exist_ok=True)
     test, everything = setting.splits.test, range(len(setting.splits.test.classes))
-    for name, oracle in compared.oracles.items():
-        _save(out / "oracles" / f"{name}.safetensors", oracle.model, setting, PruningPlan(), everything)
-    files = {name: _hash(out / "oracles" / f"{name}.safetensors") for name in compared.oracles}
+    for name, oracle in oracles.items():
+        save_model(out / "oracles" / f"{name}.safetensors", oracle.model, setting, PruningPlan(), everything)
+    files = {name: sha256(out / "oracles" / f"{name}.safetensors") for name in oracles}
     events.once("retrained models ready", sha256=files)
-    left = artefacts(out / "model.safetensors", state=original.state_dict(), forget=setting.forget)
+    # The plan starts from the architecture: of an original that was pruned before, it lists filters long gone.
+    known = setting.weights is None or not setting.weights.plan.kept
+    shipped = out / "model.safetensors"
+    left = {CANDIDATE: artefacts(shipped, state=original.state_dict(), forget=setting.forget)} if known else {}
     findings = audit(
         Subject(unlearned.model, unlearned.labels, unlearned.repaired),
         oracles={
             name: without_rows(oracle.model, setting.forget, classes=len(everything), shape=test.shape)
-            for name, oracle in compared.oracles.items()
+            for name, oracle in oracles.items()
         },
-        controls={name: control.subject for name, control in compared.controls.items()},
+        controls={name: control.subject for name, control in beside.items()},
         images=setting.audit_images(),
         lr=setting.recipe.unlearn.lr,
-        artefacts={CANDIDATE: left},
+        artefacts=left,
         folder=out,
         fixed=lambda digest: events.once("thresholds fixed", sha256=digest),
         observe=observe,
     )
     events.once("audited", verdict=findings.verdict)
     return findings
-
-
-def _unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
-    test, forget = setting.splits.test, setting.forget
-    shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
-        "validation": _validation(setting, unlearned)
-    }
-    return {
-        "original": evaluate(original, test, forget=forget),
-        "pruned": evaluate(unlearned.pruned, test, forget=forget),
-        "unlearned": shipped,
-        "cost": {"unlearn": asdict(unlearned.cost)},
-    }
-
-
-def _audit_blocks(setting: Setting, compared: _Compared, findings: Findings) -> dict[str, Any]:
-    """Return the blocks ``controls``, ``oracles``, ``audits``, ``verdict`` and ``calibration`` of result.json."""
-    test, forget = setting.splits.test, setting.forget
-    blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
-    for name, control in compared.controls.items():
-        own = control.subject
-        blocks["controls"][name] = evaluate(
-            own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept
-        ) | _judged(findings.judgements[name])
-        if control.cost is not None:
-            blocks["controls"][name]["cost"] = asdict(control.cost)
-    for name, oracle in compared.oracles.items():
-        own = without_rows(oracle.model, forget, classes=len(test.classes), shape=test.shape)
-        blocks["oracles"][name] = evaluate(own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept) | {
-            "cached": oracle.cached
-        }
-    judgement = findings.judgements[CANDIDATE]
-    return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | _judged(judgement)
-
-
-def _judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: judgement[key] for key in ("verdict", "reason", "decided_by")}
-
-
-def _cost_blocks(setting: Setting, compared: _Compared, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
-    reached = result["unlearned"]["validation"]["retain"]
-    if reached is None or not compared.oracles:
-        return {}
-    first = next(iter(compared.oracles.values()))
-    # Weights from elsewhere may have been trained on what is validation data here.
-    retraining = cost_until(first.steps, reached) | {"validation_unseen": setting.weights is None}
-    ratios = speedup(result["cost"]["unlearn"], retraining)
-    if first.cached:  # seconds of another day, perhaps of another machine
-        ratios.pop("client_seconds", None)
-    return {"cost": result["cost"] | {"retrain": retraining}, "speedup": ratios}
-
-
-def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
-    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
-    engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
-    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.plan)
-    r, _ = validation_accuracy(
-        unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
-    )
-    return {"forget_row_kept": u, "retain": r}
-
-
-def _engine(setting: Setting) -> dict[str, Any]:
-    return {
-        "name": setting.recipe.federation.engine,
-        "clients": len(setting.engine.clients),
-        "images": int(setting.table.sum()),
-        "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
-    }
 
 
 def _save_unlearned(out: Path, setting: Setting, original: nn.Module, unlearned: Unlearned) -> None:
@@ -260,31 +195,4 @@ def _save_unlearned(out: Path, setting: Setting, original: nn.Module, unlearned:
         if setting.recipe.evidence.feature_maps:
             maps = out / "maps.safetensors"
             save_feature_maps(maps, original, setting.splits.test, unlearned.scores, forget=setting.forget)
-    _save(out / "model.safetensors", unlearned.model, setting, unlearned.plan, unlearned.labels)
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _save(path: Path, model: nn.Module, setting: Setting, plan: PruningPlan, labels: Sequence[int]) -> None:
-    test = setting.splits.test
-    save_checkpoint(
-        path,
-        model,
-        plan=plan,
-        labels=labels,
-        classes=[test.classes[label] for label in labels],
-        mean=test.mean,
-        std=test.std,
-        architecture={"name": setting.recipe.model.name, "shortcut": setting.recipe.model.shortcut},
-    )
-
-
-def _portable(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Return the recipe as JSON values, its paths relative to ``out``."""
-    value: dict[str, Any] = recipe.model_dump(mode="json")
-    for table, key in (("data", "path"), ("model", "weights")):
-        if value[table][key]:
-            value[table][key] = os.path.relpath(value[table][key], out)
-    return value
+    save_model(out / "model.safetensors", unlearned.model, setting, unlearned.plan, unlearned.labels)

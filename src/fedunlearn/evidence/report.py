@@ -100,6 +100,7 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
     rows += [
         {"text": name, "block": block, "verdict": held_out.get(name, {}).get("verdict", ""), "candidate": False}
         for name, block in result.get("oracles", {}).items()
+        if block
     ]
     return rows
 
@@ -136,7 +137,7 @@ def _relearned(run: RunFolder) -> list[tuple[str, int | None]]:
 def _plots(run: RunFolder) -> dict[str, Plot]:
     result = run.result
     drawn = [_bands(run), _relearning(run), _confusion(run)]
-    if "original" in result:
+    if "unlearned" in result:
         drawn.append(_classes(run))
     drawn += _channels(run)
     return {plot.name: plot for plot in drawn}

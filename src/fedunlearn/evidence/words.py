@@ -20,9 +20,9 @@ AUDITS = {
     "prototype_10": ("10-shot prototypes", "Do ten?"),
     "relearn": ("relearning", "How far does a short training bring it back (mean U along the curve)?"),
     "membership": ("membership AUC", "Can its training images be told from its test images (chance: 50)?"),
-    "neighbours": ("neighbours, TV", "How far is its mean output from that of retrained models (total variation)?"),
-    "cka": ("CKA, features", "How alike are the features to those of retrained models (1: the same)?"),
-    "procrustes": ("Procrustes, features", "How far are the features from those of retrained models?"),
+    "neighbours": ("neighbours (TV)", "How far is its mean output from that of retrained models (total variation)?"),
+    "cka": ("features (CKA)", "How alike are the features to those of retrained models (1: the same)?"),
+    "procrustes": ("features (Procrustes)", "How far are the features from those of retrained models?"),
     "artefacts": ("artefacts", "Is anything of the class left in the shipped file (findings)?"),
 }
 
@@ -47,11 +47,11 @@ LIMITS = (
 
 def summary(result: Mapping[str, Any]) -> str:
     """Return the verdict in plain words."""
-    names = ", ".join(result["classes"][label] for label in result["forget"])
+    names = ", ".join(f"“{result['classes'][label]}”" for label in result["forget"])
     u = result["audits"]["forget"]["figure"]
-    named = f"With an output row for it, the model names {100 * u:.1f} % of its test images."
+    named = f"With the output row in place it names {100 * u:.1f} % of the test images right."
     if result["verdict"] == NOT_FORGOTTEN:
-        return f"The model still knows {names}. {named}"
+        return f"The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
         return f"In every audit the model behaves towards {names} like models retrained without it. {named}"
     if result["verdict"] == SUPPRESSED:
@@ -63,7 +63,7 @@ def summary(result: Mapping[str, Any]) -> str:
             )
         return (
             f"The model no longer answers {names}, and no audit finds more of it than in models retrained without it. "
-            f"It can still be told from them, so erasure is not shown: {_listed(result['decided_by'])}. {named}"
+            f"Yet it can be told from them, so erasure is not shown: {_listed(result['decided_by'])}. {named}"
         )
     assert result["verdict"] == NO_VERDICT
     return f"There is no verdict on {names}: {result['reason']}. {named}"

@@ -1,0 +1,98 @@
+"""The dossier: what was asked, done, measured and found, with the hash of every file, signed by the operator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedunlearn.evidence.events import EVENTS, now
+from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.verify import DOSSIER, SIGNATURE, fingerprint, rounds
+from fedunlearn.evidence.words import LIMITS
+from fedunlearn.files import written
+
+_SCHEMA = 1
+_VERIFIER = "verify.py"
+_PACKAGES = ("fedunlearn", "torch", "numpy", "torch-pruning", "scikit-learn")
+
+
+def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = None) -> None:
+    """Write dossier.json, its signature and a copy of the verifier into the folder of an audited run.
+
+    Args:
+        folder: the folder; nothing in it changes afterwards without the dossier telling.
+        key: the operator's.
+        time: when it is signed, ISO 8601; the present where None.
+
+    Raises:
+        RunError: the folder does not hold an audited run.
+    """
+    run = RunFolder.read(folder)
+    verifier = files("fedunlearn").joinpath("evidence", "verify.py").read_bytes()
+    _write(folder / _VERIFIER, verifier)
+    value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
+    data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    _write(folder / DOSSIER, data)
+    _write(folder / SIGNATURE, key.sign(data))
+
+
+def _content(run: RunFolder, time: str) -> dict[str, Any]:
+    result, folder = run.result, run.path
+    evidence = result["recipe"]["evidence"]
+    events = (folder / EVENTS).read_bytes().splitlines()
+    header, *steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()]
+    hashed = _hashed(folder)
+    return {
+        "schema": _SCHEMA,
+        "created": time,
+        "expires": (datetime.fromisoformat(time) + timedelta(days=evidence["valid_days"])).isoformat(),
+        "request": evidence["request"],
+        "scope": {
+            "forgotten": [result["classes"][label] for label in result["forget"]],
+            "labels_of_rows": [label for label in range(len(result["classes"])) if label not in result["forget"]],
+        },
+        "kind": "approximate unlearning",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "recipe": result["recipe"],
+        "data": header["data"],
+        "models": {"before": hashed["original.safetensors"], "after": hashed["model.safetensors"]},
+        "clients": {key: result["engine"][key] for key in ("clients", "images", "clients_per_class")},
+        "rounds": rounds(steps),
+        "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")),
+        "limits": list(LIMITS),
+        "purged": [
+            "states of unfinished rounds",
+            "output rows of the forgotten classes",
+            "channels listed in plan.json",
+        ],
+        "acknowledged": [],  # clients that confirmed the replacement: the in-process engine has nobody to ask
+        "files": hashed,
+        "events": {"count": len(events), "head": hashlib.sha256(events[-1]).hexdigest()},
+    } | {name: result.get(name) for name in _RESULTS}
+
+
+_RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup")
+
+
+def _hashed(folder: Path) -> dict[str, Any]:
+    """Return hash and size of every file but the dossier itself."""
+    hashed = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (DOSSIER, SIGNATURE):
+            data = path.read_bytes()
+            hashed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return hashed
+
+
+def _write(path: Path, data: bytes) -> None:
+    with written(path) as part:
+        part.write_bytes(data)

@@ -1,0 +1,115 @@
+"""The blocks of result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from fedunlearn.audits.audit import CANDIDATE, Findings
+from fedunlearn.audits.subject import without_rows
+from fedunlearn.controls import Control
+from fedunlearn.evaluate import evaluate
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.rounds import validation_accuracy
+from fedunlearn.journal import Step
+from fedunlearn.oracles import Oracle
+from fedunlearn.setting import Setting
+from fedunlearn.unlearn import Unlearned
+
+
+def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
+    """Return the blocks ``original``, ``pruned``, ``unlearned`` and ``cost``."""
+    test, forget = setting.splits.test, setting.forget
+    shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
+        "validation": _validation(setting, unlearned)
+    }
+    return {
+        "original": evaluate(original, test, forget=forget),
+        "pruned": evaluate(unlearned.pruned, test, forget=forget),
+        "unlearned": shipped,
+        "cost": {"unlearn": asdict(unlearned.cost)},
+    }
+
+
+def audit_blocks(
+    setting: Setting, oracles: Mapping[str, Oracle], controls: Mapping[str, Control], findings: Findings
+) -> dict[str, Any]:
+    """Return the blocks ``controls``, ``oracles``, ``audits``, ``calibration`` and the verdict."""
+    test, forget = setting.splits.test, setting.forget
+    blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
+    for name, control in controls.items():
+        own = control.subject
+        blocks["controls"][name] = evaluate(
+            own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept
+        ) | judged(findings.judgements[name])
+        if control.cost is not None:
+            blocks["controls"][name]["cost"] = asdict(control.cost)
+    for name, oracle in oracles.items():
+        own = without_rows(oracle.model, forget, classes=len(test.classes), shape=test.shape)
+        blocks["oracles"][name] = evaluate(own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept) | {
+            "cached": oracle.cached
+        }
+    judgement = findings.judgements[CANDIDATE]
+    return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | judged(judgement)
+
+
+def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdict of a judgement, why, and the figures that decided it."""
+    return {key: judgement[key] for key in ("verdict", "reason", "decided_by")}
+
+
+def cost_blocks(setting: Setting, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
+    reached = result["unlearned"]["validation"]["retain"]
+    if reached is None or not oracles:
+        return {}
+    first = next(iter(oracles.values()))
+    # Weights from elsewhere may have been trained on what is validation data here.
+    retraining = cost_until(first.steps, reached) | {"validation_unseen": setting.weights is None}
+    ratios = speedup(result["cost"]["unlearn"], retraining)
+    if first.cached:  # seconds of another day, perhaps of another machine
+        ratios.pop("client_seconds", None)
+    return {"cost": result["cost"] | {"retrain": retraining}, "speedup": ratios}
+
+
+def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
+    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
+    engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
+    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.plan)
+    r, _ = validation_accuracy(
+        unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
+    )
+    return {"forget_row_kept": u, "retain": r}
+
+
+def engine_block(setting: Setting) -> dict[str, Any]:
+    """Return the block ``engine``: who held what, in counts only."""
+    return {
+        "name": setting.recipe.federation.engine,
+        "clients": len(setting.engine.clients),
+        "images": int(setting.table.sum()),
+        "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
+    }
+
+
+def speedup(unlearned: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[str, float]:
+    """Return retraining cost over unlearning cost, of two cost blocks of result.json."""
+    pairs = {name: (retrained[name], unlearned[name]) for name in ("client_flops", "rounds", "client_seconds")}
+    pairs["bytes"] = (
+        retrained["bytes_up"] + retrained["bytes_down"],
+        unlearned["bytes_up"] + unlearned["bytes_down"],
+    )
+    return {name: above / below for name, (above, below) in pairs.items() if below}
+
+
+def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
+    """Return what training cost until its validation accuracy first reached ``accuracy``; all of it if it never did.
+
+    Its evaluations are not counted, which is in favour of retraining.
+    """
+    first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
+    spent = [entry for step in steps[:first] for entry in step.entries if entry.job == "train"]
+    return asdict(Cost.of(spent)) | {"reached": first is not None}
