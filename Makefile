@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/.core
-	rm -rf runs/demo runs/demo-cache
-	FEDUNLEARN_CACHE=runs/demo-cache $(BIN)/fedunlearn run digits --out runs/demo
+	rm -rf runs/demo runs/demo-cache runs/demo.key runs/demo.key.pub
+	mkdir -p runs
+	$(BIN)/fedunlearn keygen --out runs/demo.key
+	FEDUNLEARN_CACHE=runs/demo-cache $(BIN)/fedunlearn run digits --out runs/demo --key runs/demo.key
+	$(BIN)/fedunlearn verify runs/demo --key runs/demo.key.pub
 
 test: lint docs
 	$(BIN)/pytest

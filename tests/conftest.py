@@ -1,12 +1,18 @@
 """Small inputs that many tests share."""
 
+import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.evidence.keys import make_keys
+from fedunlearn.recipe import load_recipe
+from fedunlearn.workflow import run
 
 torch.set_num_threads(1)
 
@@ -67,6 +73,11 @@ def logits(net: nn.Module, images: Tensor) -> Tensor:
         return net.eval()(images)
 
 
+def normalised(images: LabelledImages) -> Tensor:
+    """Return the images as a model sees them."""
+    return (images.images.float() / 255 - 0.3) / 0.25
+
+
 @pytest.fixture
 def net() -> nn.Sequential:
     return make_net()
@@ -75,3 +86,56 @@ def net() -> nn.Sequential:
 @pytest.fixture
 def images() -> LabelledImages:
     return make_images()
+
+
+TINY = """
+[data]
+source = "npz"
+path = {data}
+validation = 0.2
+
+[federation]
+clients = 3
+
+[model]
+name = "small-cnn"
+
+[train]
+rounds = 3
+batch_size = 8
+lr = 0.1
+
+[unlearn]
+forget = [2]
+criterion = "contrast"
+fraction = 0.3
+rounds = 2
+lr = 0.05
+
+[audit]
+oracles = {oracles}
+"""
+
+
+def write_set(folder: Path, *, oracles: int = 1, names: tuple[str, ...] | None = None) -> Path:
+    """Write an npz of striped images and the recipe that reads it, and return the recipe."""
+    train, test = make_images(120, 4), make_images(60, 4, seed=1)
+    arrays = {} if names is None else {"classes": np.array(names)}
+    for split, images in (("train", train), ("test", test)):
+        arrays |= {f"x_{split}": images.images[:, 0].numpy(), f"y_{split}": images.labels.numpy()}
+    np.savez(folder / "set.npz", **arrays)
+    text = TINY.format(data=json.dumps(str(folder / "set.npz")), oracles=oracles)
+    (folder / "tiny.toml").write_text(text, "utf-8")
+    return folder / "tiny.toml"
+
+
+@pytest.fixture(scope="session")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a key, its public key, and ``run``: an audited and signed run; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("signed")
+    recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"'])
+    make_keys(folder / "operator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "FEDUNLEARN_CACHE", str(folder / "cache"))
+        run(recipe, folder / "run", key=folder / "operator")
+    return folder

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import write_set
 from fedunlearn.cli import app
 from fedunlearn.data.readers import load_npz
 from fedunlearn.models import build_model
-from test_run import write_set
 
 UNPRUNABLE = """
 from torch import nn

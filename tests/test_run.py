@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import logits, make_images, make_net
+from conftest import logits, make_images, make_net, write_set
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
@@ -30,42 +30,6 @@ from fedunlearn.scores import contrast, random_scores
 from fedunlearn.training import Training, one_cycle
 from fedunlearn.unlearn import unlearn
 from fedunlearn.workflow import run
-
-TINY = """
-[data]
-source = "npz"
-path = "{data}"
-validation = 0.2
-
-[federation]
-clients = 3
-
-[model]
-name = "small-cnn"
-
-[train]
-rounds = 3
-batch_size = 8
-lr = 0.1
-
-[unlearn]
-forget = [2]
-criterion = "contrast"
-fraction = 0.3
-rounds = 2
-lr = 0.05
-"""
-
-
-def write_set(folder: Path) -> Path:
-    """Write an npz of striped images and the recipe that reads it."""
-    train, test = make_images(120, 4), make_images(60, 4, seed=1)
-    arrays = {}
-    for split, images in (("train", train), ("test", test)):
-        arrays |= {f"x_{split}": images.images[:, 0].numpy(), f"y_{split}": images.labels.numpy()}
-    np.savez(folder / "set.npz", **arrays)
-    (folder / "tiny.toml").write_text(TINY.format(data=folder / "set.npz"), "utf-8")
-    return folder / "tiny.toml"
 
 
 def without_seconds(value):

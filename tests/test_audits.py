@@ -1,0 +1,452 @@
+"""Each audit against its formula written out, and the laws of the verdict."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import logits, make_images, make_net, normalised
+from fedunlearn.audits import verdict
+from fedunlearn.audits.artefacts import artefacts
+from fedunlearn.audits.audit import audit
+from fedunlearn.audits.confusion import confusion
+from fedunlearn.audits.images import audit_images
+from fedunlearn.audits.measure import Figure, measure_audits, share, view
+from fedunlearn.audits.membership import membership, rmia, signal
+from fedunlearn.audits.neighbours import jensen_shannon, mean_output, total_variation
+from fedunlearn.audits.observe import observe
+from fedunlearn.audits.precision import rounded
+from fedunlearn.audits.probe import linear_probe
+from fedunlearn.audits.prototypes import prototype_accuracy
+from fedunlearn.audits.reestimation import reestimated
+from fedunlearn.audits.relearn import relearn, with_all_rows
+from fedunlearn.audits.representation import linear_cka, procrustes
+from fedunlearn.audits.subject import Subject, without_rows
+from fedunlearn.checkpoint import save_checkpoint
+from fedunlearn.errors import DataError, ModelError, RunError
+from fedunlearn.plan import plan_pruning, plan_without_rows
+from fedunlearn.prune import prune
+from fedunlearn.scores import ChannelScores
+from fedunlearn.training import Training, train_locally
+
+distributions = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda p: sum(p) > 0.01)
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def trained_net(seed, *, exclude=()):
+    """Return a net that knows the striped images of all classes but ``exclude``."""
+    net, images = make_net(classes=4, seed=seed), make_images(160, 4).without(exclude)
+    for epoch in range(12):
+        train_locally(net, images, Training(lr=0.1, batch_size=16), lr=0.1, draw=draw(100 * seed + epoch))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """The original, and four nets retrained without class 2."""
+    return trained_net(0), [trained_net(seed, exclude=(2,)) for seed in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def set_of_images():
+    return audit_images(make_images(160, 4), make_images(80, 4, seed=1), forget=[2], per_class=30, seed=0)
+
+
+# what a model makes of images
+
+
+def test_observing_gives_logits_features_and_mean_activations(net, images):
+    seen = observe(net, images, layers=True)
+    inputs = normalised(images)
+    torch.testing.assert_close(seen.logits, logits(net, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.features, logits(net[:-1], inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.layers["0"], logits(net[:3], inputs).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.layers["3"], logits(net[:6], inputs).mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_confusion_counts_what_a_loop_counts():
+    scores, truth = torch.randn(50, 3, generator=draw()), torch.randint(0, 4, (50,), generator=draw())
+    table = torch.zeros(4, 4, dtype=torch.int64)
+    for row, label in zip(scores, truth):
+        table[label, [0, 1, 3][int(row.argmax())]] += 1
+    assert confusion(scores, truth, labels=[0, 1, 3], classes=4).equal(table)
+
+
+def test_reestimation_brings_back_what_only_the_statistics_hid(nets):
+    original, _ = nets
+    hidden, test = make_net(classes=4), make_images(80, 4, seed=1)
+    hidden.load_state_dict(original.state_dict())
+    hidden[4].running_mean += 100  # as if pruning had shifted what this layer receives: its channels fall silent
+    fitted = reestimated(hidden, make_images(160, 4).without([2]), draw=draw())
+    before, after = ((observe(own, test).logits.argmax(1) == test.labels).float().mean() for own in (hidden, fitted))
+    assert before <= 0.3
+    assert after > 0.8
+    assert hidden[4].running_mean.equal(original[4].running_mean + 100)
+
+
+def test_a_probe_finds_what_is_separable_and_nothing_in_noise():
+    truth = torch.arange(300) % 3
+    told = torch.nn.functional.one_hot(truth, 5).float() + 0.1 * torch.randn(300, 5, generator=draw())
+    noise = torch.randn(300, 5, generator=draw(1))
+    assert (linear_probe(told[:200], truth[:200], told[200:]) == truth[200:]).float().mean() == 1
+    assert (linear_probe(noise[:200], truth[:200], noise[200:]) == truth[200:]).float().mean() < 0.5
+
+
+def test_prototypes_of_all_images_are_the_class_means_of_a_loop():
+    features, truth = torch.randn(40, 6, generator=draw()), torch.arange(40) % 4
+    test, test_truth = torch.randn(20, 6, generator=draw(1)), torch.arange(20) % 4
+    unit = [row / row.norm() for row in features]
+    right = 0
+    for row, label in zip(test, test_truth):
+        distances = [
+            float(((row / row.norm()) - torch.stack([u for u, t in zip(unit, truth) if t == k]).mean(0)).norm())
+            for k in range(4)
+        ]
+        right += distances.index(min(distances)) == int(label)
+    found = prototype_accuracy(features, truth, test, test_truth, shots=10, draws=2, generator=draw())
+    assert found.tolist() == [right / 20, right / 20]
+
+
+def test_relearning_a_retrained_model_twice_gives_the_same_curve(nets, set_of_images):
+    own = without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8))
+    forgotten = set_of_images.forgotten(set_of_images.test)
+    curves = [
+        relearn(own.model, set_of_images.known, forgotten, labels=own.labels, lr=0.05, doublings=3, draw=draw())
+        for _ in range(2)
+    ]
+    assert curves[0] == curves[1]
+    assert curves[0].samples == (0, 64, 128, 256, 512)
+    assert curves[0].forget[0] == 0
+    assert curves[0].samples_until(1.1) is None
+
+
+def test_relearning_starts_from_the_rows_that_are_there(nets):
+    own = without_rows(nets[0], [2], classes=4, shape=(1, 8, 8))
+    inputs = normalised(make_images(20, 4))
+    grown = logits(with_all_rows(own.model, own.labels, 4, (1, 8, 8)), inputs)
+    torch.testing.assert_close(grown[:, :3], logits(own.model, inputs))
+    torch.testing.assert_close(grown[:, 3], own.model[-1].bias.mean().expand(20))
+    whole = with_all_rows(nets[0], (0, 1, 2, 3), 4, (1, 8, 8))
+    torch.testing.assert_close(logits(whole, inputs), logits(nets[0], inputs))
+
+
+@given(distributions, distributions)
+def test_distances_of_outputs_are_symmetric_in_0_to_1_and_0_to_themselves(p, q):
+    p, q = (torch.tensor(own, dtype=torch.float64) / sum(own) for own in (p, q))
+    for distance in (total_variation, jensen_shannon):
+        assert distance(p, q) == pytest.approx(distance(q, p), abs=1e-12)
+        assert -1e-12 <= distance(p, q) <= 1 + 1e-12
+        assert distance(p, p) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_mean_output_leaves_the_forgotten_row_out():
+    scores = torch.randn(30, 3, generator=draw())
+    with_row = mean_output(scores, labels=[0, 1, 2], kept=[0, 2])
+    without = mean_output(scores[:, [0, 2]], labels=[0, 2], kept=[0, 2])
+    torch.testing.assert_close(with_row, without)
+
+
+def test_membership_is_a_coin_toss_when_seen_and_unseen_come_from_one_pool():
+    pool = torch.randn(4000, generator=draw())
+    found = membership(pool[:1000], pool[1000:]).to_dict()
+    assert found["auc_interval"][0] < 0.5 < found["auc_interval"][1]
+    assert found["tpr_interval"][0] < 0.011 < found["tpr_interval"][1] + 0.01
+
+
+def test_the_auc_is_the_share_of_pairs_in_order_and_the_tpr_that_above_all_but_1_percent():
+    members, others = torch.randn(30, generator=draw()) + 1, torch.randn(200, generator=draw(1))
+    pairs = [float(m > o) + 0.5 * float(m == o) for m in members for o in others]
+    found = membership(members, others)
+    assert found.auc == pytest.approx(sum(pairs) / len(pairs))
+    threshold = sorted(others.tolist())[-3]  # two of 200 lie above
+    assert found.tpr == sum(m > threshold for m in members.tolist()) / 30
+    resampled = [
+        membership(
+            members[torch.randint(0, 30, (30,), generator=g)], others[torch.randint(0, 200, (200,), generator=g)]
+        )
+        for g in [draw(2)]
+        for _ in range(300)
+    ]
+    assert found.auc_error == pytest.approx(float(np.std([own.auc for own in resampled])), rel=0.3)
+
+
+def test_rmia_orders_images_as_the_count_over_other_images_does():
+    target, references = torch.rand(25, generator=draw()).log(), torch.rand(3, 25, generator=draw(1)).log()
+    z, z_references = torch.rand(400, generator=draw(2)), torch.rand(3, 400, generator=draw(3))
+    ratio_z = z / z_references.mean(0)
+    counted = [
+        sum(float(target[i].exp() / references[:, i].exp().mean()) / float(other) >= 1 for other in ratio_z)
+        for i in range(25)
+    ]
+    score = rmia(target, references)
+    assert all(counted[i] <= counted[j] for i in range(25) for j in range(25) if score[i] < score[j])
+
+
+def test_the_signal_of_an_image_without_a_row_is_its_largest_probability():
+    scores = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    expected = scores[0].softmax(0).log()[[0, 1, 0]]
+    torch.testing.assert_close(signal(scores, torch.tensor([0, 3, 7]), labels=[0, 3]), expected.double())
+
+
+def test_cka_and_procrustes_agree_with_gram_matrices_and_ignore_rotation_scale_and_dead_channels():
+    x, y = torch.randn(20, 4, generator=draw()), torch.randn(20, 3, generator=draw(1))
+    centring = torch.eye(20) - 1 / 20
+    k, other = centring @ x @ x.T @ centring, centring @ y @ y.T @ centring
+    assert linear_cka(x, y) == pytest.approx(float((k * other).sum() / (k.norm() * other.norm())), abs=1e-6)
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4, generator=draw(2)))
+    assert linear_cka(x, 5 * x @ rotation + 2) == pytest.approx(1, abs=1e-6)
+    assert procrustes(x, 5 * x @ rotation + 2) == pytest.approx(0, abs=1e-5)
+    padded = torch.cat([y, torch.zeros(20, 2)], 1)
+    assert linear_cka(x, padded) == pytest.approx(linear_cka(x, y))
+    assert procrustes(x, padded) == pytest.approx(procrustes(x, y), abs=1e-6)
+    assert linear_cka(x, torch.ones(20, 2)) == 0
+    assert procrustes(x, torch.ones(20, 2)) == 2
+
+
+def test_rounding_leaves_few_levels_per_channel_and_at_16_bits_the_same_logits(net, images):
+    coarse = rounded(net, 4)
+    for before, after in zip(net[3].weight, coarse[3].weight):
+        levels = after / (before.abs().max() / 7)
+        torch.testing.assert_close(levels, levels.round())
+        assert levels.abs().max() <= 7.001
+    inputs = normalised(images)
+    torch.testing.assert_close(logits(rounded(net, 16), inputs), logits(net, inputs), rtol=1e-3, atol=1e-3)
+
+
+# what is shipped
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """A pruned net with its file, and its original."""
+    net = make_net(classes=3)
+    scores = ChannelScores({"0": torch.arange(1.0, 7.0), "3": torch.arange(1.0, 9.0)})
+    step = plan_pruning(net, scores, fraction=0.3, example=torch.randn(2, 1, 8, 8))
+    small = prune(net, step)
+    rows = plan_without_rows(small, "8", [1])
+    write_shipped(tmp_path / "model.safetensors", prune(small, rows), step.then(rows))
+    return tmp_path / "model.safetensors", net, prune(small, rows), step.then(rows)
+
+
+def write_shipped(path, model, plan, *, labels=(0, 2)):
+    save_checkpoint(
+        path,
+        model,
+        plan=plan,
+        labels=labels,
+        classes=[f"class {label}" for label in labels],
+        mean=(0.3,),
+        std=(0.25,),
+        architecture={"name": "x", "shortcut": "A"},
+    )
+
+
+def test_a_clean_file_has_no_artefacts(shipped):
+    path, net, _, _ = shipped
+    assert artefacts(path, state=net.state_dict(), forget=[1]) == []
+
+
+def test_artefacts_are_named(shipped):
+    path, net, small, plan = shipped
+    write_shipped(path, net, plan, labels=(0, 1, 2))
+    found = artefacts(path, state=net.state_dict(), forget=[1])
+    assert "the labels name the forgotten class 1" in found
+    assert "tensor 8.weight has shape [3, 8], the plan leaves [2, 6]" in found
+    assert any(line.startswith("filter 5 of 0.weight is still in the file") for line in found)
+    small.register_buffer("momentum", torch.zeros(3))
+    write_shipped(path, small, plan)
+    assert artefacts(path, state=net.state_dict(), forget=[1]) == ["tensor momentum is not of the architecture"]
+
+
+def test_a_file_of_another_kind_is_refused_by_the_artefact_scan(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="expected a model written by fedunlearn"):
+        artefacts(tmp_path / "model.safetensors", state={}, forget=[1])
+
+
+# images
+
+
+def test_images_without_the_class_are_refused():
+    whole = make_images(40, 4)
+    with pytest.raises(DataError, match=r"training images hold none of class 2 \(class 2\)"):
+        audit_images(whole.without([2]), whole, forget=[2], per_class=10, seed=0)
+    with pytest.raises(DataError, match=r"test images hold none of class 2"):
+        audit_images(whole, whole.without([2]), forget=[2], per_class=10, seed=0)
+    with pytest.raises(DataError, match="hold forgotten classes only"):
+        audit_images(whole.without([0, 1, 3]), whole, forget=[2], per_class=10, seed=0)
+
+
+def test_duplicates_across_training_and_test_are_left_out_of_membership_and_counted(nets):
+    train, test = make_images(160, 4), make_images(80, 4, seed=1)
+    pixels = test.images.clone()
+    pixels[:3] = train.images[:3]  # classes 0, 1, 2
+    own = audit_images(train, replace(test, images=pixels), forget=[2], per_class=30, seed=0)
+    assert own.duplicates == 3
+    assert own.others.tolist() == list(range(3, 80))
+    assert not any(image.equal(train.images[2]) for image in own.members.images)
+    views = [view(without_rows(net, [2], classes=4, shape=(1, 8, 8)), own) for net in nets[1]]
+    found = measure_audits(
+        without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8)), own, lr=0.05, own=views[0], references=views[1:]
+    )
+    assert found.details["membership"]["duplicates_left_out"] == 3
+    assert found.details["membership"]["forget"]["members"] == 39
+    assert found.details["membership"]["forget"]["others"] == 19
+
+
+def test_known_images_are_balanced_and_members_hold_all_of_the_class(set_of_images):
+    assert set_of_images.known.counts().tolist() == [30, 30, 30, 30]
+    assert int(set_of_images.members.counts()[2]) == 40
+    assert len(set_of_images.members) == 80
+    assert set_of_images.kept == (0, 1, 3)
+
+
+# verdict
+
+
+def figures(**values):
+    return {"forget": Figure(0.0, 0.01), "retain": Figure(0.9, 0.01)} | {
+        name: Figure(value, 0.01) for name, value in values.items()
+    }
+
+
+ORACLES = [
+    figures(probe=0.70, neighbours=0.1),
+    figures(probe=0.75, neighbours=0.12),
+    figures(probe=0.8, neighbours=0.14),
+]
+
+
+def test_a_band_is_the_prediction_interval_by_hand():
+    band = verdict.calibrate(ORACLES)["probe"]
+    half = 4.302653 * 0.05 * math.sqrt(4 / 3)
+    assert (band.low, band.high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    assert verdict.calibrate(ORACLES)["forget"].sd == 0.01  # the error where the retrained models agree
+
+
+def test_the_band_holds_one_more_retrained_model_19_times_in_20():
+    values = torch.randn(4000, 4, generator=draw(), dtype=torch.float64) * 0.1 + 0.5
+    inside = 0
+    for row in values:
+        band = verdict.calibrate([{"probe": Figure(float(v))} for v in row[:3]])["probe"]
+        inside += band.low <= float(row[3]) <= band.high
+    assert inside / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "decided"),
+    [
+        ({}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "neighbours"]),
+        ({"retain": 0.99}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "neighbours"]),
+        ({"forget": 0.5}, verdict.NOT_FORGOTTEN, ["forget"]),
+        ({"forget": 0.09}, verdict.SUPPRESSED, ["forget"]),  # above the band, below chance
+        ({"probe": 1.01}, verdict.SUPPRESSED, ["probe"]),
+        ({"neighbours": 0.4}, verdict.SUPPRESSED, ["neighbours"]),
+        ({"retain": 0.5}, verdict.SUPPRESSED, ["retain"]),
+        ({"probe": 0.1, "neighbours": 0.0}, verdict.SUPPRESSED, ["probe"]),
+    ],
+)
+def test_verdicts(changed, expected, decided):
+    own = figures(**({"probe": 0.75, "neighbours": 0.12} | changed))
+    found = verdict.judge(own, verdict.calibrate(ORACLES), oracles=3, chance=0.1)
+    assert (found["verdict"], found["decided_by"]) == (expected, decided)
+
+
+def test_the_reason_tells_a_class_that_is_found_from_a_model_that_is_merely_different():
+    bands = verdict.calibrate(ORACLES)
+    more = verdict.judge(figures(probe=1.01, neighbours=0.12), bands, oracles=3, chance=0.1)
+    unlike = verdict.judge(figures(probe=0.75, neighbours=0.4), bands, oracles=3, chance=0.1)
+    assert "knows more of the class" in more["reason"]
+    assert "no audit finds more of the class" in unlike["reason"]
+    assert more["audits"]["probe"]["distance"] == pytest.approx(0.26 / 0.05)
+
+
+def test_too_few_retrained_models_give_figures_and_no_verdict():
+    found = verdict.judge(figures(probe=0.75), verdict.calibrate(ORACLES[:2]), oracles=2, chance=0.1)
+    assert found["verdict"] == verdict.NO_VERDICT
+    assert "at least 3 are needed: every figure is reported without a verdict" in found["reason"]
+    assert found["audits"]["probe"]["figure"] == 0.75
+    alone = verdict.judge(figures(probe=0.75), verdict.calibrate([]), oracles=0, chance=0.1)
+    assert alone["audits"]["probe"] == {"figure": 0.75, "error": 0.01, "band": None, "distance": None, "verdict": None}
+
+
+def test_leaving_one_out_counts_figures_outside():
+    four = {str(k): figures(probe=p) for k, p in enumerate((0.70, 0.71, 0.72, 0.9))}
+    found = verdict.leave_one_out(four, {"head only": figures(probe=0.99)}, chance=0.1)
+    assert found["models"]["3"]["outside"] == ["probe"]
+    assert found["models"]["3"]["verdict"] == verdict.SUPPRESSED
+    assert (found["figures"], found["false_positives"]) == (12, 1)
+    assert found["models"]["0"]["controls"]["head only"] == verdict.INDISTINGUISHABLE  # by a band that 0.9 widened
+    assert found["models"]["3"]["controls"]["head only"] == verdict.SUPPRESSED
+
+
+def test_the_error_of_a_share_is_not_0_at_0_of_30():
+    assert share(0, 30).error == pytest.approx(math.sqrt(2 / 34 * 32 / 34 / 34))
+
+
+# the whole
+
+
+def whole(nets, images, folder, *, fixed=lambda digest: None):
+    original, oracles = nets
+    deliver = {"classes": 4, "shape": (1, 8, 8)}
+    return audit(
+        Subject(original, (0, 1, 2, 3), original),
+        oracles={f"retrained-{k}": without_rows(net, [2], **deliver) for k, net in enumerate(oracles)},
+        controls={"head_only": without_rows(original, [2], **deliver, row_known=False)},
+        images=images,
+        lr=0.05,
+        folder=folder,
+        fixed=fixed,
+    )
+
+
+def test_thresholds_are_on_disk_before_the_candidate_or_a_control_is_measured(nets, set_of_images, tmp_path):
+    there = []
+    found = whole(nets, set_of_images, tmp_path, fixed=lambda digest: there.extend((tmp_path / "audits").iterdir()))
+    assert sorted(path.stem for path in there) == [f"retrained-{k}" for k in range(4)]
+    assert found.verdict == verdict.NOT_FORGOTTEN
+    assert json.loads((tmp_path / "thresholds.json").read_text())["oracles"] == 4
+    assert set(found.models["unlearned"].figures) == set(verdict.KINDS) - {"artefacts"}
+    missing = {"reestimated", "int8", "int4", "artefacts"}  # they need the row that is gone
+    assert set(found.models["head_only"].figures) == set(verdict.KINDS) - missing
+
+
+def test_an_audit_that_was_cut_off_goes_on_to_the_same_figures(nets, set_of_images, tmp_path):
+    whole(nets, set_of_images, tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "audits").iterdir()}
+    (tmp_path / "audits" / "unlearned.json").unlink()
+    whole(nets, set_of_images, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "audits").iterdir()} == before
+
+
+def test_thresholds_that_were_fixed_are_not_changed(nets, set_of_images, tmp_path):
+    whole(nets, set_of_images, tmp_path)
+    (tmp_path / "thresholds.json").write_text("{}\n")
+    with pytest.raises(RunError, match="was fixed before and says something else"):
+        whole(nets, set_of_images, tmp_path)
+
+
+def test_damaged_figures_of_an_audit_are_named(nets, set_of_images, tmp_path):
+    (tmp_path / "audits").mkdir()
+    (tmp_path / "audits" / "retrained-0.json").write_text("{}")
+    with pytest.raises(RunError, match=r"retrained-0\.json: expected the figures of an audit"):
+        whole(nets, set_of_images, tmp_path)
+
+
+def test_without_retrained_models_what_compares_with_them_is_left_out(nets, set_of_images):
+    original, _ = nets
+    found = audit(
+        Subject(original, (0, 1, 2, 3), original), oracles={}, controls={}, images=set_of_images, lr=0.05, folder=None
+    )
+    assert found.verdict == verdict.NO_VERDICT
+    assert not {"neighbours", "membership", "cka", "procrustes"} & set(found.models["unlearned"].figures)
+    assert found.held_out["models"] == {}

@@ -1,0 +1,363 @@
+"""Keys, event log, dossier and verifier: what an auditor relies on."""
+
+import ast
+import json
+import random
+import shutil
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedunlearn.audits import verdict
+from fedunlearn.audits.measure import Figure
+from fedunlearn.errors import EvidenceError, RunError
+from fedunlearn.evidence import verify
+from fedunlearn.evidence.card import write_card
+from fedunlearn.evidence.dossier import write_dossier
+from fedunlearn.evidence.events import EventLog
+from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.keys import make_keys, read_private_key
+from fedunlearn.evidence.maps import FeatureMaps
+from fedunlearn.evidence.verify import problems
+
+FLIPS = 6  # in every file
+
+
+@pytest.fixture
+def copied(signed, tmp_path):
+    """Return a copy of the signed run to do damage to, and the public key."""
+    shutil.copytree(signed / "run", tmp_path / "run")
+    return tmp_path / "run", signed / "operator.pub"
+
+
+def again(folder, signed, **change):
+    """Sign the folder again with the operator's own key, ``result.json`` changed: a forger who holds the key."""
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | change))
+    write_dossier(folder, read_private_key(signed / "operator", outside=folder))
+
+
+# keys
+
+
+def test_a_private_key_is_for_its_owner_alone_and_is_never_overwritten(tmp_path):
+    make_keys(tmp_path / "operator")
+    assert stat.S_IMODE((tmp_path / "operator").stat().st_mode) == 0o600
+    assert (tmp_path / "operator.pub").read_text().startswith("-----BEGIN PUBLIC KEY-----")
+    before = (tmp_path / "operator").read_bytes()
+    with pytest.raises(EvidenceError, match="is there already: a key is never overwritten"):
+        make_keys(tmp_path / "operator")
+    assert (tmp_path / "operator").read_bytes() == before
+
+
+def test_a_key_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(EvidenceError, match=r"no/operator: the key cannot be written \(No such file"):
+        make_keys(tmp_path / "no" / "operator")
+
+
+def test_a_key_in_the_folder_of_the_run_is_refused(tmp_path):
+    make_keys(tmp_path / "operator")
+    with pytest.raises(EvidenceError, match="the private key lies in the folder of the run"):
+        read_private_key(tmp_path / "operator", outside=tmp_path)
+
+
+def test_a_missing_key_or_one_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(EvidenceError, match=r"expected a private key in PEM, but .*fedunlearn keygen"):
+        read_private_key(tmp_path / "none", outside=tmp_path / "run")
+    other = generate_private_key(SECP256R1())
+    (tmp_path / "ec").write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with pytest.raises(EvidenceError, match="expected an Ed25519 key"):
+        read_private_key(tmp_path / "ec", outside=tmp_path / "run")
+    public = other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "ec.pub").write_bytes(public)
+    assert problems(tmp_path, tmp_path / "ec.pub") == [f"{tmp_path / 'ec.pub'}: expected an Ed25519 public key"]
+
+
+# events
+
+
+def test_events_are_chained_recorded_once_and_survive_a_cut(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, clock=lambda: "2026-01-01T00:00:00+00:00")
+    log.once("a", x=1)
+    log.once("b")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])  # a kill in the middle of a line
+    log = EventLog(path, clock=lambda: "2026-01-01T00:00:00+00:00")
+    log.once("a", x=2)
+    log.once("b")
+    assert path.read_bytes() == whole
+    first, second = (json.loads(line) for line in whole.splitlines())
+    assert (first["facts"], second["seq"]) == ({"x": 1}, 1)
+
+
+def test_a_changed_or_foreign_event_log_is_refused(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.once("a", x=1)
+    log.once("b")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"x":1', b'"x":2'))
+    with pytest.raises(RunError, match="line 2 does not follow from the one before"):
+        EventLog(path)
+    path.write_bytes(b"nothing\n")
+    with pytest.raises(RunError, match="line 1 is no event"):
+        EventLog(path)
+
+
+# dossier
+
+
+def test_a_signed_run_verifies_and_says_what_an_operator_must_show(copied):
+    folder, key = copied
+    assert problems(folder, key) == []
+    dossier = json.loads((folder / "dossier.json").read_text())
+    assert dossier["request"] == "case 7"
+    assert dossier["scope"] == {"forgotten": ["2"], "labels_of_rows": [0, 1, 3]}
+    assert dossier["clients"]["clients_per_class"] == [3, 3, 3, 3]
+    assert dossier["models"]["after"]["sha256"] != dossier["models"]["before"]["sha256"]
+    assert {step["phase"] for step in dossier["rounds"]} >= {"train", "measure-0", "repair", "retrained-1.retrain"}
+    assert set(dossier) >= {
+        "versions",
+        "thresholds",
+        "audits",
+        "verdict",
+        "limits",
+        "purged",
+        "acknowledged",
+        "expires",
+    }
+    assert not any("PRIVATE" in path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_verifier_in_the_folder_needs_the_standard_library_and_cryptography_alone(copied):
+    folder, key = copied
+    tree = ast.parse((folder / "verify.py").read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names) | {"cryptography"}
+    command = [sys.executable, "-I", str(folder / "verify.py"), str(folder), "--key", str(key)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "verified: signature" in done.stdout
+    (folder / "plan.json").write_text("{}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "FAILED: plan.json was changed\n")
+
+
+def test_every_flipped_byte_in_every_file_is_found(copied):
+    folder, key = copied
+    draw = random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) > 20
+    for path in files:
+        whole = path.read_bytes()
+        for _ in range(FLIPS):
+            place = draw.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+            assert problems(folder, key), f"{path.name}, byte {place}"
+        path.write_bytes(whole)
+    assert problems(folder, key) == []
+
+
+def test_a_wrong_key_is_named_by_its_fingerprint(copied, tmp_path):
+    make_keys(tmp_path / "other")
+    (problem,) = problems(copied[0], tmp_path / "other.pub")
+    assert "or this is not the signer's key (" in problem
+
+
+def test_what_is_no_key_or_not_signed_is_said(copied, tmp_path):
+    folder, key = copied
+    (tmp_path / "text").write_text("no key")
+    assert "expected a public key in PEM" in problems(folder, tmp_path / "text")[0]
+    (folder / "dossier.sig").unlink()
+    assert problems(folder, key) == [f"{folder}: there is no dossier.sig: the folder was not signed"]
+
+
+def test_missing_and_added_files_are_found(copied):
+    folder, key = copied
+    (folder / "plan.json").unlink()
+    (folder / "audits" / "more.json").write_text("{}")
+    assert problems(folder, key) == ["audits/more.json is not in the dossier", "plan.json is missing"]
+
+
+def test_a_truncated_log_is_found(copied):
+    folder, key = copied
+    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "events.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert "events.jsonl ends elsewhere than the dossier says" in problems(folder, key)
+
+
+def test_an_expired_or_future_dossier_is_found(copied):
+    folder, key = copied
+    now = datetime.now(UTC)
+    assert "expired at" in problems(folder, key, now=now + timedelta(days=366))[0]
+    assert "which is in the future" in problems(folder, key, now=now - timedelta(days=1))[0]
+
+
+def test_a_dossier_dated_before_its_events_is_found(copied, signed):
+    folder, key = copied
+    signer = read_private_key(signed / "operator", outside=folder)
+    write_dossier(folder, signer, time="2020-01-01T00:00:00+00:00")
+    found = problems(folder, key, now=datetime(2020, 1, 2, tzinfo=UTC))
+    assert found == ["events.jsonl: the last event is later than the dossier"]
+
+
+def test_a_verdict_that_does_not_follow_from_the_figures_is_found_though_signed_by_the_operator(copied, signed):
+    folder, key = copied
+    honest = json.loads((folder / "result.json").read_text())["verdict"]
+    again(folder, signed, verdict="indistinguishable from retraining", decided_by=[])
+    found = problems(folder, key)
+    assert "events.jsonl tells of another result.json" in found
+    assert (
+        "the verdict 'indistinguishable from retraining' does not follow from the figures: they give " + repr(honest)
+        in found
+    )
+
+
+def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed_by_the_operator(copied, signed):
+    folder, key = copied
+    result = json.loads((folder / "result.json").read_text())
+    result["audits"]["probe"]["figure"] = 0.123
+    result["cost"]["unlearn"]["client_samples"] = 1
+    result["speedup"]["client_flops"] = 1000.0
+    result["calibration"]["models"]["retrained-1"]["verdict"] = "not forgotten"
+    thresholds = json.loads((folder / "thresholds.json").read_text())
+    thresholds["bands"]["probe"]["high"] = 2.0
+    (folder / "thresholds.json").write_text(json.dumps(thresholds))
+    again(folder, signed, **result)
+    found = "\n".join(problems(folder, key))
+    for text in (
+        "the audit probe does not follow from audits/unlearned.json",
+        "the cost of unlearning, client_samples, does not follow from rounds.jsonl",
+        "the speed-up does not follow from the costs",
+        "the held-out verdict on retrained-1 does not follow from the figures",
+        "thresholds.json does not follow from the figures of the retrained models",
+        "events.jsonl tells of another thresholds.json",
+    ):
+        assert text in found
+
+
+def test_a_dossier_that_says_something_else_than_its_files_is_found(copied, signed):
+    folder, key = copied
+    signer = read_private_key(signed / "operator", outside=folder)
+    dossier = json.loads((folder / "dossier.json").read_text())
+    dossier |= {"verdict": "not forgotten", "thresholds": {}, "rounds": []}
+    data = json.dumps(dossier).encode()
+    (folder / "dossier.json").write_bytes(data)
+    (folder / "dossier.sig").write_bytes(signer.sign(data))
+    assert problems(folder, key) == [
+        "dossier.json and result.json differ in verdict",
+        "dossier.json and thresholds.json differ",
+        "dossier.json and rounds.jsonl differ in the rounds",
+    ]
+
+
+def test_a_dossier_that_names_another_key_or_cannot_be_followed_is_found(copied, signed):
+    folder, key = copied
+    signer = read_private_key(signed / "operator", outside=folder)
+    for data, text in ((b'{"key": "00"}', "names the key 00"), (b"[]", "the dossier cannot be followed: TypeError")):
+        (folder / "dossier.json").write_bytes(data)
+        (folder / "dossier.sig").write_bytes(signer.sign(data))
+        assert text in problems(folder, key)[0]
+
+
+def test_events_out_of_order_are_found_though_signed_by_the_operator(copied, signed):
+    folder, key = copied
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
+    names = [line["event"] for line in lines]
+    lines[names.index("audited")]["event"], lines[names.index("thresholds fixed")]["event"] = (
+        "thresholds fixed",
+        "audited",
+    )
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again(folder, signed)
+    found = "\n".join(problems(folder, key))
+    assert "does not follow from the one before" in found
+    assert "expected, in this order, unlearned, retrained models ready, thresholds fixed, audited" in found
+
+
+# the verifier computes what the tool computes
+
+values = st.floats(0, 1)
+models = st.fixed_dictionaries(
+    {"forget": values, "retain": values},
+    optional={name: values for name in verdict.KINDS if name not in ("forget", "retain")},
+)
+
+
+@given(st.lists(models, max_size=6), models, st.floats(0, 0.1))
+def test_the_verifier_judges_as_the_tool_does(oracles, candidate, error):
+    own = [{name: Figure(value, error) for name, value in figures.items()} for figures in oracles]
+    bands = verdict.calibrate(own)
+    plain = [{name: (value, error) for name, value in figures.items()} for figures in oracles]
+    others = verify._bands(plain)
+    assert bands.keys() == others.keys()
+    for name, band in bands.items():
+        assert others[name] == pytest.approx((band.mean, band.sd, band.low, band.high), rel=1e-4, abs=1e-4)
+    figures = {name: Figure(value, error) for name, value in candidate.items()}
+    tool = verdict.judge(figures, bands, oracles=len(oracles), chance=0.1)
+    exact = {name: (band.mean, band.sd, band.low, band.high) for name, band in bands.items()}
+    found = verify._judged({name: (f.value, f.error) for name, f in figures.items()}, exact, len(oracles), 0.1)
+    assert found[:2] == (tool["verdict"], tool["decided_by"])
+    assert found[2] == {name: audit["verdict"] for name, audit in tool["audits"].items()}
+
+
+@pytest.mark.parametrize("df", [*range(1, 40), 100, 1000])
+def test_the_verifier_knows_the_quantiles_of_student(df):
+    assert verify._t(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-4)
+
+
+# the folder
+
+
+def test_folders_without_a_finished_or_audited_run_are_refused(copied, tmp_path):
+    folder, _ = copied
+    with pytest.raises(RunError, match=r"expected the folder of a finished run, but there is no result\.json"):
+        RunFolder.read(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(RunError, match="this run was not audited: use fedunlearn run"):
+        RunFolder.read(tmp_path)
+    (folder / "result.json").write_text("{")
+    with pytest.raises(RunError, match=r"result\.json: expected JSON"):
+        RunFolder.read(folder)
+
+
+def test_damaged_feature_maps_are_named(tmp_path):
+    (tmp_path / "maps.safetensors").write_bytes(b"0")
+    with pytest.raises(RunError, match="expected feature maps, but"):
+        FeatureMaps.load(tmp_path / "maps.safetensors")
+
+
+def test_the_model_card_loads_the_model_it_describes(copied):
+    folder, _ = copied
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: fedunlearn\n")
+    code = (
+        text.split("```python\n")[1].split("```")[0]
+        + "\nprint(weights.labels, sum(p.numel() for p in model.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=60)
+    parameters = json.loads((folder / "result.json").read_text())["unlearned"]["parameters"]
+    assert done.stdout == f"(0, 1, 3) {parameters}\n", done.stderr
+
+
+def test_nothing_claims_more_than_evidence():
+    root = Path(__file__).parents[1]
+    words = ("certif" + "ied", "guaran" + "teed")
+    texts = [path for folder in ("src", "docs") for path in (root / folder).rglob("*") if path.suffix in TEXTS]
+    for path in [*texts, *root.glob("*.md")]:
+        assert not any(word in path.read_text("utf-8").lower() for word in words), path
+
+
+TEXTS = {".py", ".md", ".html", ".toml"}

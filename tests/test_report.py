@@ -1,0 +1,162 @@
+"""The report in a real browser, at the width of a phone and of a desk."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from conftest import write_set
+from fedunlearn.evidence import plots
+from fedunlearn.evidence.report import write_report
+from fedunlearn.recipe import load_recipe
+from fedunlearn.workflow import run
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PLOTS = {"bands", "relearning", "confusion", "classes", "scores", "maps"}
+WIDTHS = (390, 1440)
+
+in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        own = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield own
+        own.close()
+
+
+@pytest.fixture
+def opened(browser, signed):
+    """Open the report at a width; the page must write nothing to the console and ask for nothing but itself."""
+    contexts, said, asked = [], [], []
+
+    def at(width, **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((signed / "run" / "report.html").as_uri())
+        return page
+
+    yield at
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
+
+
+@in_browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_plot_is_drawn_and_nothing_is_wider_than_the_screen(opened, width, tmp_path):
+    page = opened(width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    figures = page.locator("figure")
+    assert {own.get_attribute("id").removeprefix("plot-") for own in figures.all()} == PLOTS
+    for figure in figures.all():
+        box = figure.locator("svg").bounding_box()
+        assert 0.5 * min(width, 500) < box["width"] <= width
+        assert box["height"] > 60
+        label = figure.get_by_role("img").first.get_attribute("aria-label")
+        assert len(label) > 40
+        path = tmp_path / "figure.png"
+        figure.locator("svg").screenshot(path=path)
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 20, figure.get_attribute("id")
+
+
+@in_browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_screenshot_shows_the_verdict_on_the_first_screen(opened, signed, width, tmp_path):
+    page = opened(width)
+    verdict = json.loads((signed / "run" / "result.json").read_text())["verdict"]
+    box = page.get_by_text(verdict, exact=True).first.bounding_box()
+    assert box["y"] + box["height"] < 450
+    note = page.get_by_text("This is approximate unlearning").first.bounding_box()
+    assert note["y"] + note["height"] < 900
+    path = tmp_path / f"report-{width}.png"
+    page.screenshot(path=path, full_page=True)
+    with Image.open(path) as picture:
+        assert picture.width == width
+        assert picture.height > 3000
+        strips = [picture.convert("L").crop((0, y, width, y + 900)) for y in range(0, picture.height - 900, 900)]
+    assert all(len(strip.getcolors()) > 10 for strip in strips)  # no screenful is blank
+
+
+@in_browser
+def test_a_dark_page_has_light_axes(opened):
+    light, dark = opened(1440), opened(1440, color_scheme="dark")
+    script = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('figure svg text')).fill]"
+    assert light.evaluate(script)[0] == "rgb(255, 255, 255)"
+    background, ink = dark.evaluate(script)
+    assert background == "rgb(20, 24, 30)"
+    assert ink == "rgb(230, 234, 240)"
+
+
+@in_browser
+def test_the_page_prints_and_works_by_keyboard(opened):
+    page = opened(390)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the figures"
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#main")
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.tagName"))
+    assert reached >= {"SUMMARY", "DIV"}  # folded tables open, wide ones scroll
+    page.emulate_media(media="print")
+    assert page.locator("nav").is_hidden()
+    assert len(page.pdf()) > 20_000
+
+
+def test_the_report_is_one_small_file_without_scripts_and_the_same_each_time(signed):
+    folder = signed / "run"
+    before = {name: (folder / name).read_bytes() for name in ("report.html", "report.md")}
+    write_report(folder)
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert len(before["report.html"]) < 5_000_000
+    text = before["report.html"].decode()
+    assert "<script" not in text
+    assert "http://" not in text.replace("http://www.w3.org/", "")
+    assert "https://" not in text
+
+
+def test_markdown_and_page_say_the_verdict_the_controls_and_the_limits(signed):
+    result = json.loads((signed / "run" / "result.json").read_text())
+    for name in ("report.html", "report.md"):
+        text = (signed / "run" / name).read_text()
+        for part in (result["verdict"], "approximate unlearning", "head only", "fine-tuning only", "retrained-4"):
+            assert part in text
+
+
+def test_names_of_classes_are_text_in_the_page(tmp_path):
+    recipe = load_recipe(
+        str(write_set(tmp_path, oracles=0, names=("a", "$b_c$", "<script>alert(1)</script>", "d"))), ["train.rounds=1"]
+    )
+    result = run(recipe, tmp_path / "run")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert result["verdict"] == "no verdict"
+    assert "every figure is reported without a verdict" in text
+
+
+def test_ids_of_plots_do_not_meet():
+    bars = {"a": 0.5, "b": 0.7}
+    page = plots.per_class(bars, bars, {}) + plots.confusion([[1, 0], [0, 1]], ["a", "b"])
+    ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
+    assert len(ids) == len(set(ids)) > 10
+    assert plots.per_class(bars, bars, {}) == plots.per_class(bars, bars, {})
