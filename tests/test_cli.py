@@ -224,3 +224,45 @@ def test_a_folder_of_pictures_runs_from_end_to_end(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["classes"] == ["cats", "dogs", "owls"]
     assert json.loads(done.stdout)["forget"] == [1]
+
+
+def test_a_run_is_signed_verified_audited_and_reported_from_the_command_line(recipe, tmp_path):
+    key, out = tmp_path / "operator", tmp_path / "out"
+    assert "give it to those who verify" in fedunlearn("keygen", "--out", key).stdout
+    done = fedunlearn("run", recipe, "--out", out, "--set", "audit.oracles=3")
+    assert "Verdict: " in done.stdout
+    assert f"report: {out / 'report.html'}" in done.stderr
+    public = tmp_path / "operator.pub"
+    unsigned = fedunlearn("verify", out, "--key", public)
+    assert (unsigned.returncode, unsigned.stderr) == (
+        1,
+        f"FAILED: {out}: there is no dossier.json: the folder was not signed\n",
+    )
+    signed = fedunlearn("run", recipe, "--out", out, "--set", "audit.oracles=3", "--key", key, "--quiet")
+    assert signed.returncode == 0, signed.stderr  # a finished run is signed later
+    assert "verified: signature" in fedunlearn("verify", out, "--key", public).stdout
+    done = fedunlearn("report", out)
+    assert (done.returncode, done.stdout) == (0, f"{out / 'report.html'}\n")
+    assert fedunlearn("verify", out, "--key", public).returncode == 0  # the same bytes
+    oracles = [part for path in sorted((out / "oracles").iterdir()) for part in ("--oracle", path)]
+    model = out / "model.safetensors"
+    done = fedunlearn("audit", model, "--recipe", recipe, "--out", tmp_path / "audit", *oracles)
+    assert done.returncode == 0, done.stderr
+    assert "linear probe" in done.stdout
+    assert "Verdict: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "digits", "--key", "none"), "none: expected a private key in PEM"),
+        (("report", "none"), "none: expected the folder of a finished run"),
+        (("verify", "none", "--key", "none.pub"), "none.pub: expected a public key in PEM"),
+        (("audit", "none.pt", "--recipe", "digits"), "none.pt: expected a file of weights, found none"),
+    ],
+)
+def test_evidence_commands_fail_with_one_line(arguments, message, tmp_path):
+    done = fedunlearn(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

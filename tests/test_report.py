@@ -98,7 +98,10 @@ def test_a_screenshot_shows_the_verdict_on_the_first_screen(opened, signed, widt
 @in_browser
 def test_a_dark_page_has_light_axes(opened):
     light, dark = opened(1440), opened(1440, color_scheme="dark")
-    script = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('figure svg text')).fill]"
+    script = """[
+        getComputedStyle(document.body).backgroundColor,
+        getComputedStyle(document.querySelector('figure svg text')).fill,
+    ]"""
     assert light.evaluate(script)[0] == "rgb(255, 255, 255)"
     background, ink = dark.evaluate(script)
     assert background == "rgb(20, 24, 30)"

@@ -1,5 +1,9 @@
 """fedunlearn makes a federated image classifier forget classes, fast, and shows that it did."""
 
+from fedunlearn.audits.audit import Findings, audit
+from fedunlearn.audits.images import AuditImages, audit_images
+from fedunlearn.audits.measure import Figure
+from fedunlearn.audits.subject import Subject, without_rows
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
@@ -14,6 +18,7 @@ from fedunlearn.data.readers import (
 )
 from fedunlearn.errors import (
     DataError,
+    EvidenceError,
     FederationError,
     FedUnlearnError,
     ModelError,
@@ -39,14 +44,18 @@ from fedunlearn.unlearn import Unlearned, unlearn
 from fedunlearn.version import __version__
 
 __all__ = [
+    "AuditImages",
     "ChannelScores",
     "ChannelStats",
     "Cost",
     "DataError",
     "Engine",
     "Evaluate",
+    "EvidenceError",
     "FedUnlearnError",
     "FederationError",
+    "Figure",
+    "Findings",
     "Job",
     "Journal",
     "LabelledImages",
@@ -60,10 +69,13 @@ __all__ = [
     "Reply",
     "RunError",
     "Splits",
+    "Subject",
     "Train",
     "Training",
     "Unlearned",
     "__version__",
+    "audit",
+    "audit_images",
     "build_model",
     "contrast",
     "evaluate",
@@ -89,4 +101,5 @@ __all__ = [
     "tf_idf",
     "train_rounds",
     "unlearn",
+    "without_rows",
 ]
