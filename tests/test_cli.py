@@ -17,6 +17,7 @@ from conftest import write_set
 from fedunlearn.cli import app
 from fedunlearn.data.readers import load_npz
 from fedunlearn.models import build_model
+from fedunlearn.version import __version__
 
 UNPRUNABLE = """
 from torch import nn
@@ -98,8 +99,11 @@ def test_recipes_are_listed():
 
 def test_help_and_version_name_the_commands():
     shown = fedunlearn("--help").stdout
-    assert all(name in shown for name in ("run", "train", "unlearn", "evaluate", "recipes"))
-    assert fedunlearn("--version").stdout.strip() == "0.1.0"
+    assert all(
+        name in shown
+        for name in ("run", "train", "unlearn", "evaluate", "audit", "report", "keygen", "verify", "recipes")
+    )
+    assert fedunlearn("--version").stdout.strip() == __version__
 
 
 BAD = [

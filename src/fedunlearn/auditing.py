@@ -17,7 +17,6 @@ from fedunlearn.checkpoint import Weights, load_weights, read_weights
 from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import RESULT
-from fedunlearn.evidence.report import write_report
 from fedunlearn.files import write_text
 from fedunlearn.groups import head_layer
 from fedunlearn.journal import Journal
@@ -104,6 +103,8 @@ def audit_model(
     } | judged(judgement)
     write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
     journal.close()
+    from fedunlearn.evidence.report import write_report  # slow to import
+
     write_report(out)
     return result
 

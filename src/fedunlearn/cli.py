@@ -19,8 +19,8 @@ from fedunlearn.auditing import audit_model
 from fedunlearn.console import RunProgress, audit_table, describe, notes, result_table, verdict_line
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
+from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.evidence.report import HTML, write_report
 from fedunlearn.recipe import SHIPPED, load_recipe
 from fedunlearn.threads import one_torch_thread
 from fedunlearn.version import __version__
@@ -160,7 +160,7 @@ def audit(
         elif not quiet:
             Console().print(audit_table(result))
             Console().print(verdict_line(result), highlight=False)
-            console.print(f"report: {folder / HTML}", soft_wrap=True, highlight=False)
+            console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -170,8 +170,10 @@ def report(
 ) -> None:
     """Write report.html and report.md of a run again."""
     with _told(debug):
+        from fedunlearn.evidence.report import write_report  # slow to import
+
         write_report(folder)
-        typer.echo(folder / HTML)
+        typer.echo(folder / REPORT)
 
 
 @app.command()
@@ -228,7 +230,7 @@ def _do(
             )
         _show(result, quiet, as_json, result)
         if not quiet:
-            for text in (f"report: {folder / HTML}",) * (command == "run") + (f"files: {folder}",):
+            for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
                 console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -20,10 +20,9 @@ from fedunlearn.evaluate import evaluate
 from fedunlearn.evidence.card import write_card
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.events import EVENTS, EventLog
-from fedunlearn.evidence.folder import RESULT
+from fedunlearn.evidence.folder import REPORT, RESULT
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
-from fedunlearn.evidence.report import HTML, write_report
 from fedunlearn.evidence.verify import SIGNATURE
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
@@ -128,7 +127,9 @@ def _work(
 
 def _show(out: Path, signer: Ed25519PrivateKey | None) -> None:
     """Write what is missing of report, model card and, with a key, dossier."""
-    if not (out / HTML).exists():
+    if not (out / REPORT).exists():
+        from fedunlearn.evidence.report import write_report  # slow to import
+
         write_card(out)
         write_report(out)
     if signer is not None and not (out / SIGNATURE).exists():

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy import stats
-from sklearn.metrics import roc_auc_score
+from scipy import special
 from torch import Tensor
 
 _FALSE_POSITIVES = 0.01
@@ -23,7 +22,7 @@ class Membership:
         auc: probability that a member scores higher than another image; 0.5 is chance.
         auc_error: its standard error.
         tpr: share of the members that score above all but 1 % of the others; 0.01 is chance.
-        tpr_interval: its 95 % confidence interval, for the threshold as drawn.
+        tpr_interval: its exact (Clopper-Pearson) 95 % confidence interval, for the threshold as drawn.
         members: how many.
         others: how many.
     """
@@ -37,7 +36,7 @@ class Membership:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, with the 95 % interval of the AUC."""
-        half = float(stats.norm.ppf((1 + _LEVEL) / 2)) * self.auc_error
+        half = float(special.ndtri((1 + _LEVEL) / 2)) * self.auc_error
         return asdict(self) | {"auc_interval": [max(0.0, self.auc - half), min(1.0, self.auc + half)]}
 
 
@@ -102,12 +101,20 @@ def membership(members: Tensor, others: Tensor) -> Membership:
         >>> membership(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])).auc
         1.0
     """
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     m, n = len(members), len(others)
     truth = torch.cat([torch.ones(m), torch.zeros(n)])
     auc = float(roc_auc_score(truth.numpy(), torch.cat([members, others]).numpy()))
     spread = auc * (1 - auc) + (m - 1) * (auc / (2 - auc) - auc**2) + (n - 1) * (2 * auc**2 / (1 + auc) - auc**2)
     threshold = others.sort().values[-1 - int(_FALSE_POSITIVES * n)]
     found = int((members > threshold).sum())
-    interval = stats.binomtest(found, m).proportion_ci(_LEVEL, method="wilson")
     error = float(max(spread, 0.0) / (m * n)) ** 0.5
-    return Membership(auc, error, found / m, (float(interval.low), float(interval.high)), m, n)
+    return Membership(auc, error, found / m, _exact_interval(found, m), m, n)
+
+
+def _exact_interval(found: int, total: int) -> tuple[float, float]:
+    tail = (1 - _LEVEL) / 2
+    low = float(special.betaincinv(found, total - found + 1, tail)) if found else 0.0
+    high = float(special.betaincinv(found + 1, total - found, 1 - tail)) if found < total else 1.0
+    return low, high

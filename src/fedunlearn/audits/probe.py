@@ -5,10 +5,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 _STEPS = 300
@@ -35,6 +31,11 @@ def linear_probe(features: Tensor, truth: Tensor, test_features: Tensor) -> Tens
         >>> linear_probe(h, torch.tensor([0, 0, 7, 7]), torch.tensor([[2.0], [9.0]]))
         tensor([0, 7])
     """
+    from sklearn.exceptions import ConvergenceWarning  # slow to import
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_STEPS))
     with warnings.catch_warnings():
         # All models get as many steps; those of one that is not quite there yet are as comparable.

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy import stats
+from scipy import special
 
 from fedunlearn.audits.measure import Figure
 
@@ -78,7 +78,7 @@ def factor(oracles: int) -> float:
         >>> [round(factor(n), 2) for n in (3, 4, 5, 10)]
         [4.97, 3.56, 3.04, 2.37]
     """
-    quantile = float(stats.t.ppf((1 + _LEVEL) / 2, oracles - 1))
+    quantile = float(special.stdtrit(oracles - 1, (1 + _LEVEL) / 2))
     return quantile * math.sqrt(1 + 1 / oracles)
 
 

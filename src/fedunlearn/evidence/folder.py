@@ -11,6 +11,7 @@ from typing import Any
 from fedunlearn.errors import RunError
 
 RESULT = "result.json"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import jinja2
 import safetensors.numpy
 
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.folder import REPORT, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, summary
 from fedunlearn.files import write_text
 
-HTML, MARKDOWN = "report.html", "report.md"
+MARKDOWN = "report.md"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def write_report(folder: Path) -> None:
         "recipe": json.dumps(run.result["recipe"], indent=2),
         "limits": LIMITS,
     }
-    for name in (HTML, MARKDOWN):
+    for name in (REPORT, MARKDOWN):
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
-            autoescape=name == HTML,
+            autoescape=name == REPORT,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
