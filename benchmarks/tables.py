@@ -1,7 +1,9 @@
-"""Write the tables of docs/results.md from the result.json files in benchmarks/results.
+"""Write the tables of docs/results.md from the files in benchmarks/results and benchmarks/audits.
 
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` by the table
-of ``benchmarks/results/NAME-*.json``, one row per file; ``--check`` only says whether the page is up to date.
+of ``benchmarks/results/NAME-*.json``, one row per file, and what stands between ``<!-- audits NAME -->`` and
+``<!-- end -->`` by the figures in ``benchmarks/audits/NAME*.json``; ``--check`` only says whether the page is up to
+date.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedunlearn.evidence.words import AUDITS, MODELS
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+_AUDITS = re.compile(r"(<!-- audits ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
 )
@@ -26,7 +31,42 @@ def filled(page: str) -> str:
     groups = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
     if tables != groups:
         sys.exit(f"{PAGE} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
-    return _BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
+    page = _BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
+    return _AUDITS.sub(lambda match: match[1] + audit_table(match[2]) + match[3], page)
+
+
+def audit_table(name: str) -> str:
+    """Return the figures of the audited runs whose files start with ``name``, in percent; a column per model.
+
+    Retrained models and the controls that do not depend on the criterion are those of the first file. A figure outside
+    the band is in bold.
+    """
+    runs = {
+        file.stem: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.parent.glob(f"audits/{name}*.json"))
+    }
+    first = next(iter(runs.values()))
+    oracles = [own for model, own in first["figures"].items() if model.startswith("retrained")]
+    columns = [(model, MODELS[model], first) for model in ("original", "head_only", "finetune", "random")]
+    for run in runs.values():
+        criterion = run["recipe"]["unlearn"]["criterion"]
+        columns += [("pruned", f"{criterion}, pruning only", run), ("unlearned", f"**{criterion}**", run)]
+    head = ["figure", f"{len(oracles)} retrained", "band", *(text for _, text, _ in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for figure, (text, _) in AUDITS.items():
+        if figure not in first["bands"] or figure == "artefacts":
+            continue
+        band, own = first["bands"][figure], [oracle[figure] for oracle in oracles]
+        cells = [f"{100 * min(own):.1f} to {100 * max(own):.1f}"]
+        cells.append(f"{100 * max(band['low'], 0):.1f} to {100 * min(band['high'], 1):.1f}")
+        for model, _, run in columns:
+            value = run["figures"][model].get(figure)
+            shown = "" if value is None else f"{100 * value:.1f}"
+            outside = value is not None and not band["low"] <= value <= band["high"]
+            cells.append(f"**{shown}**" if outside else shown)
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    verdicts = [run["verdicts"][model] for model, _, run in columns]
+    lines.append("| verdict | | | " + " | ".join(verdicts) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(name: str) -> str:

@@ -123,9 +123,14 @@ def test_relearning_a_retrained_model_twice_gives_the_same_curve(nets, set_of_im
         for _ in range(2)
     ]
     assert curves[0] == curves[1]
-    assert curves[0].samples == (0, 64, 128, 256, 512)
     assert curves[0].forget[0] == 0
     assert curves[0].samples_until(1.1) is None
+
+
+def test_relearning_ends_with_fewer_images_than_a_batch(nets):
+    few = make_images(20, 4)
+    curve = relearn(nets[0], few, few, labels=range(4), lr=0.01, doublings=2, draw=draw())
+    assert curve.samples == (0, 80, 140, 260)  # epochs of 20, beyond 64, 128 and 256
 
 
 def test_relearning_starts_from_the_rows_that_are_there(nets):

@@ -184,9 +184,20 @@ def test_a_run_writes_the_files_and_figures_it_promises(tmp_path):
         "original.safetensors",
         "model.safetensors",
         "stats.safetensors",
+        "scores.safetensors",
+        "maps.safetensors",
         "plan.json",
         "rounds.jsonl",
+        "events.jsonl",
+        "thresholds.json",
+        "audits",
+        "oracles",
+        "report.html",
+        "report.md",
+        "README.md",
     }
+    assert set(result["controls"]) == {"original", "head_only", "pruned", "random", "finetune"}
+    assert result["controls"]["random"]["cost"]["rounds"] == result["cost"]["unlearn"]["rounds"]
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert result["recipe"]["data"]["path"] == "../set.npz"
     assert result["original"]["accuracy"]["retain"] > 0.9
@@ -220,7 +231,8 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     one, two = first["oracles"]["retrained-1"], second["oracles"]["retrained-1"]
     assert (one.pop("cached"), two.pop("cached")) == (False, True)
     assert one == two
-    assert (tmp_path / "two" / "rounds.jsonl").read_text().count('"retrain"') == 0
+    assert (tmp_path / "two" / "rounds.jsonl").read_text().count(".retrain") == 0
+    assert (tmp_path / "one" / "rounds.jsonl").read_text().count(".retrain") == 3
     assert "client_seconds" not in second["speedup"]
 
 

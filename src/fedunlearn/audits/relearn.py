@@ -56,7 +56,8 @@ def relearn(
 ) -> Relearned:
     """Train a copy of ``model`` on all classes and return how U grows; rows that are gone start again from 0.
 
-    Plain SGD with momentum .9, batches of 64. U is measured after ``64, 128, ..., 64 * 2**doublings`` images.
+    SGD with momentum .9, batches of 64. U is measured when ``64, 128, ..., 64 * 2**doublings`` images are reached: a
+    few more where an epoch ends in a smaller batch.
 
     Args:
         model: the CNN as delivered.
@@ -73,21 +74,20 @@ def relearn(
     row_of[torch.tensor(_all_labels(labels, classes))] = torch.arange(classes)
     optimiser = torch.optim.SGD(learner.parameters(), lr=lr, momentum=0.9)
     samples, forget, seen = [0], [_accuracy(learner, test, row_of)], 0
-    points = {_BATCH * 2**k for k in range(doublings + 1)}
-    while seen < max(points):
+    points = [_BATCH * 2**k for k in range(doublings + 1)]
+    while points:
         for images, truth in batches(train, _BATCH, draw=draw):
-            if len(truth) != _BATCH:  # the last of an epoch
-                continue
             learner.train()
             loss = F.cross_entropy(learner(images), row_of[truth])
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()
-            seen += _BATCH
-            if seen in points:
+            seen += len(truth)
+            if seen >= points[0]:
                 samples.append(seen)
                 forget.append(_accuracy(learner, test, row_of))
-            if seen == max(points):
+                points = [point for point in points if point > seen]
+            if not points:
                 break
     return Relearned(tuple(samples), tuple(forget))
 

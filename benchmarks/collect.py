@@ -1,0 +1,35 @@
+"""Collect an audited run: ``python -m benchmarks.collect DIR NAME`` writes benchmarks/audits/NAME.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fedunlearn.evidence.folder import RunFolder
+
+AUDITS = Path(__file__).parent / "audits"
+
+
+def main(folder: str, name: str) -> None:
+    """Write the figures of all models of a run, the bands and the verdicts."""
+    run = RunFolder.read(Path(folder))
+    result = run.result
+    verdicts = {control: block["verdict"] for control, block in result["controls"].items()}
+    value = {
+        "version": result["version"],
+        "recipe": result["recipe"],
+        "bands": json.loads((run.path / "thresholds.json").read_text("utf-8"))["bands"],
+        "figures": {model: run.figures(model) for model in run.models},
+        "verdicts": verdicts | {"unlearned": result["verdict"]},
+        "decided_by": result["decided_by"],
+        "distances": {figure: audit["distance"] for figure, audit in result["audits"].items()},
+        "calibration": result["calibration"],
+        "speedup": result["speedup"],
+    }
+    value["recipe"]["data"]["path"] = ""
+    (AUDITS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
