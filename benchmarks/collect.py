@@ -20,7 +20,7 @@ def main(folder: str, name: str) -> None:
         "version": result["version"],
         "recipe": result["recipe"],
         "bands": json.loads((run.path / "thresholds.json").read_text("utf-8"))["bands"],
-        "figures": {model: run.figures(model) for model in run.models},
+        "figures": {model: own["figures"] for model, own in run.models.items()},
         "verdicts": verdicts | {"unlearned": result["verdict"]},
         "decided_by": result["decided_by"],
         "distances": {figure: audit["distance"] for figure, audit in result["audits"].items()},

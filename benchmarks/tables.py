@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.evidence.words import AUDITS, MODELS
+from fedunlearn.evidence.words import AUDITS, MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -55,11 +55,12 @@ def audit_table(name: str) -> str:
     for figure, (text, _) in AUDITS.items():
         if figure not in first["bands"] or figure == "artefacts":
             continue
-        band, own = first["bands"][figure], [oracle[figure] for oracle in oracles]
+        band, own = first["bands"][figure], [oracle[figure]["value"] for oracle in oracles]
         cells = [f"{100 * min(own):.1f} to {100 * max(own):.1f}"]
-        cells.append(f"{100 * max(band['low'], 0):.1f} to {100 * min(band['high'], 1):.1f}")
+        low, high = clipped((band["low"], band["high"]), figure)
+        cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
         for model, _, run in columns:
-            value = run["figures"][model].get(figure)
+            value = run["figures"][model].get(figure, {}).get("value")
             shown = "" if value is None else f"{100 * value:.1f}"
             outside = value is not None and not band["low"] <= value <= band["high"]
             cells.append(f"**{shown}**" if outside else shown)

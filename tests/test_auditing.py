@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedunlearn.auditing import audit_model
 from fedunlearn.checkpoint import read_weights
-from fedunlearn.errors import DataError, EvidenceError
+from fedunlearn.errors import DataError, EvidenceError, ModelError
 from fedunlearn.recipe import load_recipe
 
 
@@ -52,6 +54,9 @@ def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
     found = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors")
     assert list(found["oracles"]) == ["retrained-1", "retrained-2"]
     assert found["verdict"] == "no verdict"
+    (tmp_path / "out" / "report.html").unlink()
+    assert audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors") == found
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_client_audits_with_its_own_images_alone(signed, recipe, oracles, tmp_path):
@@ -78,12 +83,27 @@ def test_what_a_client_cannot_do_is_said(signed, recipe, oracles, tmp_path):
         )
 
 
-def test_retrained_models_of_one_name_are_refused(signed, recipe, oracles, tmp_path):
-    shutil.copy(oracles[0], tmp_path)
-    with pytest.raises(EvidenceError, match="two retrained models have the same file name"):
-        audit_model(
-            recipe,
-            tmp_path / "out",
-            model=signed / "run" / "model.safetensors",
-            oracles=[*oracles, tmp_path / oracles[0].name],
-        )
+def test_retrained_models_that_are_not_several_or_not_comparable_are_refused(signed, recipe, oracles, tmp_path):
+    def audited(*paths):
+        audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=paths)
+
+    shutil.copy(oracles[0], tmp_path / "copy.safetensors")
+    with pytest.raises(EvidenceError, match=r"copy\.safetensors and .*retrained-1\.safetensors are the same model"):
+        audited(*oracles, tmp_path / "copy.safetensors")
+    state = dict(read_weights(oracles[0]).state)
+    for name in ("retrained-2", "head_only"):
+        save_file({key: tensor + 1e-3 for key, tensor in state.items()}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(EvidenceError, match=f"the name '{name}' is taken by another model"):
+            audited(*oracles, tmp_path / f"{name}.safetensors")
+    meta = np.frombuffer(b'{"normalise": {"mean": [0.5], "std": [0.5]}}', dtype=np.uint8)
+    np.savez(tmp_path / "other.npz", meta=meta, **{key: tensor.numpy() for key, tensor in state.items()})
+    with pytest.raises(EvidenceError, match=r"was trained on images normalised by \(0\.5,\) and \(0\.5,\)"):
+        audited(tmp_path / "other.npz")
+
+
+def test_a_model_that_lacks_a_kept_class_is_refused(signed, oracles, tmp_path):
+    other = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[3]"])
+    with pytest.raises(
+        ModelError, match=r"has output rows for the classes \[0, 1, 3\], without \[3\] it needs \[0, 1, 2\]"
+    ):
+        audit_model(other, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=oracles)

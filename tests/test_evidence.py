@@ -57,6 +57,10 @@ def test_a_private_key_is_for_its_owner_alone_and_is_never_overwritten(tmp_path)
     with pytest.raises(EvidenceError, match="is there already: a key is never overwritten"):
         make_keys(tmp_path / "operator")
     assert (tmp_path / "operator").read_bytes() == before
+    (tmp_path / "operator").unlink()
+    with pytest.raises(EvidenceError, match=r"operator\.pub is there already"):
+        make_keys(tmp_path / "operator")
+    assert not (tmp_path / "operator").exists()
 
 
 def test_a_key_that_cannot_be_written_is_named(tmp_path):
@@ -96,6 +100,8 @@ def test_events_are_chained_recorded_once_and_survive_a_cut(tmp_path):
     log.once("a", x=2)
     log.once("b")
     assert path.read_bytes() == whole
+    EventLog(path, clock=lambda: "2025-01-01T00:00:00+00:00").once("c")  # a clock that was set back
+    assert json.loads(path.read_bytes().splitlines()[2])["time"] == "2026-01-01T00:00:00+00:00"
     first, second = (json.loads(line) for line in whole.splitlines())
     assert (first["facts"], second["seq"]) == ({"x": 1}, 1)
 
@@ -194,7 +200,7 @@ def test_a_truncated_log_is_found(copied):
     folder, key = copied
     lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "events.jsonl").write_bytes(b"".join(lines[:-1]))
-    assert "events.jsonl ends elsewhere than the dossier says" in problems(folder, key)
+    assert problems(folder, key) == ["events.jsonl was changed"]
 
 
 def test_an_expired_or_future_dossier_is_found(copied):
@@ -202,6 +208,53 @@ def test_an_expired_or_future_dossier_is_found(copied):
     now = datetime.now(UTC)
     assert "expired at" in problems(folder, key, now=now + timedelta(days=366))[0]
     assert "which is in the future" in problems(folder, key, now=now - timedelta(days=1))[0]
+
+
+def test_a_log_cut_before_signing_is_found(copied, signed):
+    folder, key = copied
+    lines = (folder / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "events.jsonl").write_bytes(b"".join(lines[:-2]))
+    again(folder, signed)
+    assert "expected, in this order" in problems(folder, key)[0]
+
+
+def test_figures_left_out_are_found_though_signed_by_the_operator(copied, signed):
+    folder, key = copied
+    path = folder / "audits" / "unlearned.json"
+    value, result = (json.loads(file.read_text()) for file in (path, folder / "result.json"))
+    del value["figures"]["probe"], result["audits"]["probe"]
+    path.write_text(json.dumps(value))
+    again(folder, signed, audits=result["audits"])
+    assert "audits/unlearned.json lacks probe, which the retrained models have" in problems(folder, key)
+
+
+def test_retrained_models_left_out_are_found_though_signed_by_the_operator(copied, signed):
+    folder, key = copied
+    oracles = json.loads((folder / "result.json").read_text())["oracles"]
+    oracles.pop("retrained-4")
+    again(folder, signed, oracles=oracles)
+    found = problems(folder, key)
+    assert "events.jsonl tells of other retrained models than result.json" in found
+    assert "thresholds.json does not follow from the figures of the retrained models" in found
+
+
+def test_links_and_names_that_write_lines_are_found(copied, tmp_path):
+    folder, key = copied
+    (folder / "extra").symlink_to(tmp_path)
+    (folder / "a\nverified: all").write_text("")
+    assert problems(folder, key) == ["extra is a link or device, not a file", "a\\nverified: all is not in the dossier"]
+
+
+def test_a_pass_counts_for_nothing_where_a_control_passes_too(copied, signed):
+    folder, key = copied
+    passing = (folder / "audits" / "retrained-1.json").read_text()
+    for name in ("unlearned", "head_only"):
+        (folder / "audits" / f"{name}.json").write_text(passing)
+    again(folder, signed, verdict="indistinguishable from retraining")
+    assert (
+        "the verdict 'indistinguishable from retraining' does not follow from the figures: they give 'no verdict'"
+        in problems(folder, key)
+    )
 
 
 def test_a_dossier_dated_before_its_events_is_found(copied, signed):
@@ -231,6 +284,8 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
     result["cost"]["unlearn"]["client_samples"] = 1
     result["speedup"]["client_flops"] = 1000.0
     result["calibration"]["models"]["retrained-1"]["verdict"] = "not forgotten"
+    result["controls"]["head_only"]["verdict"] = "indistinguishable from retraining"
+    result["cost"]["retrain"]["client_flops"] *= 2
     thresholds = json.loads((folder / "thresholds.json").read_text())
     thresholds["bands"]["probe"]["high"] = 2.0
     (folder / "thresholds.json").write_text(json.dumps(thresholds))
@@ -240,7 +295,9 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         "the audit probe does not follow from audits/unlearned.json",
         "the cost of unlearning, client_samples, does not follow from rounds.jsonl",
         "the speed-up does not follow from the costs",
-        "the held-out verdict on retrained-1 does not follow from the figures",
+        "the held-out verdicts do not follow from the figures",
+        "the verdict on head_only does not follow from the figures",
+        "the cost of retraining does not follow from rounds.jsonl",
         "thresholds.json does not follow from the figures of the retrained models",
         "events.jsonl tells of another thresholds.json",
     ):
@@ -251,13 +308,15 @@ def test_a_dossier_that_says_something_else_than_its_files_is_found(copied, sign
     folder, key = copied
     signer = read_private_key(signed / "operator", outside=folder)
     dossier = json.loads((folder / "dossier.json").read_text())
-    dossier |= {"verdict": "not forgotten", "thresholds": {}, "rounds": []}
+    dossier |= {"verdict": "not forgotten?", "thresholds": {}, "rounds": [], "scope": {"forgotten": ["cat"]}}
     data = json.dumps(dossier).encode()
     (folder / "dossier.json").write_bytes(data)
     (folder / "dossier.sig").write_bytes(signer.sign(data))
     assert problems(folder, key) == [
+        "dossier.json and the files differ in scope",
+        "dossier.json and the files differ in thresholds",
         "dossier.json and result.json differ in verdict",
-        "dossier.json and thresholds.json differ",
+        "events.jsonl tells of other data or another verdict",
         "dossier.json and rounds.jsonl differ in the rounds",
     ]
 
@@ -283,7 +342,16 @@ def test_events_out_of_order_are_found_though_signed_by_the_operator(copied, sig
     again(folder, signed)
     found = "\n".join(problems(folder, key))
     assert "does not follow from the one before" in found
-    assert "expected, in this order, unlearned, retrained models ready, thresholds fixed, audited" in found
+    lines[0]["time"], lines[1]["event"] = "2999-01-01T00:00:00+00:00", "run started"
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    again(folder, signed)
+    later = "\n".join(problems(folder, key))
+    assert "line 2 is earlier than the one before" in later
+    assert "line 2 repeats an event" in later
+    assert (
+        "expected, in this order, run started, original ready, unlearned, retrained models ready, thresholds fixed"
+        in found
+    )
 
 
 # the verifier computes what the tool computes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from fedunlearn.audits.audit import CANDIDATE, audit
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.audits.subject import Subject, without_rows
 from fedunlearn.checkpoint import Weights, load_weights, read_weights
-from fedunlearn.errors import EvidenceError
+from fedunlearn.errors import EvidenceError, ModelError
 from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import RESULT
+from fedunlearn.evidence.words import MODELS
 from fedunlearn.files import write_text
 from fedunlearn.groups import head_layer
 from fedunlearn.journal import Journal
@@ -25,7 +26,7 @@ from fedunlearn.plan import plan_without_rows
 from fedunlearn.prune import prune
 from fedunlearn.recipe import Recipe
 from fedunlearn.result import engine_block, judged
-from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, sha256
+from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, sha256, versions
 from fedunlearn.setting import Setting, fingerprint, new_model, normalised_for, read_data, set_up
 from fedunlearn.version import __version__
 
@@ -56,6 +57,8 @@ def audit_model(
     Raises:
         FedUnlearnError: something cannot be used.
     """
+    from fedunlearn.evidence.report import write_report  # slow to import
+
     check_folder(out)
     weights = read_weights(model)
     setting = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
@@ -63,16 +66,40 @@ def audit_model(
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     candidate = _subject(weights, setting)
-    named = {path.stem: _without_forgotten(_subject(read_weights(path), setting), setting) for path in oracles}
-    if len(named) < len(oracles):
-        raise EvidenceError("two retrained models have the same file name, by which they are told apart: rename one")
+    named = _retrained(oracles, setting, besides=model)
     data, portable = fingerprint(setting.splits), portable_recipe(recipe, out)
     header = {"command": "audit", "version": __version__, "recipe": portable, "data": data, "client": client}
     files = {path.stem: sha256(path) for path in oracles}
     journal = Journal(out, header=header | {"model": sha256(model), "oracles": files}, observe=observe)
     prepared(setting)
+    if not (out / RESULT).exists():
+        result = _audited(setting, out, candidate, named, images, journal, observe, data=data) | {
+            "recipe": portable,
+            "model": {"file": model.name, "sha256": sha256(model)},
+            "client": client,
+        }
+        write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
+    journal.close()
+    write_report(out)
+    finished: dict[str, Any] = json.loads((out / RESULT).read_text("utf-8"))
+    return finished
+
+
+def _audited(
+    setting: Setting,
+    out: Path,
+    candidate: Subject,
+    named: Mapping[str, Subject],
+    images: AuditImages,
+    journal: Journal,
+    observe: Callable[[str, int, int], None],
+    *,
+    data: str,
+) -> dict[str, Any]:
+    """Retrain where no retrained model was given, audit, and return the blocks of result.json."""
+    recipe = setting.recipe
     events = EventLog(out / EVENTS)
-    if not oracles:
+    if not named:
         retrained = retrained_models(setting, journal, data=data, count=recipe.audit.oracles)
         named = {name: _delivered(oracle.model, setting) for name, oracle in retrained.items()}
     findings = audit(
@@ -80,33 +107,46 @@ def audit_model(
         oracles=named,
         controls={},
         images=images,
-        lr=recipe.unlearn.lr,
+        lr=recipe.audit.lr,
         folder=out,
         fixed=lambda digest: events.once("thresholds fixed", sha256=digest),
         observe=observe,
     )
     events.once("audited", verdict=findings.verdict)
     judgement = findings.judgements[CANDIDATE]
-    result = {
+    return {
         "schema": SCHEMA,
         "version": __version__,
-        "recipe": portable,
+        "versions": versions(),
         "forget": list(setting.forget),
         "classes": list(setting.splits.test.classes),
         "engine": engine_block(setting),
-        "model": {"file": model.name, "sha256": sha256(model)},
-        "client": client,
         "oracles": {name: {} for name in named},
         "controls": {},
         "audits": judgement["audits"],
         "calibration": findings.held_out,
     } | judged(judgement)
-    write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
-    journal.close()
-    from fedunlearn.evidence.report import write_report  # slow to import
 
-    write_report(out)
-    return result
+
+def _retrained(paths: Sequence[Path], setting: Setting, *, besides: Path) -> dict[str, Subject]:
+    """Return the retrained models in files; refuse what would let one model stand for several."""
+    hashes = {sha256(besides): besides}
+    named: dict[str, Subject] = {}
+    images = setting.splits.train
+    for path in paths:
+        weights = read_weights(path)
+        if weights.mean not in (None, images.mean) or weights.std not in (None, images.std):
+            raise EvidenceError(
+                f"{path} was trained on images normalised by {weights.mean} and {weights.std}, the audited model by "
+                f"{images.mean} and {images.std}: models that see images differently cannot be compared"
+            )
+        same = hashes.setdefault(sha256(path), path)
+        if same != path:
+            raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
+        if path.stem in named or path.stem in MODELS:
+            raise EvidenceError(f"{path}: the name {path.stem!r} is taken by another model: rename the file")
+        named[path.stem] = _without_forgotten(_subject(weights, setting), setting)
+    return named
 
 
 def _of_client(setting: Setting, client: str) -> AuditImages:
@@ -137,6 +177,12 @@ def _subject(weights: Weights, setting: Setting) -> Subject:
         if rows is not None and len(rows) == len(everything) - len(forget):
             labels = tuple(label for label in everything if label not in forget)
             empty = prune(empty, plan_without_rows(empty, head, forget))
+    kept = set(everything) - set(forget)
+    if not kept <= set(labels) <= set(everything):
+        raise ModelError(
+            f"{weights.path} has output rows for the classes {sorted(labels)}, without {list(forget)} it needs "
+            f"{sorted(kept)}: check unlearn.forget"
+        )
     model = load_weights(empty, weights)
     return Subject(model, labels, model if labels == everything else None)
 

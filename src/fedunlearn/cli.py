@@ -1,4 +1,4 @@
-"""The command line: fedunlearn run | train | unlearn | evaluate | recipes."""
+"""The command line: fedunlearn run | train | unlearn | evaluate | audit | report | keygen | verify | recipes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedunlearn.evidence.words import AUDITS
+from fedunlearn.evidence.words import AUDITS, MODELS, clipped
 from fedunlearn.setting import Setting
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
@@ -26,11 +26,7 @@ _PHASES = {
 
 
 _PARTS = {"random": "random channels, for comparison"}
-_CONTROLS = {
-    "head_only": "head only",
-    "random": "random channels",
-    "finetune": "fine-tuning only",
-}
+_CONTROLS = ("head_only", "random", "finetune")  # those that are not elsewhere in the table
 
 
 class RunProgress:
@@ -94,10 +90,10 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:
         table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
-    for name, text in _CONTROLS.items():
+    for name in _CONTROLS:
         if name in result.get("controls", {}):
             block = result["controls"][name]
-            table.add_row(text, *_figures(block, block.get("cost")))
+            table.add_row(MODELS[name], *_figures(block, block.get("cost")))
     for number, (name, block) in enumerate(result.get("oracles", {}).items()):
         spent = cost.get("retrain") if number == 0 else None
         table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
@@ -113,7 +109,7 @@ def audit_table(result: Mapping[str, Any]) -> Table:
     for name, (text, _) in AUDITS.items():
         audit = result["audits"].get(name)
         if audit is not None:
-            band = audit["band"] and f"{_percent(max(audit['band'][0], 0))} to {_percent(min(audit['band'][1], 1))}"
+            band = audit["band"] and " to ".join(_percent(end) for end in clipped(audit["band"], name))
             away = "" if audit["distance"] is None else f"{audit['distance']:+.1f}"
             table.add_row(text, _percent(audit["figure"]), band or "", away, audit["verdict"] or "no band")
     return table
@@ -122,7 +118,7 @@ def audit_table(result: Mapping[str, Any]) -> Table:
 def verdict_line(result: Mapping[str, Any]) -> str:
     """Return the verdict, why, and how far the figures that decided it are from their bands."""
     audits = result["audits"]
-    outside = [name for name in result["decided_by"] if audits[name]["verdict"] != "inside"]
+    outside = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
     names = ", ".join(f"{AUDITS[name][0]} {audits[name]['distance']:+.1f} sd" for name in outside)
     return f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}."
 
@@ -148,7 +144,7 @@ def notes(result: Mapping[str, Any]) -> str:
     if "verdict" in result:
         lines.append(verdict_line(result))
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
-    if left > _FORGOTTEN:
+    if left > _FORGOTTEN and "verdict" not in result:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
     return "\n".join(lines)
 

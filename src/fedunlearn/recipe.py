@@ -105,17 +105,18 @@ class UnlearnTable(_Table):
 
 
 class AuditTable(_Table):
-    """How forgetting is judged: retrained models to compare with, and images of each class for probes."""
+    """How forgetting is judged: retrained models, images of each class for probes, rate of relearning."""
 
     oracles: Annotated[int, Field(ge=0)] = 3
     images: Annotated[int, Field(ge=10)] = 500
+    lr: Positive = 0.05
 
 
 class EvidenceTable(_Table):
     """What the dossier says: the request it answers, and for how long it holds. Feature maps show test images."""
 
     request: str = ""
-    valid_days: Annotated[int, Field(ge=1)] = 365
+    valid_days: Annotated[int, Field(ge=1, le=36500)] = 365
     feature_maps: bool = True
 
 

@@ -91,6 +91,7 @@ def engine_block(setting: Setting) -> dict[str, Any]:
         "name": setting.recipe.federation.engine,
         "clients": len(setting.engine.clients),
         "images": int(setting.table.sum()),
+        "images_per_client": dict(zip(setting.clients, setting.table.sum(1).tolist())),
         "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
     }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ from fedunlearn.recipe import Recipe
 from fedunlearn.setting import Setting
 
 SCHEMA = 1
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of what its figures depend on."""
+    packages = ("fedunlearn", "torch", "numpy", "torch-pruning", "scikit-learn", "scipy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def check_folder(out: Path) -> None:

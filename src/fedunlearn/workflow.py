@@ -23,7 +23,6 @@ from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import REPORT, RESULT
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
-from fedunlearn.evidence.verify import SIGNATURE
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
 from fedunlearn.oracles import Oracle, retrained_models
@@ -31,7 +30,7 @@ from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
 from fedunlearn.result import audit_blocks, cost_blocks, engine_block, unlearned_blocks
-from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, save_model, sha256
+from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, save_model, sha256, versions
 from fedunlearn.scores import forget_classes
 from fedunlearn.setting import (
     Setting,
@@ -55,7 +54,7 @@ def run(
     prepared: Callable[[Setting], None] = lambda setting: None,
     observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
 ) -> dict[str, Any]:
-    """Do what ``command`` asks and return the content of result.json, which is written last.
+    """Do what ``command`` asks and return the content of result.json, which is there when the figures are.
 
     Args:
         recipe: what to do.
@@ -80,11 +79,12 @@ def run(
     journal = Journal(out, header=header, observe=observe)
     events = EventLog(out / EVENTS)
     prepared(setting)
+    if command == "run":
+        setting.audit_images()  # an audit that cannot be done is refused before any work
     if not (out / RESULT).exists():
         events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
-        result = {"schema": SCHEMA, "version": __version__, "recipe": portable} | _work(
-            out, setting, journal, events, command=command, data=data, observe=observe
-        )
+        about = {"schema": SCHEMA, "version": __version__, "versions": versions(), "recipe": portable}
+        result = about | _work(out, setting, journal, events, command=command, data=data, observe=observe)
         write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
     events.once("result written", sha256=sha256(out / RESULT))
     journal.close()
@@ -132,7 +132,7 @@ def _show(out: Path, signer: Ed25519PrivateKey | None) -> None:
 
         write_card(out)
         write_report(out)
-    if signer is not None and not (out / SIGNATURE).exists():
+    if signer is not None:  # again where it is signed already: with another key, or for longer
         write_dossier(out, signer)
 
 
@@ -178,7 +178,7 @@ def _audited(
         },
         controls={name: control.subject for name, control in beside.items()},
         images=setting.audit_images(),
-        lr=setting.recipe.unlearn.lr,
+        lr=setting.recipe.audit.lr,
         artefacts=left,
         folder=out,
         fixed=lambda digest: events.once("thresholds fixed", sha256=digest),

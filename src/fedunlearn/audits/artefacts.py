@@ -18,8 +18,8 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
     """Return what a shipped ``.safetensors`` file holds and should not, a line each; empty where it is clean.
 
     Looked for: tensors that the pruned architecture does not have, such as the state of an optimiser; tensors that
-    pruning made smaller and that are as large as before; the output row, the label or the name of a forgotten class;
-    metadata beyond what is needed to use the model; the bytes of a removed filter of the original.
+    pruning made smaller and that are as large as before; the output row or label of a forgotten class, or a name
+    without a row; metadata beyond what is needed to use the model; a kernel of a removed filter of the original.
 
     Args:
         path: the file.
@@ -32,12 +32,15 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["fedunlearn"])
+            extra = sorted(file.metadata().keys() - {"fedunlearn"})
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: expected a model written by fedunlearn, but {error}") from error
     kept: Mapping[str, Mapping[str, Sequence[int]]] = about["plan"]["kept"]
     lines = [f"tensor {name} is not of the architecture" for name in sorted(found.keys() - state.keys())]
-    lines += [f"metadata {key} is not needed to use the model" for key in sorted(about.keys() - _METADATA)]
+    lines += [f"metadata {key} is not needed to use the model" for key in [*extra, *sorted(about.keys() - _METADATA)]]
+    if len(about["classes"]) != len(about["labels"]):
+        lines.append(f"{len(about['classes'])} names of classes for {len(about['labels'])} output rows")
     lines += [f"the labels name the forgotten class {label}" for label in forget if label in about["labels"]]
     for name in sorted(found.keys() & state.keys()):
         wanted = list(state[name].shape)
@@ -54,8 +57,6 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
 
 
 def _inside(filter: Tensor, data: bytes) -> bool:
-    """Return whether one of the kernels of ``filter`` is in ``data``; kernels of a single weight prove nothing."""
-    kernels = filter.detach().cpu().contiguous().flatten(1)
-    return kernels.shape[1] > 1 and any(
-        kernel.numpy().tobytes() in data for kernel in kernels if bool(kernel.count_nonzero())
-    )
+    """Return whether the first kernel of ``filter`` is in ``data``; a single weight, or zeros, would prove nothing."""
+    kernel = filter.detach().cpu().contiguous().flatten(1)[0]
+    return len(kernel) > 1 and bool(kernel.count_nonzero()) and kernel.numpy().tobytes() in data

@@ -12,13 +12,22 @@ from typing import Any
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.measure import Figure, Measured, View, measure_audits, view
 from fedunlearn.audits.subject import Subject
-from fedunlearn.audits.verdict import Band, calibrate, judge, leave_one_out, thresholds_json
-from fedunlearn.errors import RunError
+from fedunlearn.audits.verdict import (
+    INDISTINGUISHABLE,
+    Band,
+    calibrate,
+    judge,
+    leave_one_out,
+    powerless,
+    thresholds_json,
+)
+from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.files import write_text
 
 THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
 CANDIDATE = "unlearned"
+_MUST_FAIL = ("original", "head_only")  # where one of these passes, the audits have no power
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +71,32 @@ def audit(
         oracles: retrained models by name; fewer than three give figures and no verdict.
         controls: models that should fail, by name.
         images: what to audit with.
-        lr: learning rate of relearning, that of the repair.
+        lr: learning rate of relearning.
         artefacts: what was found in the files of models, by name of the model, where files were looked at.
         folder: where thresholds.json and, per model, audits/NAME.json go; an audit that was cut off goes on from them.
         fixed: called with the SHA-256 of thresholds.json before the candidate is measured.
         observe: called with ``"audit"``, models done and models planned.
 
     Raises:
-        RunError: thresholds.json is there and says something else.
+        RunError: thresholds.json is there and says something else, or a file of figures is of another model.
+        EvidenceError: two models have the same name.
     """
     names = [*oracles, *controls, CANDIDATE]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")
     views = {name: view(subject, images) for name, subject in oracles.items()}
     models: dict[str, Measured] = {}
 
     def measured(name: str, subject: Subject) -> Measured:
         observe("audit", len(models), len(names))
         references = [own for other, own in views.items() if other != name]
-        found = _kept(folder, name) or _measure(subject, images, lr, views.get(name), references)
+        state = _state_hash(subject)
+        found = _kept(folder, name, state) or _measure(subject, images, lr, views.get(name), references)
         if artefacts is not None and name in artefacts:
             found.figures["artefacts"] = Figure(float(len(artefacts[name])))
             found.details["artefacts"] = list(artefacts[name])
-        _keep(folder, name, found)
+        _keep(folder, name, state, found)
         models[name] = found
         return found
 
@@ -94,6 +108,10 @@ def audit(
     judged = others | {CANDIDATE: measured(CANDIDATE, candidate).figures}
     observe("audit", len(names), len(names))
     judgements = {name: judge(figures, bands, oracles=len(oracles), chance=chance) for name, figures in judged.items()}
+    for name in _MUST_FAIL:
+        passes = name in judgements and judgements[name]["verdict"] == INDISTINGUISHABLE
+        if passes and judgements[CANDIDATE]["verdict"] == INDISTINGUISHABLE:
+            judgements[CANDIDATE] = powerless(judgements[CANDIDATE], name)
     return Findings(bands, models, judgements, leave_one_out(own, others, chance=chance))
 
 
@@ -114,20 +132,32 @@ def _fix(folder: Path | None, text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _kept(folder: Path | None, name: str) -> Measured | None:
+def _state_hash(subject: Subject) -> str:
+    digest = hashlib.sha256(json.dumps(subject.labels).encode())
+    for model in (subject.model, subject.row_kept):
+        for name, tensor in ({} if model is None else model.state_dict()).items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _kept(folder: Path | None, name: str, state: str) -> Measured | None:
     path = None if folder is None else folder / FOLDER / f"{name}.json"
     if path is None or not path.exists():
         return None
     try:
         value = json.loads(path.read_text("utf-8"))
         figures = {figure: Figure(**own) for figure, own in value["figures"].items()}
-        return Measured(figures, value["details"])
+        found, state_there = Measured(figures, value["details"]), value["state"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: expected the figures of an audit, but {error}: delete {path}") from error
+    if state_there != state:
+        raise RunError(f"{path} holds the figures of another model named {name}: choose another folder")
+    return found
 
 
-def _keep(folder: Path | None, name: str, found: Measured) -> None:
+def _keep(folder: Path | None, name: str, state: str, found: Measured) -> None:
     if folder is not None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        value = {"figures": {figure: asdict(own) for figure, own in found.figures.items()}, "details": found.details}
+        figures = {figure: asdict(own) for figure, own in found.figures.items()}
+        value = {"state": state, "figures": figures, "details": found.details}
         write_text(folder / FOLDER / f"{name}.json", json.dumps(value, indent=1) + "\n")

@@ -64,7 +64,7 @@ class View:
         test: of the test images.
         members: signal of membership of ``images.members``.
         others: of the test images that are not training images.
-        output: mean output on test images of the forgotten classes.
+        output: mean output on the test images of each forgotten class, shape ``(forgotten classes, kept classes)``.
         layers: activations on ``images.compared``, the penultimate features under ``features``.
     """
 
@@ -78,14 +78,17 @@ class View:
 def view(subject: Subject, images: AuditImages) -> View:
     """Return what ``subject`` makes of the images."""
     test, labels = images.test, subject.labels
-    seen, inside = observe(subject.model, test), observe(subject.model, images.members)
+    seen = observe(subject.model, test)
+    members = torch.zeros(0, dtype=torch.float64)
+    if len(images.members):  # every one of them may be a test image too
+        members = signal(observe(subject.model, images.members).logits, images.members.labels, labels=labels)
     compared = observe(subject.model, test.take(images.compared), layers=True)
-    forgotten = torch.isin(test.labels, torch.tensor(images.forget))
+    outputs = [mean_output(seen.logits[test.labels == k], labels=labels, kept=images.kept) for k in images.forget]
     return View(
         seen,
-        signal(inside.logits, images.members.labels, labels=labels),
+        members,
         signal(seen.logits[images.others], test.labels[images.others], labels=labels),
-        mean_output(seen.logits[forgotten], labels=labels, kept=images.kept),
+        torch.stack(outputs),
         {**compared.layers, "features": compared.features},
     )
 
@@ -203,9 +206,10 @@ def _against(
 ) -> None:
     """Neighbours, membership and representation, against retrained models."""
     expected = torch.stack([reference.output for reference in references]).mean(0)
-    figures["neighbours"] = Figure(total_variation(own.output, expected))
+    pairs = list(zip(own.output, expected))
+    figures["neighbours"] = Figure(sum(total_variation(p, q) for p, q in pairs) / len(pairs))
     details["neighbours"] = {
-        "jensen_shannon": jensen_shannon(own.output, expected),
+        "jensen_shannon": sum(jensen_shannon(p, q) for p, q in pairs) / len(pairs),
         "output": own.output.tolist(),
         "retrained": expected.tolist(),
     }

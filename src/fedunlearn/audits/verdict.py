@@ -126,9 +126,12 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
         band.
     """
     audits = {name: _held(figures[name], bands.get(name)) for name in KINDS if name in figures}
+    held = [name for name, audit in audits.items() if audit["verdict"] is not None]
     outside = {name: audit["verdict"] for name, audit in audits.items() if audit["verdict"] in ("above", "below")}
     if oracles < FEWEST:
         reason = f"{oracles} retrained models, at least {FEWEST} are needed: every figure is reported without a verdict"
+        if oracles == 0:
+            reason += "; membership, neighbours and features, which compare with retrained models, are left out"
         return {"verdict": NO_VERDICT, "reason": reason, "decided_by": [], "audits": audits}
     apart = [name for name, side in outside.items() if (KINDS[name], side) not in _HARMLESS]
     shown = [name for name in apart if (KINDS[name], outside[name]) == ("class", "above")]
@@ -140,9 +143,15 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
         reason = "no audit finds more of the class than in models retrained without it, but it is unlike them"
         verdict, decided = SUPPRESSED, apart
     else:
-        reason = f"all {len(audits)} figures lie where one more retrained model is expected"
-        verdict, decided = INDISTINGUISHABLE, list(audits)
+        reason = f"all {len(held)} figures lie where one more retrained model is expected"
+        verdict, decided = INDISTINGUISHABLE, held
     return {"verdict": verdict, "reason": reason, "decided_by": decided, "audits": audits}
+
+
+def powerless(judgement: Mapping[str, Any], control: str) -> dict[str, Any]:
+    """Return ``judgement`` without a verdict, because by the same bands ``control`` passes, which must not."""
+    reason = f"the audits cannot tell {control} from retraining, so a pass means nothing: use more images"
+    return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []}
 
 
 _HARMLESS = {("near", "above"), ("apart", "below")}  # closer to the retrained models than they are to each other
@@ -158,20 +167,23 @@ def leave_one_out(
         controls: figures of models that must fail.
         chance: U of a model that guesses.
 
+    Fewer than three retrained models cannot be held out. The figures that compare with retrained models (membership,
+    neighbours, features) of the judging ones were measured with the held-out one among them, which favours it a little.
+
     Returns:
         ``models``: per held-out model its ``verdict``, the figures ``outside`` and the verdicts on ``controls``;
         ``false_positives`` of ``figures``: how many of the held-out models' figures lie outside.
     """
     models: dict[str, Any] = {}
     figures = outside = 0
-    for name, held in oracles.items():
+    for name, held in oracles.items() if len(oracles) >= FEWEST else ():
         others = [own for other, own in oracles.items() if other != name]
         bands = calibrate(others)
         # The bands of two models are wide enough to be used where three are needed: they are only a check here.
         asked = max(len(others), FEWEST)
         found = judge(held, bands, oracles=asked, chance=chance)
         beyond = [figure for figure, audit in found["audits"].items() if audit["verdict"] in ("above", "below")]
-        figures += len(found["audits"])
+        figures += sum(audit["verdict"] is not None for audit in found["audits"].values())
         outside += len(beyond)
         models[name] = {
             "verdict": found["verdict"],
@@ -196,7 +208,8 @@ def thresholds_json(bands: Mapping[str, Band], *, oracles: int) -> dict[str, Any
 def _held(figure: Figure, band: Band | None) -> dict[str, Any]:
     if band is None:
         return {"figure": figure.value, "error": figure.error, "band": None, "distance": None, "verdict": None}
-    side = "above" if figure.value > band.high else "below" if figure.value < band.low else "inside"
+    # A figure that is not a number lies outside.
+    side = "inside" if band.low <= figure.value <= band.high else "below" if figure.value < band.low else "above"
     return {
         "figure": figure.value,
         "error": figure.error,

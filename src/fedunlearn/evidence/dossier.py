@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from datetime import datetime, timedelta
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from fedunlearn.files import written
 
 _SCHEMA = 1
 _VERIFIER = "verify.py"
-_PACKAGES = ("fedunlearn", "torch", "numpy", "torch-pruning", "scikit-learn")
 
 
 def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = None) -> None:
@@ -60,11 +57,11 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
             "labels_of_rows": [label for label in range(len(result["classes"])) if label not in result["forget"]],
         },
         "kind": "approximate unlearning",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": result["versions"],
         "recipe": result["recipe"],
         "data": header["data"],
         "models": {"before": hashed["original.safetensors"], "after": hashed["model.safetensors"]},
-        "clients": {key: result["engine"][key] for key in ("clients", "images", "clients_per_class")},
+        "clients": {key: own for key, own in result["engine"].items() if key != "name"},
         "rounds": rounds(steps),
         "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")),
         "limits": list(LIMITS),

@@ -43,11 +43,13 @@ class EventLog:
             path.write_bytes(complete)
         self._names: set[str] = set()
         self._last = _START
+        self._time = ""
         for seq, line in enumerate(complete.splitlines()):
             try:
                 value = json.loads(line)
                 chained = (value["seq"], value["previous"]) == (seq, self._last)
                 self._names.add(value["event"])
+                self._time = value["time"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{path}: line {seq + 1} is no event ({error}): choose another --out") from error
             if not chained:
@@ -58,9 +60,10 @@ class EventLog:
         """Record ``event`` with its facts, unless a run that was cut off has recorded it already."""
         if event in self._names:
             return
+        self._time = max(self._time, self._clock())  # a clock that was set back does not turn the order around
         value = {
             "seq": len(self._names),
-            "time": self._clock(),
+            "time": self._time,
             "event": event,
             "facts": facts,
             "previous": self._last,

@@ -25,6 +25,9 @@ def make_keys(path: Path) -> None:
         EvidenceError: one of the files is there already, or cannot be written.
     """
     public = path.with_name(f"{path.name}.pub")
+    for file in (path, public):  # before one of two is written
+        if file.exists():
+            raise EvidenceError(f"{file} is there already: a key is never overwritten; choose another --out")
     key = Ed25519PrivateKey.generate()
     for file, data, mode in (
         (path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600),
@@ -33,8 +36,6 @@ def make_keys(path: Path) -> None:
         try:
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as out:
                 out.write(data)
-        except FileExistsError:
-            raise EvidenceError(f"{file} is there already: a key is never overwritten; choose another --out") from None
         except OSError as error:
             raise EvidenceError(
                 f"{file}: the key cannot be written ({error.strerror}): choose another --out"

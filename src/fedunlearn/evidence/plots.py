@@ -21,6 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from fedunlearn.evidence.words import clipped
+
 _INK = "#010203"  # replaced by currentColor
 _BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e07b1f", "#2f9e6e", "#8a8f98"
 _STYLE: Any = {
@@ -117,7 +119,7 @@ def bands(
     for place, name in enumerate(names):
         audit = audits[name]
         if audit["band"] is not None:
-            low, high = (min(max(end, 0.0), 1.0) for end in audit["band"])
+            low, high = clipped(audit["band"], name)
             axes.barh(place, high - low, 0.62, left=low, color=_ORANGE, alpha=0.25, linewidth=0)
         axes.plot(
             [own[name] for own in oracles if name in own],
@@ -137,7 +139,7 @@ def bands(
     ]
     axes.set_yticks(range(len(names)), [texts[name] for name in names])
     axes.invert_yaxis()
-    axes.set(xlim=(-0.03, 1.03))
+    axes.set_xlim(-0.03, max(1.03, axes.get_xlim()[1]))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.0)
     return _svg(figure, "bands")
 

@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 import safetensors.numpy
 
+from fedunlearn.audits.relearn import Relearned
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import REPORT, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, summary
+from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, clipped, summary
 from fedunlearn.files import write_text
 
 MARKDOWN = "report.md"
@@ -56,6 +57,7 @@ def write_report(folder: Path) -> None:
         ],
         "oracle_mean": {name: _mean_of_oracles(run, name) for name in AUDITS},
         "original": run.figures("original"),
+        "neighbours": run.models["unlearned"]["details"].get("neighbours", {}),
         "membership": run.models["unlearned"]["details"].get("membership", {}),
         "representation": run.models["unlearned"]["details"].get("representation", {}),
         "retrained_representation": _mean_representation(run),
@@ -67,7 +69,7 @@ def write_report(folder: Path) -> None:
         "recipe": json.dumps(run.result["recipe"], indent=2),
         "limits": LIMITS,
     }
-    for name in (REPORT, MARKDOWN):
+    for name in (MARKDOWN, REPORT):  # where the page is there, all is
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
             autoescape=name == REPORT,
@@ -77,6 +79,7 @@ def write_report(folder: Path) -> None:
             undefined=jinja2.StrictUndefined,
         )
         environment.filters["percent"] = _percent
+        environment.filters["clipped"] = clipped
         write_text(folder / name, environment.get_template(name).render(values))
 
 
@@ -129,7 +132,7 @@ def _relearned(run: RunFolder) -> list[tuple[str, int | None]]:
     found = []
     for name in [*(name for name in MODELS if name in run.models), *run.oracles]:
         curve = run.models[name]["details"]["relearn"]
-        reached = next((s for s, u in zip(curve["samples"], curve["forget"]) if u >= wanted), None)
+        reached = Relearned(tuple(curve["samples"]), tuple(curve["forget"])).samples_until(wanted)
         found.append((MODELS.get(name, name), reached))
     return found
 
@@ -190,7 +193,7 @@ def _confusion(run: RunFolder) -> Plot:
 
 def _classes(run: RunFolder) -> Plot:
     before, after = (run.result[name]["accuracy"]["per_class"] for name in ("original", "unlearned"))
-    oracles = [block["accuracy"]["per_class"] for block in run.result.get("oracles", {}).values()]
+    oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
     mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
     kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
     change = max(kept, key=lambda name: abs((after[name] or 0) - (before[name] or 0)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import stat
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +44,16 @@ _KINDS = {
 }
 _FIXED = {"artefacts": (0.0, 1.0, 0.0, 0.0)}
 _FEWEST = 3
+_PASS = "indistinguishable from retraining"
+_MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anything
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
 # 97.5 % quantiles of Student's t with 1 .. 9 degrees of freedom; beyond, a series is exact enough.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+
+
+_Figures = Mapping[str, tuple[float, float]]  # name -> value, standard error
+_Bands = Mapping[str, tuple[float, ...]]  # name -> mean, sd, low, high
 
 
 class _ProblemError(Exception):
@@ -61,21 +68,19 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
         key: the operator's public key, PEM, from somewhere else than the folder.
         now: the time of the check; the present where None.
     """
+    found: list[str] = []
     try:
-        dossier = _signed(folder, key)
-        value = json.loads(dossier)
-        checks = (
-            _dates(value, now or datetime.now(UTC)),
-            _files(folder, value),
-            _events(folder, value),
-            _figures(folder, value),
-            _costs(folder, value),
-        )
-        return [problem for check in checks for problem in check]
+        value = json.loads(_signed(folder, key))
+        found += _dates(value, now or datetime.now(UTC))
+        found += _files(folder, value)
+        if not found:  # what was changed is not read any further
+            for check in (_statements, _events, _figures, _costs):
+                found += check(folder, value)
     except _ProblemError as error:
-        return [str(error)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-        return [f"{folder}: the dossier cannot be followed: {type(error).__name__}: {error}"]
+        found.append(str(error))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        found.append(f"{folder}: the dossier cannot be followed: {type(error).__name__}: {error}")
+    return found
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
@@ -117,15 +122,44 @@ def _dates(dossier: Mapping[str, Any], now: datetime) -> Iterator[str]:
 
 
 def _files(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
-    listed = dossier["files"]
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    listed, found = dossier["files"], set()
+    for path in folder.rglob("*"):
+        name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            found.add(name)
+        elif not stat.S_ISDIR(mode):
+            yield f"{_shown(name)} is a link or device, not a file"
     for name in sorted(found - set(listed) - {DOSSIER, SIGNATURE}):
-        yield f"{name} is not in the dossier"
+        yield f"{_shown(name)} is not in the dossier"
     for name, own in sorted(listed.items()):
         if name not in found:
-            yield f"{name} is missing"
+            yield f"{_shown(name)} is missing"
         elif _hash(folder / name) != own["sha256"]:
-            yield f"{name} was changed"
+            yield f"{_shown(name)} was changed"
+
+
+def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
+    """Hold what the dossier says against the files."""
+    result, files = _json(folder / "result.json"), dossier["files"]
+    header = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0])
+    classes, forget = result["classes"], result["forget"]
+    expected = {
+        "scope": {
+            "forgotten": [classes[label] for label in forget],
+            "labels_of_rows": [label for label in range(len(classes)) if label not in forget],
+        },
+        "models": {"before": files["original.safetensors"], "after": files["model.safetensors"]},
+        "clients": {key: own for key, own in result["engine"].items() if key != "name"},
+        "request": result["recipe"]["evidence"]["request"],
+        "thresholds": _json(folder / "thresholds.json"),
+        "data": header["data"],
+    }
+    for name, value in expected.items():
+        if dossier[name] != value:
+            yield f"{DOSSIER} and the files differ in {name}"
+    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup"):
+        if dossier.get(name) != result.get(name):
+            yield f"{DOSSIER} and result.json differ in {name}"
 
 
 def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -140,17 +174,28 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if time < last:
             yield f"events.jsonl: line {seq + 1} is earlier than the one before"
         previous, last = hashlib.sha256(line).hexdigest(), time
+        if event["event"] in seen:
+            yield f"events.jsonl: line {seq + 1} repeats an event"
         seen[event["event"]] = (seq, event["facts"])
     if (len(lines), previous) != (dossier["events"]["count"], dossier["events"]["head"]):
         yield "events.jsonl ends elsewhere than the dossier says"
     if last > datetime.fromisoformat(dossier["created"]):
         yield "events.jsonl: the last event is later than the dossier"
-    order = ["unlearned", "retrained models ready", "thresholds fixed", "audited", "result written"]
+    order = [
+        "run started",
+        "original ready",
+        "unlearned",
+        "retrained models ready",
+        "thresholds fixed",
+        "audited",
+        "result written",
+    ]
     places = [seen[name][0] for name in order if name in seen]
     if len(places) < len(order) or places != sorted(places):
         yield f"events.jsonl: expected, in this order, {', '.join(order)}"
         return
     spoken = {
+        "original.safetensors": seen["original ready"][1]["sha256"],
         "model.safetensors": seen["unlearned"][1]["sha256"],
         "plan.json": seen["unlearned"][1]["plan"],
         "thresholds.json": seen["thresholds fixed"][1]["sha256"],
@@ -158,36 +203,64 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     } | {f"oracles/{name}.safetensors": own for name, own in seen["retrained models ready"][1]["sha256"].items()}
     for name, digest in spoken.items():
         if dossier["files"].get(name, {}).get("sha256") != digest:
-            yield f"events.jsonl tells of another {name}"
+            yield f"events.jsonl tells of another {_shown(name)}"
+    if seen["run started"][1]["data"] != dossier["data"] or seen["audited"][1]["verdict"] != dossier["verdict"]:
+        yield "events.jsonl tells of other data or another verdict"
+    if set(seen["retrained models ready"][1]["sha256"]) != set(_json(folder / "result.json")["oracles"]):
+        yield "events.jsonl tells of other retrained models than result.json"
 
 
 def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
-    """Compute bands, verdict and held-out verdicts from the figures of each model."""
+    """Compute bands, verdicts and held-out verdicts from the figures of each model."""
     result = _json(folder / "result.json")
-    for name in ("audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup"):
-        if dossier.get(name) != result.get(name):
-            yield f"{DOSSIER} and result.json differ in {name}"
-    names = list(result["oracles"])
-    oracles = {name: _own_figures(folder, name) for name in names}
-    fixed = _json(folder / "thresholds.json")
-    if dossier["thresholds"] != fixed:
-        yield f"{DOSSIER} and thresholds.json differ"
+    oracles = {name: _own_figures(folder, name) for name in result["oracles"]}
+    controls = {name: _own_figures(folder, name) for name in result["controls"]}
+    candidate = _own_figures(folder, "unlearned")
     bands = _bands(list(oracles.values()))
-    written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed["bands"].items()}
+    fixed = _json(folder / "thresholds.json")["bands"]
+    written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
         yield "thresholds.json does not follow from the figures of the retrained models"
-    chance = 1 / len(result["classes"])
-    found = _judged(_own_figures(folder, "unlearned"), written, len(names), chance)
-    if (found[0], found[1]) != (result["verdict"], result["decided_by"]):
-        yield f"the verdict {result['verdict']!r} does not follow from the figures: they give {found[0]!r}"
-    for name, audit in result["audits"].items():
-        if audit["figure"] != _own_figures(folder, "unlearned")[name][0] or audit["verdict"] != found[2][name]:
+    if missing := written.keys() - candidate.keys() - {"artefacts"}:
+        yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
+    chance, count = 1 / len(result["classes"]), len(oracles)
+    judged = {name: _judged(own, written, count, chance) for name, own in controls.items()}
+    for name, found in judged.items():
+        if found[0] != result["controls"][name]["verdict"]:
+            yield f"the verdict on {name} does not follow from the figures: they give {found[0]!r}"
+    verdict, decided, sides = _judged(candidate, written, count, chance)
+    if verdict == _PASS and any(judged[name][0] == _PASS for name in _MUST_FAIL if name in judged):
+        verdict, decided = "no verdict", []
+    if (verdict, decided) != (result["verdict"], result["decided_by"]):
+        yield f"the verdict {result['verdict']!r} does not follow from the figures: they give {verdict!r}"
+    expected = {
+        name: (value, error, list(written[name][2:]) if name in written else None, sides[name])
+        for name, (value, error) in candidate.items()
+    }
+    for name in sorted(expected.keys() | result["audits"].keys()):
+        own = result["audits"].get(name, {})
+        if tuple(own.get(key) for key in ("figure", "error", "band", "verdict")) != expected.get(name):
             yield f"result.json: the audit {name} does not follow from audits/unlearned.json"
-    for name, held in result["calibration"]["models"].items():
-        others = _bands([own for other, own in oracles.items() if other != name])
-        verdict = _judged(oracles[name], others, max(len(names) - 1, _FEWEST), chance)[0]
-        if verdict != held["verdict"]:
-            yield f"the held-out verdict on {name} does not follow from the figures: they give {verdict!r}"
+    if result["calibration"] != _held_out(oracles, controls, chance):
+        yield "the held-out verdicts do not follow from the figures"
+
+
+def _held_out(oracles: Mapping[str, _Figures], controls: Mapping[str, _Figures], chance: float) -> dict[str, Any]:
+    """Return the verdict on each retrained model, and on the controls, by the bands of the others."""
+    models: dict[str, Any] = {}
+    figures = outside = 0
+    for name, held in oracles.items() if len(oracles) >= _FEWEST else ():
+        bands = _bands([own for other, own in oracles.items() if other != name])
+        verdict, _, sides = _judged(held, bands, _FEWEST, chance)
+        beyond = [figure for figure, side in sides.items() if side in ("above", "below")]
+        figures += sum(side is not None for side in sides.values())
+        outside += len(beyond)
+        models[name] = {
+            "verdict": verdict,
+            "outside": beyond,
+            "controls": {control: _judged(own, bands, _FEWEST, chance)[0] for control, own in controls.items()},
+        }
+    return {"models": models, "figures": figures, "false_positives": outside}
 
 
 def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -201,6 +274,12 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
     retrain = dossier["cost"].get("retrain")
+    first = next(iter(_json(folder / "result.json")["oracles"]), "")
+    theirs = [step for step in steps if step["phase"] == f"{first}.retrain"]  # none where it came from the cache
+    if retrain is not None and theirs:
+        trained = [e for step in theirs[: retrain["rounds"]] for e in step["entries"] if e["job"] == "train"]
+        if sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
+            yield "the cost of retraining does not follow from rounds.jsonl"
     if retrain is not None and not _near(
         (dossier["speedup"]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)
     ):
@@ -220,10 +299,6 @@ def rounds(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for step in steps
     ]
-
-
-_Figures = Mapping[str, tuple[float, float]]  # name -> value, standard error
-_Bands = Mapping[str, tuple[float, ...]]  # name -> mean, sd, low, high
 
 
 def _bands(oracles: Sequence[_Figures]) -> dict[str, tuple[float, ...]]:
@@ -267,11 +342,12 @@ def _judged(
         return "not forgotten", ["forget"], sides
     if apart:
         return "suppressed, not erased", apart, sides
-    return "indistinguishable from retraining", list(sides), sides
+    return _PASS, [name for name, side in sides.items() if side is not None], sides
 
 
 def _side(value: float, low: float, high: float) -> str:
-    return "above" if value > high else "below" if value < low else "inside"
+    # A figure that is not a number lies outside.
+    return "inside" if low <= value <= high else "below" if value < low else "above"
 
 
 def _own_figures(folder: Path, name: str) -> dict[str, tuple[float, float]]:
@@ -285,6 +361,11 @@ def _near(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
+
+
+def _shown(name: str) -> str:
+    """Return a name without characters that could write a line of their own."""
+    return name.encode("unicode_escape").decode()
 
 
 def _hash(path: Path) -> str:

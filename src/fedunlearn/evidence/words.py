@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED
@@ -31,7 +31,7 @@ MODELS = {
     "pruned": "pruning only",
     "unlearned": "unlearned",
     "head_only": "head only",
-    "random": "random channels + repair",
+    "random": "random + repair",
     "finetune": "fine-tuning only",
 }
 
@@ -41,8 +41,16 @@ LIMITS = (
     "The bands come from a few retrained models. A 95 % band per figure errs about one time in twenty, and there are "
     "more than ten figures: read the held-out verdicts beside them.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
+    "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
+    "trained for longer: then they are no counterpart of it.",
     "Nothing is claimed about the privacy of single images of the classes that stay.",
 )
+
+
+def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
+    """Return the part of a band that the figure can reach: shares end at 1, Procrustes distances at 2."""
+    low, high = band
+    return max(low, 0.0), min(high, 2.0 if name == "procrustes" else 1.0)
 
 
 def summary(result: Mapping[str, Any]) -> str:
