@@ -17,7 +17,9 @@ from conftest import logits, make_images, make_net, write_set
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import ModelError, PlanError, RecipeError, RunError
+from fedunlearn.errors import DataError, ModelError, PlanError, RecipeError, RunError
+from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.verify import problems
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
@@ -478,3 +480,39 @@ def test_a_model_that_still_names_the_class_is_said_not_to_have_forgotten(tmp_pa
     result["cost"]["retrain"] |= {"reached": False, "validation_unseen": False}
     assert "> is a lower bound" in notes(result)
     assert "may have seen the validation images" in notes(result)
+
+
+def test_several_classes_are_forgotten_audited_signed_and_verified(tmp_path):
+    make_keys(tmp_path / "operator")
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), ["unlearn.forget=[1,2]", "train.rounds=2"])
+    result = run(recipe, tmp_path / "out", key=tmp_path / "operator")
+    assert problems(tmp_path / "out", tmp_path / "operator.pub") == []
+    outputs = json.loads((tmp_path / "out" / "audits" / "unlearned.json").read_text())["details"]["neighbours"][
+        "output"
+    ]
+    assert [len(own) for own in outputs] == [2, 2]  # of each forgotten class, over the kept ones
+    assert not (tmp_path / "out" / "scores.safetensors").exists()  # they would be those of the last class alone
+    assert result["controls"]["head_only"]["accuracy"]["forget"] == 0
+    other = tmp_path / "other"
+    make_keys(other)
+    run(recipe, tmp_path / "out", key=other)  # a finished run is signed again
+    assert problems(tmp_path / "out", tmp_path / "other.pub") == []
+
+
+def test_a_run_that_cannot_be_audited_is_refused_before_any_work(tmp_path):
+    write_set(tmp_path)
+    arrays = dict(np.load(tmp_path / "set.npz"))
+    kept = arrays["y_test"] != 2
+    np.savez(tmp_path / "set.npz", **arrays | {"x_test": arrays["x_test"][kept], "y_test": arrays["y_test"][kept]})
+    with pytest.raises(DataError, match=r"the test images hold none of class 2"):
+        run(load_recipe(str(tmp_path / "tiny.toml")), tmp_path / "out")
+    assert not (tmp_path / "out" / "original.safetensors").exists()
+
+
+def test_a_kept_class_without_test_images_does_not_stop_the_report(tmp_path):
+    write_set(tmp_path, oracles=1)
+    arrays = dict(np.load(tmp_path / "set.npz"))
+    kept = arrays["y_test"] != 0
+    np.savez(tmp_path / "set.npz", **arrays | {"x_test": arrays["x_test"][kept], "y_test": arrays["y_test"][kept]})
+    run(load_recipe(str(tmp_path / "tiny.toml"), ["train.rounds=1"]), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").exists()
