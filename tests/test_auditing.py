@@ -29,7 +29,8 @@ def test_the_audit_of_a_shipped_model_finds_what_the_run_found(signed, recipe, o
     ran = json.loads((signed / "run" / "result.json").read_text())
     for name in ("retain", "probe", "prototype_5", "relearn", "membership", "neighbours", "cka"):
         assert found["audits"][name] == ran["audits"][name]
-    assert not {"reestimated", "int8", "int4", "artefacts"} & set(found["audits"])  # they need the row, or the original
+    missing = {"forget", "reestimated", "int8", "int4", "artefacts"}  # they need the row, or the original
+    assert not missing & set(found["audits"])
     assert (tmp_path / "out" / "report.html").stat().st_size > 50_000
     again = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=oracles)
     assert again == found
@@ -45,8 +46,8 @@ def test_weights_of_another_tool_are_audited_with_their_row_or_without(signed, r
         state[name] = state[name][[0, 1, 3]]
     torch.save({"state_dict": state}, tmp_path / "rowless.pt")
     found = audit_model(recipe, tmp_path / "b", model=tmp_path / "rowless.pt", oracles=oracles)
-    assert found["audits"]["forget"]["figure"] == 0
-    assert "int8" not in found["audits"]
+    assert not {"forget", "int8"} & set(found["audits"])
+    assert "It has no output row for the class" in (tmp_path / "b" / "report.md").read_text()
 
 
 def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
@@ -54,6 +55,7 @@ def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
     found = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors")
     assert list(found["oracles"]) == ["retrained-1", "retrained-2"]
     assert found["verdict"] == "no verdict"
+    assert all(audit["band"] is None for audit in found["audits"].values())
     (tmp_path / "out" / "report.html").unlink()
     assert audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors") == found
     assert (tmp_path / "out" / "report.html").exists()

@@ -422,7 +422,7 @@ def test_thresholds_are_on_disk_before_the_candidate_or_a_control_is_measured(ne
     assert found.verdict == verdict.NOT_FORGOTTEN
     assert json.loads((tmp_path / "thresholds.json").read_text())["oracles"] == 4
     assert set(found.models["unlearned"].figures) == set(verdict.KINDS) - {"artefacts"}
-    missing = {"reestimated", "int8", "int4", "artefacts"}  # they need the row that is gone
+    missing = {"forget", "reestimated", "int8", "int4", "artefacts"}  # they need the row that is gone
     assert set(found.models["head_only"].figures) == set(verdict.KINDS) - missing
 
 

@@ -44,6 +44,8 @@ def test_a_run_prints_its_table_and_where_the_files_are(recipe, tmp_path):
         assert row in done.stdout
     assert "3 clients: 96 images to train on, 24 held out" in done.stderr
     assert f"files: {tmp_path / 'out'}" in done.stderr
+    for line in ("training the original: done", "retraining (retrained-1): done", "auditing, a model a step: done"):
+        assert line in done.stderr.splitlines()  # a log gets a line when a phase ends
 
 
 def test_json_is_all_that_json_prints_and_quiet_prints_nothing(recipe, tmp_path):

@@ -28,6 +28,7 @@ from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.verify import problems
+from fedunlearn.evidence.words import in_short, unable
 
 FLIPS = 6  # in every file
 
@@ -179,6 +180,16 @@ def test_a_wrong_key_is_named_by_its_fingerprint(copied, tmp_path):
     make_keys(tmp_path / "other")
     (problem,) = problems(copied[0], tmp_path / "other.pub")
     assert "or this is not the signer's key (" in problem
+
+
+def test_keys_that_are_mixed_up_are_told_apart(copied, signed):
+    folder, _ = copied
+    private, public = signed / "operator", signed / "operator.pub"
+    assert problems(folder, private) == [
+        f"{private} is a private key: give the public one, operator.pub, and keep this secret"
+    ]
+    with pytest.raises(EvidenceError, match="is a public key: to sign, give the private one"):
+        read_private_key(public, outside=folder)
 
 
 def test_what_is_no_key_or_not_signed_is_said(copied, tmp_path):
@@ -429,3 +440,16 @@ def test_nothing_claims_more_than_evidence():
 
 
 TEXTS = {".py", ".md", ".html", ".toml"}
+
+
+def test_audits_in_whose_band_the_original_lies_are_said_to_tell_nothing():
+    audits = {"probe": {"band": [0.4, 0.6]}, "int8": {"band": [-0.2, 1.3]}, "relearn": {"band": [0.1, 0.2]}}
+    assert unable(audits, {"probe": 0.5, "relearn": 0.9}) == ["probe", "int8"]
+    assert unable(audits, {}) == ["int8"]
+    assert unable({"cka": {"band": [0.4, 0.6]}, "int4": {"band": None}}, {"cka": 0.5}) == []
+
+
+def test_a_table_tells_suppression_with_traces_from_a_model_that_is_merely_unlike():
+    assert in_short(verdict.SUPPRESSED, verdict.UNLIKE).endswith("(unlike retrained models)")
+    assert in_short(verdict.SUPPRESSED, "it knows more").endswith("(traces of the class)")
+    assert in_short(verdict.NOT_FORGOTTEN, "it names it") == verdict.NOT_FORGOTTEN

@@ -407,7 +407,7 @@ class Planted:
 def test_weights_that_cannot_be_used_are_refused(net, tmp_path):
     with pytest.raises(ModelError, match=r"ending in .safetensors, .npz, .pt, .pth, .th, got '.onnx'"):
         read_weights(tmp_path / "w.onnx")
-    with pytest.raises(ModelError, match="expected a file of weights, found none; check --weights"):
+    with pytest.raises(ModelError, match="expected a file of weights, found none; check the path"):
         read_weights(tmp_path / "w.pt")
     (tmp_path / "w.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="the weights cannot be read"):

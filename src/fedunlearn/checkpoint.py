@@ -94,7 +94,7 @@ def read_weights(path: Path | str) -> Weights:
     if reader is None:
         raise ModelError(f"{path}: weights must be a file ending in {', '.join(readers)}, got {path.suffix!r}")
     if not path.is_file():
-        raise ModelError(f"{path}: expected a file of weights, found none; check --weights")
+        raise ModelError(f"{path}: expected a file of weights, found none; check the path")
     try:
         return reader(path)
     except DataError as error:

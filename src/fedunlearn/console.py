@@ -40,8 +40,10 @@ class RunProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
+        self._console = console
         self._progress = Progress(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
+        self._told: set[str] = set()
 
     def __enter__(self) -> RunProgress:
         return self
@@ -52,14 +54,22 @@ class RunProgress:
 
     def observe(self, phase: str, done: int, planned: int) -> None:
         """Show that ``done`` of ``planned`` steps of ``phase`` are finished."""
+        if not self._console.is_terminal:  # a log: a line when a phase is finished
+            if done == planned and phase not in self._told:
+                self._told.add(phase)
+                self._console.print(f"{_phase_text(phase)}: done", highlight=False, soft_wrap=True)
+            return
         self._progress.start()  # not before there is something to show: an error then stands alone
         if phase not in self._tasks:
-            part, _, own = phase.rpartition(".")
-            name, _, number = own.partition("-")
-            text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
-            text += f" ({_PARTS.get(part, part)})" if part else ""
-            self._tasks[phase] = self._progress.add_task(text, total=planned)
+            self._tasks[phase] = self._progress.add_task(_phase_text(phase), total=planned)
         self._progress.update(self._tasks[phase], completed=done)
+
+
+def _phase_text(phase: str) -> str:
+    part, _, own = phase.rpartition(".")
+    name, _, number = own.partition("-")
+    text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
+    return text + (f" ({_PARTS.get(part, part)})" if part else "")
 
 
 def describe(setting: Setting) -> str:
@@ -74,15 +84,28 @@ def describe(setting: Setting) -> str:
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
-        f"{per_class[-1]} per class; a class is at {int(holders.min())} to {int(holders.max())} clients"
+        f"{per_class[-1]} per class\n"
+        f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients"
     )
+
+
+def _from_to(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a run: one row per model, accuracies in percent."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for column in ("U", "U, row\nkept", "R", "para-\nmeters", "client\nsamples", "client\nGFLOP", "speed-\nup"):
+    for column in (
+        "U, de-\nlivered",
+        "U, row\nkept",
+        "R",
+        "para-\nmeters",
+        "client\nsamples",
+        "client\nGFLOP",
+        "speed-\nup",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     cost = result.get("cost", {})
     for name in ("model", "original", "pruned"):

@@ -13,6 +13,7 @@ from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.measure import Figure, Measured, View, measure_audits, view
 from fedunlearn.audits.subject import Subject
 from fedunlearn.audits.verdict import (
+    FEWEST,
     INDISTINGUISHABLE,
     Band,
     calibrate,
@@ -101,7 +102,7 @@ def audit(
         return found
 
     own = {name: measured(name, subject).figures for name, subject in oracles.items()}
-    bands = calibrate(list(own.values()))
+    bands = calibrate(list(own.values()) if len(own) >= FEWEST else [])
     fixed(_fix(folder, json.dumps(thresholds_json(bands, oracles=len(oracles)), indent=2) + "\n"))
     others = {name: measured(name, subject).figures for name, subject in controls.items()}
     chance = 1 / len(images.test.classes)

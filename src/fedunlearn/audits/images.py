@@ -76,7 +76,7 @@ def audit_images(
             if int(counts[label]) == 0:
                 raise DataError(
                     f"the {name} images hold none of class {label} ({images.classes[label]}): an audit of how it was "
-                    "forgotten needs some; give --data with images of it"
+                    "forgotten needs some: give data, or a client, with images of it"
                 )
         if len(images.without(wanted)) == 0:
             raise DataError(f"the {name} images hold forgotten classes only: an audit needs images of the others too")

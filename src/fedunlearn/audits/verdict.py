@@ -26,6 +26,8 @@ SUPPRESSED = "suppressed, not erased"
 NOT_FORGOTTEN = "not forgotten"
 NO_VERDICT = "no verdict"
 
+UNLIKE = "no audit finds more of the class than in models retrained without it, but it is unlike them"
+
 FEWEST = 3  # retrained models for a verdict
 _LEVEL = 0.95
 _FINEST = 0.001
@@ -140,8 +142,7 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
     elif shown:
         verdict, decided, reason = SUPPRESSED, apart, "it knows more of the class than models retrained without it"
     elif apart:
-        reason = "no audit finds more of the class than in models retrained without it, but it is unlike them"
-        verdict, decided = SUPPRESSED, apart
+        verdict, decided, reason = SUPPRESSED, apart, UNLIKE
     else:
         reason = f"all {len(held)} figures lie where one more retrained model is expected"
         verdict, decided = INDISTINGUISHABLE, held

@@ -55,7 +55,10 @@ def read_private_key(path: Path, *, outside: Path) -> Ed25519PrivateKey:
     if path.resolve().is_relative_to(outside.resolve()):
         raise EvidenceError(f"{path}: the private key lies in the folder of the run, which is handed on: move it away")
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        text = path.read_bytes()
+        if b"PUBLIC KEY" in text:
+            raise EvidenceError(f"{path} is a public key: to sign, give the private one it belongs to")
+        key = load_pem_private_key(text, password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise EvidenceError(
             f"{path}: expected a private key in PEM, but {error}: make one with fedunlearn keygen"

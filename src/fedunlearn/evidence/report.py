@@ -16,7 +16,7 @@ from fedunlearn.audits.relearn import Relearned
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import REPORT, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, clipped, summary
+from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, clipped, in_short, summary, unable
 from fedunlearn.files import write_text
 
 MARKDOWN = "report.md"
@@ -55,6 +55,7 @@ def write_report(folder: Path) -> None:
         "audits": [
             (name, *AUDITS[name], run.result["audits"][name]) for name in AUDITS if name in run.result["audits"]
         ],
+        "unable": unable(run.result["audits"], run.figures("original")),
         "oracle_mean": {name: _mean_of_oracles(run, name) for name in AUDITS},
         "original": run.figures("original"),
         "neighbours": run.models["unlearned"]["details"].get("neighbours", {}),
@@ -91,14 +92,14 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
     """Return the models of the U/R table with their verdicts: the candidate, the controls, the retrained models."""
     result = run.result
     rows = [
-        {"text": text, "block": block, "verdict": block.get("verdict", ""), "candidate": name == "unlearned"}
+        {"text": text, "block": block, "verdict": _short(block), "candidate": name == "unlearned"}
         for name, text in MODELS.items()
         for block in [{**result.get(name, {}), **result.get("controls", {}).get(name, {})}]
         if block
     ]
     for row in rows:
         if row["candidate"]:
-            row["verdict"] = result["verdict"]
+            row["verdict"] = _short(result)
     held_out = result.get("calibration", {}).get("models", {})
     rows += [
         {"text": name, "block": block, "verdict": held_out.get(name, {}).get("verdict", ""), "candidate": False}
@@ -106,6 +107,10 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
         if block
     ]
     return rows
+
+
+def _short(block: Mapping[str, Any]) -> str:
+    return in_short(block["verdict"], block["reason"]) if "verdict" in block else ""
 
 
 def _mean_of_oracles(run: RunFolder, name: str) -> float | None:

@@ -91,7 +91,10 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 def _signed(folder: Path, path: Path) -> bytes:
     """Return the bytes of the dossier if ``path`` holds the key that signed them."""
     try:
-        key = load_pem_public_key(path.read_bytes())
+        text = path.read_bytes()
+        if b"PRIVATE KEY" in text:
+            raise _ProblemError(f"{path} is a private key: give the public one, {path.name}.pub, and keep this secret")
+        key = load_pem_public_key(text)
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise _ProblemError(f"{path}: expected a public key in PEM, but {error}") from error
     if not isinstance(key, Ed25519PublicKey):
@@ -216,7 +219,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     oracles = {name: _own_figures(folder, name) for name in result["oracles"]}
     controls = {name: _own_figures(folder, name) for name in result["controls"]}
     candidate = _own_figures(folder, "unlearned")
-    bands = _bands(list(oracles.values()))
+    bands = _bands(list(oracles.values()) if len(oracles) >= _FEWEST else [])
     fixed = _json(folder / "thresholds.json")["bands"]
     written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
@@ -338,7 +341,7 @@ def _judged(
     apart = [
         name for name, side in sides.items() if side in ("above", "below") and (_KINDS[name], side) not in harmless
     ]
-    if sides["forget"] == "above" and figures["forget"][0] > chance:
+    if sides.get("forget") == "above" and figures["forget"][0] > chance:
         return "not forgotten", ["forget"], sides
     if apart:
         return "suppressed, not erased", apart, sides

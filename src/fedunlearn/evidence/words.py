@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED
+from fedunlearn.audits.verdict import INDISTINGUISHABLE, KINDS, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
 
 # Figure -> label and question, in the order of the report.
 AUDITS = {
@@ -56,8 +56,10 @@ def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
 def summary(result: Mapping[str, Any]) -> str:
     """Return the verdict in plain words."""
     names = ", ".join(f"“{result['classes'][label]}”" for label in result["forget"])
-    u = result["audits"]["forget"]["figure"]
-    named = f"With the output row in place it names {100 * u:.1f} % of the test images right."
+    named = "It has no output row for the class, so its accuracy on it says nothing."
+    if "forget" in result["audits"]:
+        u = result["audits"]["forget"]["figure"]
+        named = f"With the output row in place it names {100 * u:.1f} % of the test images right."
     if result["verdict"] == NOT_FORGOTTEN:
         return f"The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
@@ -77,8 +79,31 @@ def summary(result: Mapping[str, Any]) -> str:
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
 
+def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str]:
+    """Return the audits that cannot tell here: the original, which knows the class, lies in the band; or anything does.
+
+    Args:
+        audits: of the candidate, with the bands.
+        original: figures of the original, as far as they are known.
+    """
+    names = []
+    for name, audit in audits.items():
+        if audit["band"] is not None and KINDS[name] == "class" and name != "artefacts":
+            low, high = audit["band"]
+            if low <= original.get(name, float("inf")) <= high or (low <= 0 and high >= 1):
+                names.append(name)
+    return names
+
+
+def in_short(verdict: str, reason: str) -> str:
+    """Return a verdict as it fits into a table: what kind of suppression was seen."""
+    if verdict != SUPPRESSED:
+        return verdict
+    return f"{verdict} ({'unlike retrained models' if reason == UNLIKE else 'traces of the class'})"
+
+
 def _shows_class(audits: Mapping[str, Any], name: str) -> bool:
-    return audits[name]["verdict"] == "above" and name not in ("neighbours", "procrustes", "retain", "cka")
+    return audits[name]["verdict"] == "above" and KINDS[name] == "class"
 
 
 def _listed(names: list[str]) -> str:
