@@ -143,7 +143,7 @@ def test_a_signed_run_verifies_and_says_what_an_operator_must_show(copied):
         "acknowledged",
         "expires",
     }
-    assert not any("PRIVATE" in path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
+    assert not any("BEGIN PRIVATE" in path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_verifier_in_the_folder_needs_the_standard_library_and_cryptography_alone(copied):
