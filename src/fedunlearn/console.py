@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.words import AUDITS, MODELS, clipped
 from fedunlearn.setting import Setting
 
@@ -167,7 +168,7 @@ def notes(result: Mapping[str, Any]) -> str:
     if "verdict" in result:
         lines.append(verdict_line(result))
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
-    if left > _FORGOTTEN and "verdict" not in result:
+    if left > _FORGOTTEN and result.get("verdict", NO_VERDICT) == NO_VERDICT:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
     return "\n".join(lines)
 

@@ -43,6 +43,7 @@ _STYLE: Any = {
     "savefig.facecolor": "none",
 }
 _WIDTH = 4.3  # inches: the width of a phone, so that text is not shrunk there
+_CELL = 48  # pixels of a feature map
 _KEPT = LinearSegmentedColormap.from_list("kept", ["#e4eef7", _BLUE])
 _GONE = LinearSegmentedColormap.from_list("gone", ["#fbe9d8", _ORANGE])
 
@@ -177,22 +178,31 @@ def feature_maps(
         columns: name of each channel.
     """
     count, channels = maps.shape[:2]
-    figure = Figure(figsize=(_WIDTH, _WIDTH * count / (channels + 1) + 0.7), layout="constrained")
-    grid = figure.subplots(count, channels + 1, squeeze=False)
+    side, gap = _CELL, _CELL // 8
+    # One picture of all cells: an axes for each of them takes seconds to lay out.
+    board = np.zeros((count * (side + gap), (channels + 1) * (side + gap), 4), dtype=np.uint8)
     for row in range(count):
-        picture = pictures[row].transpose(1, 2, 0)
-        first = picture if picture.shape[2] == 3 else picture[:, :, 0]
-        cells = [first, *maps[row]]
-        for column, cell in enumerate(cells):
-            axes = grid[row, column]
-            axes.imshow(cell, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            if row == 0:
-                axes.set_title(["image", *columns][column], size=7, rotation=60)
-        grid[row, 0].set_ylabel(_short(rows[row], 10), size=7)
+        for column, cell in enumerate([pictures[row], *(own[None] for own in maps[row])]):
+            top, left = row * (side + gap), column * (side + gap)
+            board[top : top + side, left : left + side, :3] = _resized(cell, side)
+            board[top : top + side, left : left + side, 3] = 255
+    figure, axes = _figure(_WIDTH * count / (channels + 1) + 0.5)
+    axes.imshow(board, interpolation="nearest")
+    centres = [place * (side + gap) + side / 2 for place in range(max(count, channels + 1))]
+    axes.set_xticks(centres[: channels + 1], ["image", *columns], rotation=60, size=7.5)
+    axes.set_yticks(centres[:count], [_short(name, 10) for name in rows], size=7.5)
+    axes.tick_params(length=0, labelbottom=False, labeltop=True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     return _svg(figure, "maps")
+
+
+def _resized(cell: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return a picture of shape ``(1 or 3 colours, height, width)`` as ``(side, side, 1 or 3)``, pixels repeated."""
+    _, height, width = cell.shape
+    rows, columns = np.arange(side) * height // side, np.arange(side) * width // side
+    picked: NDArray[np.uint8] = cell[:, rows[:, None], columns].transpose(1, 2, 0)
+    return picked if picked.shape[2] == 3 else picked[:, :, :1]
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
