@@ -198,7 +198,12 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(recipe
 
 def test_ctrl_c_ends_with_a_word_and_the_run_goes_on(recipe, tmp_path):
     arguments = ["run", str(recipe), "--out", str(tmp_path / "out"), "--set", "train.rounds=40"]
-    process = subprocess.Popen([sys.executable, "-m", "fedunlearn", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedunlearn", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (background shells ignore it)
+    )
     rounds = tmp_path / "out" / "rounds.jsonl"
     deadline = time.monotonic() + 100
     while not (rounds.exists() and rounds.read_text().count("\n") > 3) and time.monotonic() < deadline:
