@@ -38,13 +38,14 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> float:
-    """Return ``(KL(p | m) + KL(q | m)) / 2`` with ``m = (p + q) / 2``, in bits; in [0, 1].
+    """Return ``H((p + q) / 2) - (H(p) + H(q)) / 2`` with the entropy ``H`` in bits; in [0, 1].
+
+    By entropies, as no ratio is formed: the quotients of ``KL(p | m)`` underflow for the smallest of probabilities.
 
     Example:
         >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
         1.0
     """
     p, q = p.double(), q.double()
-    middle = (p + q) / 2
-    halves = [(torch.xlogy(d, d) - torch.xlogy(d, middle)).sum() / 2 for d in (p, q)]
-    return float(halves[0] + halves[1]) / math.log(2)
+    entropy = torch.special.entr
+    return float((entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum()) / math.log(2)
