@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.recipe import SHIPPED, load_recipe
+from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.threads import one_torch_thread
 from fedunlearn.version import __version__
 
@@ -42,6 +44,17 @@ OutOption = Annotated[
     typer.Option("--out", help="Folder of the run, runs/RECIPE by default; the same command goes on with it."),
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option("--engine", help="Who runs the clients: local, flower-simulation, flower; sets federation.engine."),
+]
+SuperLinkOption = Annotated[
+    str | None, typer.Option("--superlink", help="With --engine flower: ADDRESS:PORT of your SuperLink.")
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option("--ca", help="With --superlink: the certificate that its HTTPS certificate is checked by."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 KeyOption = Annotated[
@@ -72,13 +85,17 @@ def run(
     data: DataOption = None,
     weights: WeightsOption = None,
     overrides: SetOption = None,
+    engine: EngineOption = None,
+    superlink: SuperLinkOption = None,
+    ca: CaOption = None,
     quiet: QuietOption = False,
     key: KeyOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
-    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, key=key)
+    where = Where(engine, superlink, ca)
+    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, where, key=key)
 
 
 @app.command()
@@ -87,27 +104,36 @@ def train(
     out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    engine: EngineOption = None,
+    superlink: SuperLinkOption = None,
+    ca: CaOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Train the original model by federated averaging."""
-    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug)
+    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug, Where(engine, superlink, ca))
 
 
 @app.command()
 def unlearn(
     recipe: RecipeOption,
-    weights: Annotated[str, typer.Option("--weights", help="The trained model; sets model.weights.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="The trained model; sets model.weights. Trained first where none is given."),
+    ] = None,
     out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    engine: EngineOption = None,
+    superlink: SuperLinkOption = None,
+    ca: CaOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make a trained model forget, without comparisons."""
-    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug)
+    """Make a model forget, without comparisons."""
+    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug, Where(engine, superlink, ca))
 
 
 @app.command()
@@ -203,6 +229,15 @@ def recipes() -> None:
         typer.echo(name)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where the clients are: the engine, and for Flower's deployment the SuperLink and the certificate of its CA."""
+
+    engine: str | None
+    superlink: str | None
+    ca: Path | None
+
+
 def _do(
     command: str,
     recipe: str,
@@ -213,25 +248,65 @@ def _do(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    where: Where,
     key: Path | None = None,
 ) -> None:
     with _told(debug):
-        chosen = load_recipe(recipe, _overrides(data, weights, overrides))
+        chosen = load_recipe(recipe, _overrides(data, weights, overrides, where.engine))
+        if (where.superlink is not None) != (chosen.federation.engine == "flower"):
+            raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
         stem = Path(recipe).stem
         folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
         with _progress(quiet) as (console, observe):
-            result = workflow.run(
-                chosen,
-                folder,
-                command=command,
-                key=key,
-                prepared=lambda setting: console.print(describe(setting), highlight=False),
-                observe=observe,
-            )
+            result = _work(command, chosen, folder, key, where, console, observe)
         _show(result, quiet, as_json, result)
         if not quiet:
             for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
                 console.print(text, soft_wrap=True, highlight=False)
+
+
+def _work(
+    command: str,
+    recipe: Recipe,
+    folder: Path,
+    key: Path | None,
+    where: Where,
+    console: Console,
+    observe: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Return the result of ``command``, whoever runs the clients."""
+    work = partial(
+        workflow.run,
+        recipe,
+        folder,
+        command=command,
+        key=key,
+        prepared=lambda setting: console.print(describe(setting), highlight=False),
+        observe=observe,
+    )
+    match recipe.federation.engine:
+        case "flower-simulation":
+            with _flower_installed():
+                from fedunlearn.flower_app import engine_on
+                from fedunlearn.simulation import simulation
+            with simulation(recipe) as grid:
+                return work(engine=engine_on(grid))
+        case "flower":
+            with _flower_installed():
+                from fedunlearn.deployment import run_on
+            assert where.superlink is not None  # _do checked it
+            return run_on(where.superlink, recipe, folder, command=command, key=key, ca=where.ca, tell=console.print)
+        case _:
+            return work()
+
+
+@contextmanager
+def _flower_installed() -> Iterator[None]:
+    """Turn a missing extra into an error that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise RecipeError(str(error)) from error
 
 
 @contextmanager
@@ -248,8 +323,8 @@ def _silent(phase: str, done: int, planned: int) -> None:
     """Show nothing."""
 
 
-def _overrides(data: str | None, weights: str | None, more: list[str] | None) -> list[str]:
-    named = [("data.path", data), ("model.weights", weights)]
+def _overrides(data: str | None, weights: str | None, more: list[str] | None, engine: str | None = None) -> list[str]:
+    named = [("data.path", data), ("model.weights", weights), ("federation.engine", engine)]
     return [
         *(more or []),
         *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named if value is not None),

@@ -50,7 +50,7 @@ def controls(
     classes, shape = len(setting.splits.test.classes), setting.splits.test.shape
     delivered = partial(without_rows, forget=setting.forget, classes=classes, shape=shape)
     randomly = unlearned_model(_at_random(setting), original, plan, journal.part("random"))
-    tuned, cost = _finetuned(setting, original, unlearned, journal)
+    tuned, cost = _finetuned(setting, original, plan, unlearned, journal)
     return {
         "original": Control(Subject(original, tuple(range(classes)), original)),
         "head_only": Control(delivered(original, row_known=False)),
@@ -66,7 +66,9 @@ def _at_random(setting: Setting) -> Setting:
     return replace(setting, recipe=recipe.model_copy(update={"unlearn": unlearning}))
 
 
-def _finetuned(setting: Setting, original: nn.Module, unlearned: Unlearned, journal: Journal) -> tuple[nn.Module, Cost]:
+def _finetuned(
+    setting: Setting, original: nn.Module, plan: PruningPlan, unlearned: Unlearned, journal: Journal
+) -> tuple[nn.Module, Cost]:
     """Return fine-tuning only, with as many operations as unlearning took."""
     fed = setting.recipe.federation
     model = copy.deepcopy(original)
@@ -81,6 +83,7 @@ def _finetuned(setting: Setting, original: nn.Module, unlearned: Unlearned, jour
         clients=unlearned.clients,
         participation=fed.participation,
         seed=fed.seed,
+        plan=plan,
         journal=journal,
     )
     return model, Cost.of(journal.entries("finetune"))

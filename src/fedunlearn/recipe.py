@@ -59,7 +59,8 @@ class FederationTable(_Table):
     alpha: Positive | None = None
     bias: Annotated[float, Field(ge=0, le=1)] | None = None
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "flower-simulation", "flower"] = "local"
+    deadline: Positive = 600.0
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -142,9 +143,11 @@ class Recipe(_Table):
         return Training(u.lr, t.batch_size, u.local_epochs, t.momentum, t.weight_decay, t.augment)
 
     def digest(self, *tables: str) -> str:
-        """Return the SHA-256 of these tables (all where none is named), without paths: what a cache goes by."""
+        """Return the SHA-256 of these tables (all where none is named), without path and engine, for a cache."""
         value = self.model_dump(mode="json")
         value["data"].pop("path")
+        for name in ("engine", "deadline"):  # who runs the clients does not change what they do
+            value["federation"].pop(name)
         chosen = {table: value[table] for table in tables or value}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

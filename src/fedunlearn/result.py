@@ -78,7 +78,7 @@ def cost_blocks(setting: Setting, oracles: Mapping[str, Oracle], result: Mapping
 def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
     """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
     engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
-    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.plan)
+    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.channels)
     r, _ = validation_accuracy(
         unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
     )

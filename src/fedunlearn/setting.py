@@ -18,6 +18,7 @@ from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
 from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.federation.jobs import ClientData, Engine
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.groups import find_groups, head_layer
 from fedunlearn.models import build_model
@@ -44,7 +45,7 @@ class Setting:
 
     recipe: Recipe
     splits: Splits
-    engine: LocalEngine
+    engine: Engine
     model: nn.Module
     weights: Weights | None
     forget: tuple[int, ...]
@@ -96,17 +97,38 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
     example = torch.randn((2, *train.shape), generator=generator(0, "example"))
     head_layer(model, example)
     find_groups(model, example)
-    fed = recipe.federation
-    shares = partition(
-        train, by=fed.partition, clients=fed.clients or None, alpha=fed.alpha, bias=fed.bias, seed=fed.seed
-    )
-    clients, validation = hold_out(shares, recipe.data.validation, seed=fed.seed)
+    clients, validation = share_out(recipe, train)
     engine = LocalEngine(clients, validation=validation)
     table = class_table(clients)
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     return Setting(recipe, splits, engine, model, weights, forget, table, clients, validation)
+
+
+def share_out(recipe: Recipe, train: LabelledImages) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:
+    """Return the training images of each client, and the validation images of each that has some."""
+    fed = recipe.federation
+    shares = partition(
+        train, by=fed.partition, clients=fed.clients or None, alpha=fed.alpha, bias=fed.bias, seed=fed.seed
+    )
+    return hold_out(shares, recipe.data.validation, seed=fed.seed)
+
+
+def client_data(recipe: Recipe, number: int) -> ClientData:
+    """Return what client ``number`` of the recipe holds, for clients that are processes of their own.
+
+    Raises:
+        FedUnlearnError: the recipe or the data cannot be used, or it has no such client.
+    """
+    splits = read_data(recipe)
+    if recipe.model.weights:
+        splits = normalised_for(splits, read_weights(Path(recipe.model.weights)), recipe)
+    clients, validation = share_out(recipe, splits.train)
+    if not 0 <= number < len(clients):
+        raise RecipeError(f"the recipe has clients 0 .. {len(clients) - 1}, this one is to be {number}")
+    name = list(clients)[number]
+    return ClientData(name, clients[name], validation.get(name))
 
 
 def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> list[int]:

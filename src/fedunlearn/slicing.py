@@ -53,3 +53,23 @@ def slice_tensors(model: nn.Module, kept: Kept) -> None:
             owner.num_features = next(
                 len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
             )
+
+
+def cut(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Return ``tensors`` with the named positions only."""
+    small = dict(tensors)
+    for name, axes in kept.items():
+        for axis, positions in axes.items():
+            small[name] = small[name].index_select(axis, torch.tensor(positions))
+    return small
+
+
+def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return ``tensors`` in the ``shapes`` from before, zeros at the positions that are not kept: undoes ``cut``."""
+    whole = dict(tensors)
+    for name, axes in kept.items():
+        places = [torch.tensor(axes.get(axis, range(size))) for axis, size in enumerate(shapes[name])]
+        full = torch.zeros(shapes[name], dtype=tensors[name].dtype)
+        full[torch.meshgrid(*places, indexing="ij")] = tensors[name]
+        whole[name] = full
+    return whole

@@ -33,6 +33,7 @@ class Unlearned:
         stats: what the clients measured (of the last class, where several went one after another).
         scores: what the criterion made of it.
         plan: all that was removed, output rows included.
+        channels: the part of the plan that ``pruned`` and ``repaired`` follow: all but the output rows.
         pruned: the model right after pruning.
         repaired: after repair, the output rows of the forgotten classes still in place.
         model: the unlearned model: smaller, without those rows.
@@ -45,6 +46,7 @@ class Unlearned:
     stats: ChannelStats
     scores: ChannelScores
     plan: PruningPlan
+    channels: PruningPlan
     pruned: nn.Module
     repaired: nn.Module
     model: nn.Module
@@ -145,7 +147,7 @@ def unlearn(
     rows = plan_without_rows(repaired, head, wanted)
     cost = Cost.of(journal.entries("measure", "reestimate", "repair"))
     final = prune(repaired, rows)
-    return Unlearned(wanted, stats, scores, plan.then(rows), pruned, repaired, final, labels, clients, cost)
+    return Unlearned(wanted, stats, scores, plan.then(rows), plan, pruned, repaired, final, labels, clients, cost)
 
 
 def _checked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import REPORT, RESULT
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
+from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
 from fedunlearn.oracles import Oracle, retrained_models
@@ -51,6 +53,7 @@ def run(
     *,
     command: str = "run",
     key: Path | None = None,
+    engine: Callable[[Setting], Engine] | None = None,
     prepared: Callable[[Setting], None] = lambda setting: None,
     observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
 ) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def run(
         out: folder of the run; created, or gone on with. A finished run is read back.
         command: ``"train"``: the original model only; ``"unlearn"``: also forget; ``"run"``: also audit it,
             with retrained models and controls.
+        engine: makes the engine that runs the clients; those of this process where None.
         key: the operator's private key, which signs a dossier of what ``"run"`` found.
         prepared: called once data, clients and model are there.
         observe: called with phase, steps done and steps planned.
@@ -82,6 +86,8 @@ def run(
     if command == "run":
         setting.audit_images()  # an audit that cannot be done is refused before any work
     if not (out / RESULT).exists():
+        if engine is not None:
+            setting = replace(setting, engine=engine(setting))
         events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
         about = {"schema": SCHEMA, "version": __version__, "versions": versions(), "recipe": portable}
         result = about | _work(out, setting, journal, events, command=command, data=data, observe=observe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,7 +22,7 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
     Raises:
         FederationError: less than half of the clients asked gave a usable reply.
     """
-    replies = engine.run(job)
+    replies = _one_of_each(engine.run(job), engine.clients if job.clients is None else job.clients, job)
     expected = _expected_shapes(job)
     refused = {reply.client: why for reply in replies if (why := refusal(reply, job, expected)) is not None}
     for client, why in refused.items():
@@ -36,6 +36,18 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
             f"expected at least half ({why}); mend them and run the same command again"
         )
     return used, entry_for(job, engine.shape, asked, replies, refused)
+
+
+def _one_of_each(replies: Sequence[Reply], asked: Sequence[str], job: Job) -> list[Reply]:
+    """Return the first reply of every client that was asked; engines of other hands may bring more."""
+    first: dict[str, Reply] = {}
+    for reply in replies:
+        if reply.client in first or reply.client not in asked:
+            why = "answered twice: its first answer counts" if reply.client in first else "was not asked"
+            _logger.warning("%s, round %d: %s %s", job.phase, job.round, reply.client, why)
+        else:
+            first[reply.client] = reply
+    return list(first.values())
 
 
 def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -53,6 +65,18 @@ def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> 
             return f"{name} has negative values"
     if reply.images < 1 and not isinstance(job, Evaluate):
         return f"it reports {reply.images} images"
+    return _contradiction(reply) if isinstance(job, Measure) else None
+
+
+def _contradiction(reply: Reply) -> str | None:
+    """Return what no honest statistics say, or None."""
+    counts = reply.tensors["counts"]
+    if int(counts.sum()) > reply.images or bool((counts > reply.tensors["held"]).any()):
+        return f"it counts {int(counts.sum())} images of {int(reply.tensors['held'].sum())} that it holds"
+    absent = counts == 0
+    for name, sums in reply.tensors.items():
+        if name.startswith("sums.") and bool((sums[absent] != 0).any()):
+            return f"{name} has values for classes of which it counts no image"
     return None
 
 

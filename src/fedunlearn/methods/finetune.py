@@ -11,6 +11,7 @@ from fedunlearn.federation.jobs import Engine
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.journal import Journal, Step
+from fedunlearn.plan import PruningPlan
 from fedunlearn.training import Training
 
 
@@ -27,6 +28,7 @@ def finetune(
     journal: Journal,
     participation: float = 1.0,
     seed: int = 0,
+    plan: PruningPlan | None = None,
 ) -> list[Step]:
     """Train ``model`` in place on the kept classes until clients have spent about ``flops`` operations.
 
@@ -42,6 +44,7 @@ def finetune(
         journal: where each round is recorded.
         participation: share of the clients drawn in each round.
         seed: owner of all draws.
+        plan: how the shapes of ``model`` follow from its architecture, where channels were removed before.
     """
     _, per_image = flops_per_image(model, engine.shape)
     epochs = flops / per_image / (rounds * images)
@@ -56,4 +59,5 @@ def finetune(
         clients=clients,
         participation=participation,
         seed=seed,
+        plan=plan,
     )

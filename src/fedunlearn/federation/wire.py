@@ -1,0 +1,188 @@
+"""Jobs and replies as arrays and JSON: what an engine sends between processes; nothing here is run or unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.jobs import Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.plan import PruningPlan
+from fedunlearn.prune import prune
+from fedunlearn.taps import Tap
+from fedunlearn.training import Training
+
+_SCHEMA = 1
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_number: Literal[1] = Field(1, alias="schema")
+    phase: str
+    round: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    plan: str
+    spec: str
+
+
+class _MeasureMessage(_Message):
+    kind: Literal["measure"]
+    taps: dict[str, Tap]
+    classes: Annotated[int, Field(ge=1)]
+    sample: Annotated[int, Field(ge=1)] | None
+
+
+class _ReestimateMessage(_Message):
+    kind: Literal["reestimate"]
+    exclude: tuple[int, ...]
+    sample: Annotated[int, Field(ge=1)] | None
+
+
+class _TrainMessage(_Message):
+    kind: Literal["train"]
+    training: Training
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    exclude: tuple[int, ...]
+
+
+class _EvaluateMessage(_Message):
+    kind: Literal["evaluate"]
+    classes: Annotated[int, Field(ge=1)]
+    labels: tuple[int, ...] | None
+
+
+_JOBS: dict[str, type[Job]] = {"measure": Measure, "reestimate": Reestimate, "train": Train, "evaluate": Evaluate}
+_messages: TypeAdapter[Any] = TypeAdapter(
+    Annotated[_MeasureMessage | _ReestimateMessage | _TrainMessage | _EvaluateMessage, Field(discriminator="kind")]
+)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str
+    job: str
+    images: Annotated[int, Field(ge=0)]
+    samples: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: str | None
+
+
+def spec_of(plan: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a plan and of the names, types and shapes of the tensors that follow from it."""
+    layout = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([_SCHEMA, plan, layout]).encode()).hexdigest()
+
+
+def encode_job(job: Job) -> tuple[dict[str, Tensor], str]:
+    """Return a job as the tensors of its model and a line of JSON; who is asked is not part of it."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in job.model.state_dict().items()}
+    plan = job.plan.to_json()
+    own = {field.name: getattr(job, field.name) for field in fields(job)}
+    own = {name: value for name, value in own.items() if name not in ("model", "plan", "clients")}
+    message = {"schema": _SCHEMA, "kind": type(job).__name__.lower(), "plan": plan, "spec": spec_of(plan, tensors)}
+    return tensors, _messages.dump_json(_messages.validate_python(message | own), by_alias=True).decode()
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A job as it arrived, checked but for its model.
+
+    Attributes:
+        kind: ``measure``, ``reestimate``, ``train`` or ``evaluate``.
+        plan: how the shapes of the tensors follow from the unpruned architecture.
+        digest: SHA-256 of the message, which the reply names.
+        values: the other fields of the job.
+    """
+
+    kind: str
+    plan: PruningPlan
+    digest: str
+    values: Mapping[str, Any]
+
+    def job(self, model: nn.Module) -> Job:
+        """Return the job on ``model``."""
+        return _JOBS[self.kind](model=model, plan=self.plan, **self.values)
+
+
+def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
+    """Return the job that ``encode_job`` took apart.
+
+    Raises:
+        FederationError: the text is no such job, or its spec is not that of its plan and tensors.
+        PlanError: the plan is none.
+        RecipeError: a setting of the training is out of range.
+    """
+    try:
+        message = _messages.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        raise FederationError(f"expected a job of schema {_SCHEMA}, but {where}: {first['msg']}") from error
+    if message.spec != spec_of(message.plan, tensors):
+        raise FederationError(
+            f"the {message.kind} job of {message.phase}, round {message.round} does not fit the tensors it came with: "
+            "plan and weights are not of one model"
+        )
+    values = {name: getattr(message, name) for name in type(message).model_fields}
+    for name in ("schema_number", "kind", "plan", "spec"):
+        values.pop(name)
+    return Received(message.kind, PruningPlan.from_json(message.plan), digest_of(text), values)
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of an encoded job: what its replies must name."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def rebuild(received: Received, tensors: Mapping[str, Tensor], build_model: Callable[[], nn.Module]) -> nn.Module:
+    """Return the client's own architecture, pruned by the plan, with the weights that came.
+
+    Raises:
+        PlanError: the plan is for another architecture.
+        FederationError: the weights are.
+    """
+    model = prune(build_model(), received.plan)
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise FederationError(
+            "the weights do not fit this client's model after pruning by the plan: build the architecture of the "
+            f"server ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    return model
+
+
+def encode_reply(reply: Reply, digest: str) -> tuple[dict[str, Tensor], str]:
+    """Return a reply to the job of this digest as tensors and a line of JSON."""
+    answer = _Answer(
+        client=reply.client,
+        job=digest,
+        images=reply.images,
+        samples=reply.samples,
+        seconds=reply.seconds,
+        error=reply.error,
+    )
+    return dict(reply.tensors), answer.model_dump_json()
+
+
+def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, digest: str) -> Reply:
+    """Return the reply that ``encode_reply`` took apart; with an error where it is none of this client to this job."""
+    try:
+        answer = _Answer.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        return Reply(client, {}, error=f"it sent no reply that can be read ({where}: {first['msg']})")
+    if answer.client != client:
+        return Reply(client, {}, error=f"it answered in the name of {answer.client!r}")
+    if answer.job != digest:
+        return Reply(client, {}, error="it answered another job: its plan, round or settings are stale")
+    return Reply(client, tensors, answer.images, answer.samples, answer.seconds, answer.error)

@@ -1,0 +1,123 @@
+"""A recipe as a Flower app: what its server does, and what each of its clients holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import nn
+
+from fedunlearn.errors import RecipeError
+from fedunlearn.federation.flower import Context, FlowerEngine, Grid, ServerApp
+from fedunlearn.federation.jobs import ClientData
+from fedunlearn.recipe import Recipe, load_recipe
+from fedunlearn.setting import Setting, client_data, new_model
+from fedunlearn.workflow import run
+
+COMMANDS = ("train", "unlearn", "run")
+
+
+def recipe_of(context: Context) -> Recipe:
+    """Return the recipe that the run configuration of a Flower app gives.
+
+    ``recipe`` is the name of a shipped recipe, a TOML file, or a recipe as JSON; ``set`` holds overrides,
+    ``table.key=value`` between spaces. A client finds its images at ``data`` of its node configuration where it has
+    one.
+
+    Raises:
+        RecipeError: there is no such recipe, or a key or value is not valid.
+    """
+    config = context.run_config
+    text = str(config.get("recipe", ""))
+    if text.startswith("{"):
+        try:
+            recipe = Recipe.model_validate_json(text)
+        except ValidationError as error:
+            raise RecipeError(f"the run configuration holds no valid recipe: {error.errors()[0]['msg']}") from error
+    else:
+        recipe = load_recipe(text, str(config.get("set", "")).split())
+    if "data" in context.node_config:
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"path": str(context.node_config["data"])})}
+        )
+    return recipe
+
+
+def recipe_images(context: Context) -> ClientData:
+    """Return what the client of the node's ``partition-id`` holds.
+
+    Raises:
+        FedUnlearnError: the recipe or the data cannot be used, or it has no such client.
+    """
+    return held_by(recipe_of(context), context)
+
+
+def recipe_model(context: Context) -> nn.Module:
+    """Return the recipe's architecture.
+
+    Raises:
+        RecipeError: the recipe names code of its own, which is not imported because a message says so.
+    """
+    recipe = recipe_of(context)
+    if ":" in recipe.model.name:
+        raise RecipeError(
+            f"model.name is {recipe.model.name!r}: the app of a recipe builds shipped models only; "
+            "give your own to client_app(build_model, load_images)"
+        )
+    return built_by(recipe, context)
+
+
+def held_by(recipe: Recipe, context: Context) -> ClientData:
+    """Return what the client of the node's ``partition-id`` holds by ``recipe``."""
+    try:
+        number = int(context.node_config["partition-id"])
+    except (KeyError, ValueError) as error:
+        raise RecipeError("the node configuration must say which client this is: partition-id=0, 1, ...") from error
+    return _held(recipe.model_dump_json(), number)
+
+
+def built_by(recipe: Recipe, context: Context) -> nn.Module:
+    """Return the architecture of ``recipe`` for the images of this client."""
+    return new_model(recipe, held_by(recipe, context).train, seed=0)
+
+
+@lru_cache(maxsize=2)
+def _held(recipe: str, number: int) -> ClientData:
+    """Return what a client holds; kept, as a simulation answers many messages in one process."""
+    return client_data(Recipe.model_validate_json(recipe), number)
+
+
+def engine_on(grid: Grid) -> Callable[[Setting], FlowerEngine]:
+    """Return what makes the engine of a run whose clients are behind ``grid``."""
+    return lambda setting: FlowerEngine(
+        grid, clients=tuple(setting.clients), deadline=setting.recipe.federation.deadline
+    )
+
+
+def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
+    """Return a complete Flower server: it does what ``command`` of the run configuration asks.
+
+    ``command`` is ``train``, ``unlearn`` or ``run``, as for the command line; ``out`` the folder of the run on this
+    machine, absolute; the same folder goes on where a run was cut off. ``key`` names the operator's private key.
+
+    Args:
+        recipe: finds the recipe of a run.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        command, out = str(config.get("command", "run")), Path(str(config.get("out", "")))
+        if command not in COMMANDS:
+            raise RecipeError(f"command of the run configuration must be one of {', '.join(COMMANDS)}, got {command!r}")
+        if not out.is_absolute():
+            raise RecipeError(
+                f"out of the run configuration must be an absolute path on this machine, got {str(out)!r}"
+            )
+        key = str(config.get("key", ""))
+        run(recipe(context), out, command=command, key=Path(key) if key else None, engine=engine_on(grid))
+
+    return app

@@ -1,0 +1,76 @@
+"""Flower's simulation: the clients of a recipe as workers of Ray on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.flower import Context, Grid, ServerApp, client_app, run_simulation
+from fedunlearn.flower_app import built_by, held_by
+from fedunlearn.recipe import Recipe
+from fedunlearn.setting import read_data, share_out
+from fedunlearn.threads import cores
+
+_START = 300.0  # seconds for Ray to start, which takes a minute on a busy machine
+
+
+@contextmanager
+def simulation(recipe: Recipe) -> Iterator[Grid]:
+    """Give the grid of a simulation of the recipe's clients, one worker per core, while the context lasts.
+
+    The simulation runs in a thread of its own, so that work on the grid stays in the caller's and Ctrl-C ends it.
+    Neither Flower nor Ray sends usage statistics from here, unless the environment asks for it.
+
+    Raises:
+        FederationError: the simulation did not start.
+    """
+    for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice of Ray
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    grids: queue.Queue[Grid | BaseException] = queue.Queue()
+    finished = threading.Event()
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        grids.put(grid)
+        finished.wait()
+
+    number = len(share_out(recipe, read_data(recipe).train)[0])
+    options: dict[str, Any] = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+        "init_args": {
+            "num_cpus": min(cores(), number),
+            "include_dashboard": False,
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+        },
+    }
+    app = client_app(lambda context: built_by(recipe, context), lambda context: held_by(recipe, context))
+
+    def simulate() -> None:
+        try:
+            run_simulation(server, app, number, backend_config=options)
+        except BaseException as error:
+            grids.put(error)
+
+    thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
+    thread.start()
+    try:
+        try:
+            grid = grids.get(timeout=_START)
+        except queue.Empty:
+            raise FederationError(f"Flower's simulation did not start within {_START:g} s") from None
+        if isinstance(grid, BaseException):
+            raise FederationError(f"Flower's simulation did not start: {grid}") from grid
+        yield grid
+    finally:
+        finished.set()
+        thread.join()

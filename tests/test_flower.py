@@ -1,0 +1,387 @@
+"""The Flower engine on a grid inside this process: agreement with the in-process engine, and what clients do wrong."""
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from conftest import make_images, make_net
+from fedunlearn.data.batches import batches
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.client import handle
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.flower import FlowerEngine, client_app, unlearning_mod
+from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.federation.wire import digest_of, encode_reply
+from fedunlearn.journal import Journal
+from fedunlearn.plan import plan_pruning
+from fedunlearn.prune import prune
+from fedunlearn.scores import contrast
+from fedunlearn.taps import find_taps
+from fedunlearn.training import Training
+from fedunlearn.unlearn import unlearn
+from loopback import APP, CLIENTS, VALIDATION, Loopback, build_model, load_images, nodes, same
+
+EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+TRAINING = Training(0.1, 8)
+
+
+def engine(grid=None, **options):
+    return FlowerEngine(grid or Loopback(nodes()), **({"clients": 4, "deadline": 0.5, "patience": 0.1} | options))
+
+
+def train_job(**change):
+    return Train(**({"phase": "train", "model": make_net(), "training": TRAINING, "lr": 0.1} | change))
+
+
+def measure_job(**change):
+    net = make_net()
+    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
+    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+
+
+def forget(chosen, journal=None):
+    net = make_net()
+    steps = train_rounds(net, chosen, training=TRAINING, rounds=2, validate=True, journal=journal)
+    done = unlearn(
+        net, chosen, forget=1, fraction=0.4, training=TRAINING, rounds=2, criterion=contrast, journal=journal
+    )
+    return steps, done
+
+
+def test_the_engines_agree_to_the_bit():
+    ours, mine = forget(LocalEngine(CLIENTS, validation=VALIDATION))
+    theirs, other = forget(engine())
+    assert [step.validation for step in ours] == [step.validation for step in theirs]
+    assert mine.plan == other.plan
+    assert same(mine.model, other.model)
+    assert mine.labels == other.labels == (0, 2)
+    assert mine.cost.client_flops == other.cost.client_flops
+    assert mine.cost.bytes_up == other.cost.bytes_up
+
+
+def test_the_flower_extra_is_asked_for_by_name():
+    code = "import sys; sys.modules['flwr'] = sys.modules['flwr.app'] = None; import fedunlearn.federation.flower"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: the Flower engine needs Flower: pip install 'fedunlearn[flower]'" in done.stderr
+
+
+def answering(change):
+    """Return an app whose answers to jobs ``change`` may replace."""
+
+    def mod(message, context, call_next):
+        reply = call_next(copy.deepcopy(message), context)
+        return reply if "hello" in message.content["fedunlearn"] else change(message, reply)
+
+    app = ClientApp(mods=[mod])
+
+    @app.train()
+    def answer(message, context):
+        return APP(message, context)
+
+    return app
+
+
+def replaced(edit):
+    def change(message, reply):
+        arrays = {name: array.numpy().copy() for name, array in reply.content["arrays"].items()}
+        edit(arrays)
+        reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return reply
+
+    return change
+
+
+def set_first(value):
+    def edit(arrays):
+        name = next(name for name in sorted(arrays) if arrays[name].dtype.kind == "f" and arrays[name].ndim)
+        arrays[name].flat[0] = value
+
+    return replaced(edit)
+
+
+def stale(message, reply):
+    """Answer as to the round before."""
+    text = message.content["fedunlearn"]["job"].replace('"round":0', '"round":1')
+    answer = Reply("client-0", {}, images=3)
+    reply.content["fedunlearn"] = ConfigRecord({"reply": encode_reply(answer, digest_of(text))[1]})
+    return reply
+
+
+def raising(message, reply):
+    raise RuntimeError("the disk is full")
+
+
+def empty(message, reply):
+    return Message(RecordDict(), reply_to=message)
+
+
+FAULTS = {
+    "nan": (train_job, set_first(float("nan")), "has values that are not finite"),
+    "infinity": (measure_job, set_first(float("inf")), "has values that are not finite"),
+    "shape": (train_job, replaced(lambda a: a.update({"0.bias": a["0.bias"][:3]})), "expected 0.bias of shape (6,)"),
+    "missing": (train_job, replaced(lambda a: a.pop("0.bias")), "expected 0.bias of shape (6,), got None"),
+    "stale": (train_job, stale, "it answered another job: its plan, round or settings are stale"),
+    "negative": (measure_job, set_first(-1.0), "has negative values"),
+    "more than it holds": (
+        measure_job,
+        replaced(lambda a: a["counts"].__setitem__(0, 10**9)),
+        "it counts 10000000",
+    ),
+    "classes it has not": (
+        measure_job,
+        replaced(lambda a: a["counts"].__setitem__(0, 0)),
+        "has values for classes of which it counts no image",
+    ),
+    "nothing": (train_job, empty, "it sent no reply that can be read"),
+    "silence": (train_job, lambda message, reply: None, "it gave no answer within 0.5 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_client_that_answers_wrongly_is_refused_by_name_and_the_round_goes_on(fault):
+    make, change, reason = FAULTS[fault]
+    grid = Loopback(nodes() | {100: (answering(change), 0)})
+    replies, entry = collect(engine(grid), make())
+    assert entry.clients == ("client-1", "client-2", "client-3")
+    assert list(entry.refused) == ["client-0"]
+    assert reason in entry.refused["client-0"]
+    honest = collect(engine(), make(clients=("client-1", "client-2", "client-3")))[0]
+    for reply, expected in zip(replies, honest):
+        for name, tensor in reply.tensors.items():
+            assert torch.equal(tensor, expected.tensors[name])
+
+
+def test_a_client_that_cannot_do_the_job_says_why():
+    class Dark(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+    broken = client_app(lambda context: Dark(), load_images)
+    entry = collect(engine(Loopback(nodes() | {102: (broken, 2)})), train_job())[1]
+    assert "the weights do not fit this client's model after pruning by the plan" in entry.refused["client-2"]
+    pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
+    job = train_job(model=prune(make_net(), pruned), plan=pruned)
+    entry = collect(engine(Loopback(nodes() | {102: (broken, 2)})), job)[1]
+    assert "the plan is for" in entry.refused["client-2"]
+
+
+def test_the_plan_must_be_that_of_the_weights():
+    pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
+    with pytest.raises(FederationError, match=r"only 0 of 4 clients gave a usable reply.*the weights do not fit"):
+        collect(engine(), train_job(model=prune(make_net(), pruned)))  # forgot the plan
+
+
+def test_with_all_clients_gone_the_error_comes_after_the_deadline_and_nothing_is_lost(tmp_path):
+    grid = Loopback(nodes())
+    chosen = engine(grid)
+    journal = Journal(tmp_path)
+    net = make_net()
+    train_rounds(net, chosen, training=TRAINING, rounds=2, journal=journal)
+    grid.nodes = {}
+    with pytest.raises(FederationError, match=r"train, round 2: only 0 of 4 clients .*it is not connected"):
+        train_rounds(net, chosen, training=TRAINING, rounds=4, journal=journal)
+    again = make_net()
+    train_rounds(again, engine(), training=TRAINING, rounds=4, journal=Journal(tmp_path))  # a server started anew
+    straight = make_net()
+    train_rounds(straight, engine(), training=TRAINING, rounds=4)
+    assert same(again, straight)
+
+
+def test_a_client_that_joins_late_or_comes_back_takes_part_from_then_on():
+    grid = Loopback(nodes(count=3))
+    chosen = engine(grid, clients=tuple(CLIENTS))
+    assert chosen.clients == tuple(CLIENTS)
+    assert collect(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
+    grid.nodes[999] = (APP, 3)
+    assert collect(chosen, train_job())[1].refused == {}
+    del grid.nodes[101]
+    assert collect(chosen, train_job())[1].refused == {"client-1": "it is not connected"}
+    grid.nodes[555] = (APP, 1)  # the restarted SuperNode has another number
+    assert collect(chosen, train_job())[1].refused == {}
+
+
+def test_a_federation_of_no_fixed_names_grows():
+    grid = Loopback(nodes(count=3))
+    chosen = engine(grid, clients=2)
+    assert chosen.clients == ("client-0", "client-1", "client-2")
+    grid.nodes[999] = (APP, 3)
+    collect(chosen, train_job())
+    assert chosen.clients == tuple(CLIENTS)
+    assert (chosen.shape, chosen.classes) == ((1, 8, 8), 3)
+    with pytest.raises(FederationError, match="there is no client 'client-9'; the clients are client-0, client-1"):
+        chosen.run(train_job(clients=("client-9",)))
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "text"),
+    [
+        (1, {}, "it calls itself 'client-1', and so does node 101, which is connected"),
+        (3, {"client": "stranger"}, "it calls itself 'stranger', which is none of the clients client-0"),
+        (3, {"side": 16}, "it holds images of shape (1, 16, 16) in 3 classes, the first client (1, 8, 8) in 3"),
+        (7, {}, "its images cannot be read: IndexError"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_not_asked(number, change, text, caplog):
+    def own_images(context):
+        data = load_images(context)
+        images = make_images(20, side=change["side"]) if "side" in change else data.train
+        return ClientData(change.get("client", data.client), images)
+
+    grid = Loopback(nodes() | {500: (client_app(build_model, own_images), number)})
+    with caplog.at_level(logging.WARNING):
+        chosen = engine(grid, clients=tuple(CLIENTS))
+    assert f"node 500 is not asked: {text}" in caplog.text
+    assert collect(chosen, train_job())[1].refused == {}
+
+
+def test_a_node_that_speaks_something_else_is_not_asked(caplog):
+    silent, foreign, flat = ClientApp(), ClientApp(), ClientApp()
+
+    @silent.train()
+    def _(message, context):
+        return None
+
+    @foreign.train()
+    def _(message, context):
+        return Message(RecordDict({"metrics": MetricRecord({"loss": 0.5})}), reply_to=message)
+
+    @flat.train()
+    def _(message, context):
+        about = {"client": "client-3", "shape": [64], "classes": 3}
+        return Message(RecordDict({"fedunlearn": ConfigRecord(about)}), reply_to=message)
+
+    grid = Loopback(nodes(count=3) | {7: (silent, 0), 8: (foreign, 0), 9: (flat, 3)})
+    with caplog.at_level(logging.WARNING):
+        engine(grid, clients=tuple(CLIENTS))
+    assert "node 7 is not asked: it gave no answer" in caplog.text
+    assert "node 8 is not asked: it did not introduce itself ('fedunlearn')" in caplog.text
+    assert "node 9 is not asked: it holds images of shape (64,), expected colours, height and width" in caplog.text
+    assert "3 of 4 clients are there after 0.1 s" in caplog.text
+
+
+def test_too_few_clients_at_the_start_are_an_error():
+    with pytest.raises(FederationError, match=r"only 1 of 4 clients were there after 0.1 s, expected at least half"):
+        engine(Loopback(nodes(count=1)))
+
+
+def test_an_engine_that_brings_replies_twice_or_unasked_does_no_harm(caplog):
+    class Double(LocalEngine):
+        def run(self, job):
+            replies = super().run(job)
+            return [*replies, Reply(replies[0].client, {}, error="again"), Reply("stranger", {}, images=1)]
+
+    replies, entry = collect(Double(CLIENTS), train_job())
+    assert [reply.client for reply in replies] == list(CLIENTS)
+    assert entry.refused == {}
+    assert "client-0 answered twice: its first answer counts" in caplog.text
+    assert "stranger was not asked" in caplog.text
+
+
+def own_train(leave_out=True, key="num-examples"):
+    """Return the train function of an app that knows nothing of pruning: plain SGD on the whole architecture."""
+
+    def train(message, context):
+        data = load_images(context).train
+        config = message.content["config"]
+        images = data.without(tuple(config["exclude"])) if leave_out else data
+        net = make_net(seed=3)
+        net.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=True)
+        sgd(net, images, float(config["lr"]))
+        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({key: len(images), "loss": 0.5})}
+        return Message(RecordDict(content), reply_to=message)
+
+    return train
+
+
+def sgd(net, images, lr):
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    for _ in range(2):
+        for batch, labels in batches(images, 8):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(batch), labels).backward()
+            optimizer.step()
+
+
+def app_with_mod(**options):
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
+    app.train()(own_train(**options))
+    return app
+
+
+def test_a_train_function_for_the_whole_model_trains_the_pruned_one():
+    plan = plan_pruning(make_net(), {"0": torch.arange(6.0), "3": torch.arange(8.0)}, fraction=0.5, example=EXAMPLE)
+    job = train_job(model=prune(make_net(), plan), plan=plan, exclude=(1,))
+    replies = collect(engine(Loopback(nodes(app_with_mod()))), job)[0]
+    for reply in replies:
+        pruned = copy.deepcopy(job.model)
+        sgd(pruned, CLIENTS[reply.client].without((1,)), 0.1)
+        assert reply.images == len(CLIENTS[reply.client].without((1,)))
+        for name, tensor in pruned.state_dict().items():
+            torch.testing.assert_close(reply.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_an_app_with_the_mod_forgets_with_its_own_training():
+    steps, done = forget(engine(Loopback(nodes(app_with_mod()))))
+    assert len(steps) == 2
+    correct, counts = done_counts(done)
+    assert done.labels == (0, 2)
+    assert float(correct.sum() / counts.sum()) > 0.9
+
+
+def done_counts(done):
+    images = make_images(60, seed=4).without((1,))
+    job = Evaluate(phase="test", model=done.model, classes=3, labels=done.labels)
+    reply = handle(job, done.model, ClientData("x", images, images))
+    return reply.tensors["correct"], reply.tensors["counts"]
+
+
+def test_messages_of_others_pass_the_mod_untouched():
+    seen = []
+
+    def call_next(message, context):
+        seen.append(message)
+        return "their reply"
+
+    mod = unlearning_mod(build_model, load_images)
+    Loopback({})  # sets who this process is for Flower
+    message = Message(RecordDict({"arrays": ArrayRecord()}), 5, "train")
+    assert mod(message, None, call_next) == "their reply"
+    assert seen == [message]
+
+
+def test_a_train_function_must_answer_as_flowers_strategies_ask():
+    entry = collect(engine(Loopback(nodes() | {100: (app_with_mod(key="count"), 0)})), train_job())[1]
+    assert entry.refused["client-0"].startswith("the train function must answer with one ArrayRecord and one metric")
+
+
+def test_a_train_function_that_answers_with_an_error_is_told():
+    from flwr.app import Error
+
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
+
+    @app.train()
+    def _(message, context):
+        return Message(Error(7, "no GPU left"), reply_to=message)
+
+    entry = collect(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
+    assert entry.refused["client-0"] == "its train function failed: no GPU left"
+
+
+def test_flowers_own_errors_are_told():
+    from flwr.app import Error
+
+    def change(message, reply):
+        return Message(Error(2, "Traceback ...\nOSError: no space left on device\n"), reply_to=message)
+
+    entry = collect(engine(Loopback(nodes() | {100: (answering(change), 0)})), train_job())[1]
+    assert entry.refused["client-0"] == "Flower reports error 2: OSError: no space left on device"
