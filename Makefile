@@ -1,9 +1,9 @@
-# make demo: the main job on real digits.  make test: all that CI runs.  make docs: the documentation in site/.
+# make demo: the main job on real digits.  make demo-flower: the same over Flower, one site killed.  make test: all that CI runs.  make docs: the documentation in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo demo-flower test lint docs clean
 
 demo: $(VENV)/.core
 	rm -rf runs/demo runs/demo-cache runs/demo.key runs/demo.key.pub
@@ -11,6 +11,9 @@ demo: $(VENV)/.core
 	$(BIN)/fedunlearn keygen --out runs/demo.key
 	FEDUNLEARN_CACHE=runs/demo-cache $(BIN)/fedunlearn run digits --out runs/demo --key runs/demo.key
 	$(BIN)/fedunlearn verify runs/demo --key runs/demo.key.pub
+
+demo-flower: $(VENV)/.flower
+	$(BIN)/python examples/flower-deployment/demo.py
 
 test: lint docs
 	$(BIN)/pytest
@@ -33,6 +36,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.flower: $(VENV)/.core
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[flower]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

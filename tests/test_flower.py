@@ -377,11 +377,19 @@ def test_a_train_function_that_answers_with_an_error_is_told():
     assert entry.refused["client-0"] == "its train function failed: no GPU left"
 
 
-def test_flowers_own_errors_are_told():
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (2, "its app failed: OSError: no space left on device"),
+        (5, "it is no longer connected"),
+        (77, "Flower reports error 77: OSError: no space left on device"),
+    ],
+)
+def test_flowers_own_errors_are_told(code, text):
     from flwr.app import Error
 
     def change(message, reply):
-        return Message(Error(2, "Traceback ...\nOSError: no space left on device\n"), reply_to=message)
+        return Message(Error(code, "Traceback ...\nOSError: no space left on device\n"), reply_to=message)
 
     entry = collect(engine(Loopback(nodes() | {100: (answering(change), 0)})), train_job())[1]
-    assert entry.refused["client-0"] == "Flower reports error 2: OSError: no space left on device"
+    assert entry.refused["client-0"] == text

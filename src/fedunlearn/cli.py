@@ -259,6 +259,9 @@ def _do(
         folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
         with _progress(quiet) as (console, observe):
             result = _work(command, chosen, folder, key, where, console, observe)
+        if result is None:
+            typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
+            return
         _show(result, quiet, as_json, result)
         if not quiet:
             for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
@@ -273,8 +276,8 @@ def _work(
     where: Where,
     console: Console,
     observe: Callable[[str, int, int], None],
-) -> dict[str, Any]:
-    """Return the result of ``command``, whoever runs the clients."""
+) -> dict[str, Any] | None:
+    """Return the result of ``command``, whoever runs the clients; None where it lies elsewhere."""
     work = partial(
         workflow.run,
         recipe,
@@ -295,7 +298,8 @@ def _work(
             with _flower_installed():
                 from fedunlearn.deployment import run_on
             assert where.superlink is not None  # _do checked it
-            return run_on(where.superlink, recipe, folder, command=command, key=key, ca=where.ca, tell=console.print)
+            tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+            return run_on(where.superlink, recipe, folder, command=command, key=key, ca=where.ca, tell=tell)
         case _:
             return work()
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import IO, cast
 
 from pydantic import ValidationError
+from rich.console import Console
 from torch import nn
 
+from fedunlearn.console import RunProgress, describe
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.flower import Context, FlowerEngine, Grid, ServerApp
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.recipe import Recipe, load_recipe
 from fedunlearn.setting import Setting, client_data, new_model
+from fedunlearn.threads import one_torch_thread
 from fedunlearn.workflow import run
 
+PREFIX = "fedunlearn: "  # of what the server says, among the lines of Flower's log
 COMMANDS = ("train", "unlearn", "run")
 
 
@@ -96,6 +103,15 @@ def engine_on(grid: Grid) -> Callable[[Setting], FlowerEngine]:
     )
 
 
+class _Marked(io.TextIOBase):
+    """Standard output with ``PREFIX`` before each line."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            print(f"{PREFIX}{line}", flush=True)
+        return len(text)
+
+
 def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
     """Return a complete Flower server: it does what ``command`` of the run configuration asks.
 
@@ -114,10 +130,20 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
         if command not in COMMANDS:
             raise RecipeError(f"command of the run configuration must be one of {', '.join(COMMANDS)}, got {command!r}")
         if not out.is_absolute():
-            raise RecipeError(
-                f"out of the run configuration must be an absolute path on this machine, got {str(out)!r}"
-            )
+            raise RecipeError(f"out of the run configuration must be an absolute path on the server, got {str(out)!r}")
         key = str(config.get("key", ""))
-        run(recipe(context), out, command=command, key=Path(key) if key else None, engine=engine_on(grid))
+        output = cast(IO[str], _Marked())
+        logging.getLogger("fedunlearn").handlers = [logging.StreamHandler(output)]  # warnings: who was refused
+        console = Console(file=output, width=200)
+        with one_torch_thread():
+            run(
+                recipe(context),
+                out,
+                command=command,
+                key=Path(key) if key else None,
+                engine=engine_on(grid),
+                prepared=lambda setting: console.print(describe(setting), highlight=False),
+                observe=RunProgress(console).observe,
+            )
 
     return app

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.flower import Context, Grid, ServerApp, client_app, run_simulation
+from fedunlearn.federation.flower import Context, Grid, ServerApp, client_app
 from fedunlearn.flower_app import built_by, held_by
 from fedunlearn.recipe import Recipe
 from fedunlearn.setting import read_data, share_out
@@ -56,6 +56,8 @@ def simulation(recipe: Recipe) -> Iterator[Grid]:
     app = client_app(lambda context: built_by(recipe, context), lambda context: held_by(recipe, context))
 
     def simulate() -> None:
+        from flwr.simulation import run_simulation  # slow to import, and only needed here
+
         try:
             run_simulation(server, app, number, backend_config=options)
         except BaseException as error:

@@ -38,17 +38,25 @@ try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
-    from flwr.simulation import run_simulation
 except ImportError as error:
     raise ImportError("the Flower engine needs Flower: pip install 'fedunlearn[flower]'") from error
 
-# This is the one module that imports flwr; the others take its types from here.
-__all__ = ["Context", "FlowerEngine", "Grid", "Message", "ServerApp", "client_app", "run_simulation", "unlearning_mod"]
+# Other modules take Flower's types from here, so that what is missing is said once.
+__all__ = ["Context", "FlowerEngine", "Grid", "Message", "ServerApp", "client_app", "unlearning_mod"]
 
 _logger = logging.getLogger(__name__)
 _TYPE = "train"
 _ARRAYS, _CONFIG, _OWN = "arrays", "config", "fedunlearn"
 _POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
+
+# What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
+_ERRORS = {
+    3: "it gave no answer before its message expired",
+    5: "it is no longer connected",
+    1: "its app cannot be loaded: {reason}",
+    2: "its app failed: {reason}",
+    8: "its process ended in the middle of the job",
+}
 
 BuildModel = Callable[[Context], nn.Module]
 LoadImages = Callable[[Context], ClientData]
@@ -339,7 +347,8 @@ def _own_record(message: Message | None) -> Mapping[str, Any]:
     if message is None:
         return {"error": "it gave no answer"}
     if message.has_error():
-        return {"error": f"Flower reports error {message.error.code}: {_last_line(message.error.reason)}"}
+        code, reason = message.error.code, _last_line(message.error.reason)
+        return {"error": _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)}
     record: Mapping[str, Any] = message.content.config_records[_OWN]
     return record
 

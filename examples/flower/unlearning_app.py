@@ -1,0 +1,7 @@
+"""A Flower app that trains by a recipe and forgets; put your own model and images in the place of the recipe's."""
+
+from fedunlearn.federation.flower import client_app
+from fedunlearn.flower_app import recipe_images, recipe_model, server_app
+
+client = client_app(recipe_model, recipe_images)
+server = server_app()

@@ -1,0 +1,159 @@
+"""A real Flower deployment on loopback, HTTPS and registered keys, and Flower's simulation: the same model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from deployment import Deployment, make_certificates, make_node_key
+from safetensors.torch import load_file
+
+from fedunlearn.deployment import run_on
+from fedunlearn.errors import FederationError
+from fedunlearn.recipe import load_recipe
+from fedunlearn.workflow import run
+
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
+SETTINGS = ("federation.clients=3", "train.rounds=2", "unlearn.rounds=1")
+SMALLEST = "federation.clients=3 train.rounds=1"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    deployment = Deployment(tmp_path_factory.mktemp("deployment") / "sites")
+    with deployment:
+        yield deployment
+    assert deployment.processes() == {}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    out = tmp_path_factory.mktemp("local")
+    run(load_recipe("digits", SETTINGS), out, command="unlearn")
+    return out
+
+
+def command(out, *options):
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    program = str(Path(sys.executable).with_name("fedunlearn"))
+    return [program, "unlearn", "--recipe", "digits", *settings, "--out", str(out), "--json", *options]
+
+
+def assert_same_run(out, local):
+    ours, theirs = load_file(out / "model.safetensors"), load_file(local / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours) <= 1e-6
+    assert (out / "plan.json").read_text() == (local / "plan.json").read_text()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, local)]
+    for name in ("original", "pruned", "unlearned"):
+        assert results[0][name] == results[1][name]
+
+
+def test_the_simulation_makes_the_same_model_as_one_process(tmp_path, local):
+    out = tmp_path / "run"
+    done = subprocess.run(command(out, "--engine", "flower-simulation"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engine"]["name"] == "flower-simulation"
+    assert_same_run(out, local)
+
+
+def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path, sites, local):
+    out = tmp_path / "run"
+    options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
+    with subprocess.Popen(
+        command(out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as first:
+        while first.poll() is None and finished(out) < 1:
+            time.sleep(0.2)
+        sites.kill("superlink")
+        _, said = first.communicate()
+    assert first.returncode == 1
+    assert "fedunlearn: flwr list on" in said
+    assert not (out / "result.json").exists()
+    sites.start_superlink()
+    again = subprocess.run(command(out, *options), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "training the original: done" in again.stderr
+    assert_same_run(out, local)
+    rounds = [json.loads(line)["phase"] for line in (out / "rounds.jsonl").read_text().splitlines()[1:]]
+    assert rounds == ["train", "train", "measure-0", "reestimate", "repair"]
+
+
+def finished(out):
+    path = out / "rounds.jsonl"
+    return path.read_text().count('"phase": "train"') if path.exists() else 0
+
+
+def test_a_run_that_fails_on_the_server_says_why(tmp_path, sites):
+    recipe = load_recipe("digits", (*SETTINGS, "federation.clients=7", "federation.engine=flower"))
+    said = []
+    with pytest.raises(FederationError) as error:
+        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=sites.ca, tell=said.append)
+    assert "ended as finished:failed: only 3 of 7 clients were there after 60 s, expected at least half" in str(
+        error.value
+    )
+    assert any("7 clients" in line for line in said)
+
+
+def test_the_example_app_runs_as_its_readme_says(tmp_path, sites):
+    out = tmp_path / "run"
+    status, log = sites.run_app(ROOT / "examples" / "flower", out=str(out), command="train", set=SMALLEST)
+    assert status == "finished:completed", log
+    assert (out / "original.safetensors").exists()
+    assert "training the original: done" in log
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"out": "runs/x"}, "out of the run configuration must be an absolute path on the server, got 'runs/x'"),
+        (
+            {"out": "/nowhere", "command": "forget"},
+            "command of the run configuration must be one of train, unlearn, run",
+        ),
+        ({"out": "/nowhere", "recipe": "digit"}, "there is no shipped recipe 'digit', did you mean 'digits'?"),
+    ],
+)
+def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
+    from flwr.app import Context, RecordDict
+
+    from fedunlearn.errors import RecipeError
+    from fedunlearn.flower_app import server_app
+
+    context = Context(1, 0, {}, RecordDict(), {"recipe": "digits", "command": "train"} | config)
+    with pytest.raises(RecipeError) as error:
+        server_app()(None, context)
+    assert text in str(error.value)
+
+
+def test_nodes_with_a_wrong_ca_or_a_key_nobody_registered_are_refused(tmp_path, sites):
+    make_certificates(tmp_path)
+    sites.start_node(3, ca=tmp_path / "ca.crt")
+    assert sites.exit_code("node-3") == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in sites.log("node-3")
+    make_node_key(tmp_path / "stranger")
+    sites.start_node(3, key=tmp_path / "stranger")
+    assert sites.exit_code("node-3") == 1
+    assert "Failed to activate SuperNode" in sites.log("node-3")
+
+
+def test_the_command_line_refuses_a_wrong_ca_and_a_missing_superlink(tmp_path, sites):
+    make_certificates(tmp_path)
+    recipe = load_recipe("digits", ("federation.engine=flower",))
+    with pytest.raises(
+        FederationError, match=r"flwr run on .* failed: .*; check that the SuperLink runs there, and --ca"
+    ):
+        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=tmp_path / "ca.crt")
+    with pytest.raises(FederationError, match=r"nobody.crt: there is no such certificate"):
+        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=tmp_path / "nobody.crt")
+
+
+def test_engine_and_superlink_go_together(tmp_path):
+    for options in (("--engine", "flower"), ("--superlink", "127.0.0.1:1")):
+        done = subprocess.run(command(tmp_path / "run", *options), capture_output=True, text=True, env=dict(os.environ))
+        assert done.returncode == 2
+        assert "the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it" in done.stderr
