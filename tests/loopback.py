@@ -4,7 +4,7 @@ import copy
 from uuid import uuid4
 
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -37,7 +37,11 @@ class Loopback(Grid):
             numbers.append(message.metadata.message_id)
             app, number = self.nodes[node]
             context = self.contexts.setdefault(node, Context(1, node, {"partition-id": number}, RecordDict(), {}))
-            self.waiting[numbers[-1]] = app(message, context)
+            try:
+                self.waiting[numbers[-1]] = app(message, context)
+            except Exception as error:  # as Flower's clients do
+                reply = Message(Error(2, f"{type(error)}:<{str(error)!r}>"), reply_to=message)
+                self.waiting[numbers[-1]] = reply
         return numbers
 
     def pull_messages(self, message_ids):

@@ -132,7 +132,7 @@ def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
 
 def test_nodes_with_a_wrong_ca_or_a_key_nobody_registered_are_refused(tmp_path, sites):
     make_certificates(tmp_path)
-    sites.start_node(3, ca=tmp_path / "ca.crt")
+    sites.start_node(3, key=sites.folder / "node-0", ca=tmp_path / "ca.crt")
     assert sites.exit_code("node-3") == 1
     assert "CERTIFICATE_VERIFY_FAILED" in sites.log("node-3")
     make_node_key(tmp_path / "stranger")

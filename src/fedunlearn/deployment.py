@@ -19,9 +19,9 @@ from fedunlearn.recipe import Recipe
 _NAME = "fedunlearn"
 _APP = """\
 from fedunlearn.federation.flower import client_app
-from fedunlearn.flower_app import recipe_images, recipe_model, server_app
+from fedunlearn.flower_app import recipe_images, recipe_model, recipe_rules, server_app
 
-client = client_app(recipe_model, recipe_images)
+client = client_app(recipe_model, recipe_images, rules=recipe_rules, secure={secure})
 server = server_app()
 """
 _PROJECT = """\
@@ -121,7 +121,7 @@ def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | N
         "key": "" if key is None else str(key.absolute()),
     }
     folder.mkdir()
-    (folder / "fedunlearn_run.py").write_text(_APP)
+    (folder / "fedunlearn_run.py").write_text(_APP.format(secure=recipe.privacy.secure))
     project = _PROJECT.format(**{name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
     (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     return folder

@@ -15,8 +15,10 @@ from torch import nn
 
 from fedunlearn.console import RunProgress, describe
 from fedunlearn.errors import RecipeError
-from fedunlearn.federation.flower import Context, FlowerEngine, Grid, ServerApp
+from fedunlearn.federation.flower import FlowerEngine
+from fedunlearn.federation.grid import Context, Grid, ServerApp
 from fedunlearn.federation.jobs import ClientData
+from fedunlearn.federation.privacy import Privacy
 from fedunlearn.recipe import Recipe, load_recipe
 from fedunlearn.setting import Setting, client_data, new_model
 from fedunlearn.threads import one_torch_thread
@@ -76,6 +78,11 @@ def recipe_model(context: Context) -> nn.Module:
     return built_by(recipe, context)
 
 
+def recipe_rules(context: Context) -> Privacy:
+    """Return what the recipe's clients do to their statistics before they leave."""
+    return recipe_of(context).rules()
+
+
 def held_by(recipe: Recipe, context: Context) -> ClientData:
     """Return what the client of the node's ``partition-id`` holds by ``recipe``."""
     try:
@@ -99,7 +106,10 @@ def _held(recipe: str, number: int) -> ClientData:
 def engine_on(grid: Grid) -> Callable[[Setting], FlowerEngine]:
     """Return what makes the engine of a run whose clients are behind ``grid``."""
     return lambda setting: FlowerEngine(
-        grid, clients=tuple(setting.clients), deadline=setting.recipe.federation.deadline
+        grid,
+        clients=tuple(setting.clients),
+        deadline=setting.recipe.federation.deadline,
+        secure=setting.recipe.privacy.secure,
     )
 
 

@@ -47,6 +47,7 @@ def unlearned_model(setting: Setting, original: nn.Module, plan: PruningPlan, jo
         scope=u.scope,
         jointly=u.jointly,
         mean_of_clients=u.mean_of_clients,
+        influence=u.influence,
         sample=u.sample or None,
         batch_norm=u.repair != "none",
         target=u.target,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.errors import RecipeError
+from fedunlearn.federation.privacy import Privacy
 from fedunlearn.training import Training
 
 _RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
@@ -97,12 +98,23 @@ class UnlearnTable(_Table):
     fraction: Fraction
     jointly: bool = False
     mean_of_clients: bool = False
+    influence: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     sample: Annotated[int, Field(ge=0)] = 0
     repair: Literal["none", "reestimate", "finetune"] = "finetune"
     rounds: Count = 1
     local_epochs: Positive = 1.0
     lr: Positive = 0.05
     target: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class PrivacyTable(_Table):
+    """What leaves the clients when they are measured, see ``Privacy``; ``secure``: only the sum over all of them."""
+
+    min_count: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    secure: bool = False
 
 
 class AuditTable(_Table):
@@ -129,6 +141,7 @@ class Recipe(_Table):
     model: ModelTable
     train: TrainTable
     unlearn: UnlearnTable
+    privacy: PrivacyTable = PrivacyTable()
     audit: AuditTable = AuditTable()
     evidence: EvidenceTable = EvidenceTable()
 
@@ -141,6 +154,10 @@ class Recipe(_Table):
         """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
         t, u = self.train, self.unlearn
         return Training(u.lr, t.batch_size, u.local_epochs, t.momentum, t.weight_decay, t.augment)
+
+    def rules(self) -> Privacy:
+        """Return what clients do to their statistics before they leave."""
+        return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise)
 
     def digest(self, *tables: str) -> str:
         """Return the SHA-256 of these tables (all where none is named), without path and engine, for a cache."""
@@ -170,6 +187,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"train.augment: expected names among {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}")
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
+    recipe.rules()
+    if recipe.privacy.secure and recipe.federation.engine == "local":
+        raise RecipeError(
+            "privacy.secure needs --engine flower or flower-simulation: clients of one process hide nothing"
+        )
+    if recipe.privacy.secure and (recipe.unlearn.mean_of_clients or recipe.unlearn.influence is not None):
+        raise RecipeError("privacy.secure hides what unlearn.mean_of_clients and unlearn.influence need")
     return recipe
 
 

@@ -98,7 +98,7 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
     head_layer(model, example)
     find_groups(model, example)
     clients, validation = share_out(recipe, train)
-    engine = LocalEngine(clients, validation=validation)
+    engine = LocalEngine(clients, validation=validation, rules=recipe.rules())
     table = class_table(clients)
     for label in forget:
         if int(table[:, label].sum()) == 0:

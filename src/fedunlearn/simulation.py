@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.flower import Context, Grid, ServerApp, client_app
+from fedunlearn.federation.flower import client_app
+from fedunlearn.federation.grid import Context, Grid, ServerApp
 from fedunlearn.flower_app import built_by, held_by
 from fedunlearn.recipe import Recipe
 from fedunlearn.setting import read_data, share_out
@@ -53,7 +54,12 @@ def simulation(recipe: Recipe) -> Iterator[Grid]:
             "log_to_driver": False,
         },
     }
-    app = client_app(lambda context: built_by(recipe, context), lambda context: held_by(recipe, context))
+    app = client_app(
+        lambda context: built_by(recipe, context),
+        lambda context: held_by(recipe, context),
+        rules=lambda context: recipe.rules(),
+        secure=recipe.privacy.secure,
+    )
 
     def simulate() -> None:
         from flwr.simulation import run_simulation  # slow to import, and only needed here

@@ -95,6 +95,7 @@ def measure_channels(
     layers: Sequence[str] | Mapping[str, Tap],
     num_classes: int,
     hook: str = "activation",
+    clip: float = 0.0,
 ) -> ChannelStats:
     """Sum each channel's mean positive activation per class, in one forward pass.
 
@@ -107,6 +108,7 @@ def measure_channels(
         layers: names of convolutions, or where to read them if that is known already (``find_taps``).
         num_classes: rows of the sums.
         hook: ``"activation"`` reads what the next layer receives, ``"convolution"`` the convolution's output.
+        clip: Euclidean norm to which each image's ``A``, of all layers together, is scaled down; none where 0.
 
     Returns:
         Sums in float64 on the CPU.
@@ -131,11 +133,16 @@ def measure_channels(
             with reading(model, taps) as maps, torch.inference_mode():
                 output = model(images)
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
-            for layer, tap in taps.items():
-                z = output if tap.module == "" else maps[layer]
-                means = channel_means(z, tap, _width(model, layer)).double().cpu()
-                sums.setdefault(layer, torch.zeros(num_classes, means.shape[1], dtype=torch.float64))
-                sums[layer].index_add_(0, labels.cpu(), means)
+            means = {
+                layer: channel_means(output if tap.module == "" else maps[layer], tap, _width(model, layer))
+                .double()
+                .cpu()
+                for layer, tap in taps.items()
+            }
+            share = _share_within(means, clip)
+            for layer, own in means.items():
+                sums.setdefault(layer, torch.zeros(num_classes, own.shape[1], dtype=torch.float64))
+                sums[layer].index_add_(0, labels.cpu(), own * share[:, None])
     finally:
         model.train(training)
     if taps is None:
@@ -143,6 +150,12 @@ def measure_channels(
     for layer in taps:
         sums.setdefault(layer, torch.zeros(num_classes, _width(model, layer), dtype=torch.float64))
     return ChannelStats(sums, counts)
+
+
+def _share_within(means: Mapping[str, Tensor], clip: float) -> Tensor:
+    """Return the factor of each image that brings all its layers' means together to the norm ``clip`` at most."""
+    norms = torch.cat(list(means.values()), dim=1).norm(dim=1)
+    return (clip / norms.clamp_min(clip)) if clip else torch.ones_like(norms)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.errors import ModelError
+from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.collect import collect
+from fedunlearn.federation.influence import limit_influence
 from fedunlearn.federation.jobs import Engine, Measure
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.groups import head_layer, prunable_layers
@@ -69,6 +70,7 @@ def unlearn(
     scope: str = "layer",
     jointly: bool = False,
     mean_of_clients: bool = False,
+    influence: float | None = None,
     sample: int | None = None,
     batch_norm: bool = True,
     target: float | None = None,
@@ -92,6 +94,7 @@ def unlearn(
         scope: ``"layer"`` or ``"global"``, see ``plan_pruning``.
         jointly: score several classes as one, in one go; otherwise one after another as in the paper.
         mean_of_clients: average the clients' means, as the paper does, instead of pooling their images.
+        influence: how many times the median a client's statistics may weigh, see ``limit_influence``; any where None.
         sample: at most so many images per client for the statistics and for batch normalisation.
         batch_norm: re-estimate the batch normalisation statistics after pruning.
         target: stop the repair at this accuracy on the clients' validation images of the kept classes.
@@ -121,7 +124,7 @@ def unlearn(
             sample=sample,
             seed=seed,
         )
-        stats, held = measure(job, engine, journal, mean_of_clients=mean_of_clients)
+        stats, held = measure(job, engine, journal, mean_of_clients=mean_of_clients, influence=influence)
         scores = criterion(stats, target_classes)
         step = plan_pruning(pruned, scores, fraction=fraction, example=example, end=end, scope=scope)
         pruned, plan = prune(pruned, step), plan.then(step)
@@ -166,12 +169,19 @@ def _checked(
 
 
 def measure(
-    job: Measure, engine: Engine, journal: Journal, *, mean_of_clients: bool = False
+    job: Measure,
+    engine: Engine,
+    journal: Journal,
+    *,
+    mean_of_clients: bool = False,
+    influence: float | None = None,
 ) -> tuple[ChannelStats, dict[str, Tensor]]:
     """Return the clients' statistics, merged in client-id order, and what each client holds per class.
 
+    Under secure aggregation the latter is empty: nobody knows.
+
     Raises:
-        FederationError: too few clients gave usable replies.
+        FederationError: too few clients gave usable replies, or only their sum is known where each is needed.
     """
     steps = journal.steps(job.phase)
     if steps:
@@ -180,14 +190,22 @@ def measure(
         return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, held))
     journal.report(job.phase, 0, 1)
     replies, entry = collect(engine, job)
-    held = torch.stack([reply.tensors["held"] for reply in replies])
+    single = [reply for reply in replies if not reply.members]
+    if len(single) < len(replies) and (mean_of_clients or influence is not None):
+        raise FederationError(
+            "under secure aggregation only the sum of the statistics is known: "
+            "unlearn.mean_of_clients and unlearn.influence need those of each client"
+        )
+    held = torch.stack([reply.tensors["held"] for reply in single]) if single else torch.zeros(0, job.classes)
     parts = [
         ChannelStats.from_tensors({name: tensor for name, tensor in reply.tensors.items() if name != "held"})
         for reply in replies
     ]
+    if influence is not None:
+        parts = limit_influence(parts, influence)
     merged = parts[0].one_vote_per_class() if mean_of_clients else parts[0]
     for part in parts[1:]:
         merged = merged.merge(part.one_vote_per_class() if mean_of_clients else part)
     journal.finish(Step(job.phase, 0, (entry,)), {**merged.tensors(), "held": held})
     journal.report(job.phase, 1, 1)
-    return merged, dict(zip((reply.client for reply in replies), held))
+    return merged, dict(zip((reply.client for reply in single), held))

@@ -12,6 +12,7 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.privacy import NO_RULES, Privacy, protect
 from fedunlearn.seeding import generator
 from fedunlearn.stats import measure_channels
 from fedunlearn.training import train_locally
@@ -19,23 +20,27 @@ from fedunlearn.training import train_locally
 _BATCH = 256
 
 
-def handle(job: Job, model: nn.Module, data: ClientData) -> Reply:
+def handle(job: Job, model: nn.Module, data: ClientData, rules: Privacy = NO_RULES) -> Reply:
     """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error."""
     started = time.perf_counter()
     try:
-        tensors, images, samples = _answer(job, model, data)
+        tensors, images, samples = _answer(job, model, data, rules)
     except Exception as error:  # one client's failure must not end the round
         return Reply(data.client, {}, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
     return Reply(data.client, tensors, images, samples, time.perf_counter() - started)
 
 
-def _answer(job: Job, model: nn.Module, data: ClientData) -> tuple[Mapping[str, Tensor], int, int]:
+def _answer(job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> tuple[Mapping[str, Tensor], int, int]:
     """Return the tensors, the images they stand for and the images processed."""
     match job:
         case Measure():
             images = _sampled(job, data, data.train, job.sample)
-            stats = measure_channels(model, _in_order(images, model), layers=job.taps, num_classes=job.classes)
-            return {**stats.tensors(), "held": data.train.counts()}, len(images), len(images)
+            stats = measure_channels(
+                model, _in_order(images, model), layers=job.taps, num_classes=job.classes, clip=rules.clip
+            )
+            answer = protect({**stats.tensors(), "held": data.train.counts()}, rules)
+            reported = int(answer["counts"].sum())
+            return answer, reported, reported
         case Reestimate():
             images = _sampled(job, data, _kept(data, job.exclude), job.sample)
             draw = generator(job.seed, job.phase, "order", data.client)

@@ -9,7 +9,7 @@ import torch
 
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import batch_norm_layers
-from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import SUM, Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
 from fedunlearn.federation.ledger import Entry, entry_for
 
 _logger = logging.getLogger(__name__)
@@ -29,10 +29,11 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
         _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round, client, why)
     used = [reply for reply in replies if reply.client not in refused]
     asked = len(engine.clients if job.clients is None else job.clients)
-    if len(used) < max(1, QUORUM * asked):
+    answered = sum(len(reply.members) or 1 for reply in used)
+    if answered < max(1, QUORUM * asked):
         why = "; ".join(f"{client}: {reason}" for client, reason in refused.items())
         raise FederationError(
-            f"{job.phase}, round {job.round}: only {len(used)} of {asked} clients gave a usable reply, "
+            f"{job.phase}, round {job.round}: only {answered} of {asked} clients gave a usable reply, "
             f"expected at least half ({why}); mend them and run the same command again"
         )
     return used, entry_for(job, engine.shape, asked, replies, refused)
@@ -42,7 +43,7 @@ def _one_of_each(replies: Sequence[Reply], asked: Sequence[str], job: Job) -> li
     """Return the first reply of every client that was asked; engines of other hands may bring more."""
     first: dict[str, Reply] = {}
     for reply in replies:
-        if reply.client in first or reply.client not in asked:
+        if reply.client in first or not {reply.client, *reply.members} - {SUM} <= set(asked):
             why = "answered twice: its first answer counts" if reply.client in first else "was not asked"
             _logger.warning("%s, round %d: %s %s", job.phase, job.round, reply.client, why)
         else:
@@ -63,7 +64,7 @@ def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> 
             return f"{name} has values that are not finite"
         if not _may_be_negative(name, job) and bool((tensor < 0).any()):
             return f"{name} has negative values"
-    if reply.images < 1 and not isinstance(job, Evaluate):
+    if reply.images < 1 and isinstance(job, (Reestimate, Train)):
         return f"it reports {reply.images} images"
     return _contradiction(reply) if isinstance(job, Measure) else None
 

@@ -17,11 +17,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.client import handle
-from fedunlearn.federation.jobs import ClientData, Job, Reply, Train
+from fedunlearn.federation.grid import (
+    POLL,
+    ClientApp,
+    ConfigRecord,
+    Context,
+    Grid,
+    Message,
+    RecordDict,
+    exchange,
+    to_arrays,
+    to_tensors,
+)
+from fedunlearn.federation.jobs import SUM, ClientData, Job, Measure, Reply, Train
+from fedunlearn.federation.privacy import NO_RULES, Privacy
 from fedunlearn.federation.wire import (
     Received,
     decode_job,
@@ -34,20 +47,9 @@ from fedunlearn.federation.wire import (
 from fedunlearn.slicing import cut, spread
 from fedunlearn.threads import one_torch_thread
 
-try:
-    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-except ImportError as error:
-    raise ImportError("the Flower engine needs Flower: pip install 'fedunlearn[flower]'") from error
-
-# Other modules take Flower's types from here, so that what is missing is said once.
-__all__ = ["Context", "FlowerEngine", "Grid", "Message", "ServerApp", "client_app", "unlearning_mod"]
-
 _logger = logging.getLogger(__name__)
 _TYPE = "train"
 _ARRAYS, _CONFIG, _OWN = "arrays", "config", "fedunlearn"
-_POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 
 # What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
 _ERRORS = {
@@ -60,6 +62,7 @@ _ERRORS = {
 
 BuildModel = Callable[[Context], nn.Module]
 LoadImages = Callable[[Context], ClientData]
+Rules = Callable[[Context], Privacy]
 TrainFunction = Callable[[Message, Context], Message]
 
 
@@ -74,16 +77,24 @@ class FlowerEngine:
         clients: names of the clients, or how many to wait for and take whatever their names are.
         deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
         patience: seconds to wait for clients at the start; half of them must be there then.
+        secure: ask for statistics under secure aggregation: ``run`` then returns their sum as one reply.
 
     Raises:
         FederationError: too few clients are there, or they hold images of different shapes or classes.
     """
 
     def __init__(
-        self, grid: Grid, *, clients: Sequence[str] | int, deadline: float = 600.0, patience: float = 60.0
+        self,
+        grid: Grid,
+        *,
+        clients: Sequence[str] | int,
+        deadline: float = 600.0,
+        patience: float = 60.0,
+        secure: bool = False,
     ) -> None:
         self._grid = grid
         self._deadline = deadline
+        self._secure = secure
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
         self._layout: tuple[tuple[int, int, int], int] | None = None
@@ -121,13 +132,15 @@ class FlowerEngine:
         tensors, text = encode_job(job)
         content = RecordDict(
             {
-                _ARRAYS: _to_arrays(tensors),
+                _ARRAYS: to_arrays(tensors),
                 _CONFIG: ConfigRecord(_plain_config(job)),
                 _OWN: ConfigRecord({"job": text}),
             }
         )
         connected = set(self._grid.get_node_ids())
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
+        if self._secure and isinstance(job, Measure):
+            return self._sum(job, names, asked, content)
         answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}")
         digest = digest_of(text)
         replies = []
@@ -137,6 +150,19 @@ class FlowerEngine:
             else:
                 replies.append(_read_reply(answers.get(asked[name]), name, digest, self._deadline))
         return replies
+
+    def _sum(self, job: Measure, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
+        """Return the sum of the clients' statistics, and an error for each client that is not in it."""
+        from fedunlearn.federation.secure import secure_sum  # imports Flower's older interface
+
+        expected = ["counts", "held", *(f"sums.{layer}" for layer in job.taps)]
+        sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, expected, deadline=self._deadline)
+        for name in ("counts", "held"):
+            sums[name] = sums[name].round().long()
+        inside = tuple(name for name in names if asked.get(name) in nodes)
+        total = int(sums["counts"].sum())
+        lost = [Reply(name, {}, error="it is not in the secure sum") for name in names if name not in inside]
+        return [Reply(SUM, sums, total, total, members=inside), *lost]
 
     def _wait(self, wanted: int, patience: float) -> None:
         """Wait until ``wanted`` clients are there, or ``patience`` is over and half of them are."""
@@ -148,7 +174,7 @@ class FlowerEngine:
                 return
             if time.monotonic() > end:
                 break
-            time.sleep(_POLL)
+            time.sleep(POLL)
         reasons = "".join(f"; node {node}: {why}" for node, why in self._refused.items())
         if here < max(1, wanted / 2):
             raise FederationError(
@@ -198,42 +224,56 @@ class FlowerEngine:
 
     def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str) -> dict[int, Message]:
         """Send ``content`` to ``nodes`` and return the first answer of each that came before the deadline."""
-        nodes = list(nodes)
         # One content for all: it is only read here.
         messages = [Message(content, node, _TYPE, ttl=self._deadline, group_id=group) for node in nodes]
-        sent = dict(zip(self._grid.push_messages(messages), nodes))
-        sent.pop(None, None)  # type: ignore[call-overload]  # could not be sent
-        answers: dict[int, Message] = {}
-        end = time.monotonic() + self._deadline
-        while len(answers) < len(sent) and time.monotonic() < end:
-            waiting = {number for number, node in sent.items() if node not in answers}
-            for message in self._grid.pull_messages(waiting):
-                node = sent.get(message.metadata.reply_to_message_id)
-                if node is not None:
-                    answers.setdefault(node, message)
-            if len(answers) < len(sent):
-                time.sleep(_POLL)
-        return answers
+        return exchange(self._grid, messages, self._deadline)
 
 
-def client_app(build_model: BuildModel, load_images: LoadImages) -> ClientApp:
+def client_app(
+    build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES, secure: bool = False
+) -> ClientApp:
     """Return a complete Flower client.
 
     Args:
         build_model: makes the unpruned architecture; its weights do not matter.
         load_images: reads what this client holds; called for each message.
+        rules: what this client does to its statistics before they leave it.
+        secure: report statistics under secure aggregation only.
     """
     app = ClientApp()
 
     @app.train()
     def answer(message: Message, context: Context) -> Message:
-        return _answer(message, context, build_model, load_images, None)
+        return _answer(message, context, build_model, load_images, _rules(rules(context), secure), None)
 
+    if secure:
+        add_secure_measure(app, build_model, load_images, rules=rules)
     return app
 
 
+def add_secure_measure(
+    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES
+) -> None:
+    """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
+    from fedunlearn.federation import secure  # imports Flower's older interface
+
+    @app.train(secure.ACTION, mods=[secure.secure_mod])
+    def measure(message: Message, context: Context) -> Message:
+        received = decode_job(to_tensors(message.content.array_records[_ARRAYS]), str(_own_record(message)["job"]))
+        if received.kind != "measure":
+            raise FederationError(f"expected a measure job under secure aggregation, got {received.kind}")
+        reply = _handled(message, context, received, build_model, load_images(context), rules(context))
+        if reply.error is not None:
+            raise FederationError(reply.error)  # drops out of the sum
+        return secure.answer(dict(reply.tensors), message)
+
+
 def unlearning_mod(
-    build_model: BuildModel, load_images: LoadImages
+    build_model: BuildModel,
+    load_images: LoadImages,
+    *,
+    rules: Rules = lambda context: NO_RULES,
+    secure: bool = False,
 ) -> Callable[[Message, Context, TrainFunction], Message]:
     """Return a mod that adds unlearning to a ``ClientApp`` with a train function of its own, which does the repair.
 
@@ -247,12 +287,15 @@ def unlearning_mod(
     Args:
         build_model: makes the unpruned architecture; its weights do not matter.
         load_images: reads what this client holds; called for each message.
+        rules: what this client does to its statistics before they leave it.
+        secure: report statistics under secure aggregation only; ``add_secure_measure`` makes the app do that.
     """
 
     def mod(message: Message, context: Context, call_next: TrainFunction) -> Message:
-        if not message.has_content() or _OWN not in message.content.config_records:
+        ours = message.has_content() and _OWN in message.content.config_records
+        if not ours or message.metadata.message_type != _TYPE:  # the secure measure has a function of its own
             return call_next(message, context)
-        return _answer(message, context, build_model, load_images, call_next)
+        return _answer(message, context, build_model, load_images, _rules(rules(context), secure), call_next)
 
     return mod
 
@@ -262,6 +305,7 @@ def _answer(
     context: Context,
     build_model: BuildModel,
     load_images: LoadImages,
+    rules: Privacy | None,
     train: TrainFunction | None,
 ) -> Message:
     """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
@@ -280,22 +324,42 @@ def _answer(
         return Message(RecordDict({_OWN: ConfigRecord(about)}), reply_to=message)
     text = str(own["job"])
     try:
-        tensors = _to_tensors(message.content.array_records[_ARRAYS])
+        tensors = to_tensors(message.content.array_records[_ARRAYS])
         received = decode_job(tensors, text)
         if train is not None and received.kind == "train":
             reply = _trained(message, context, received, build_model(context), data, train)
+        elif rules is None and received.kind == "measure":
+            raise FederationError("this client reports statistics under secure aggregation only")
         else:
-            model = rebuild(received, tensors, lambda: build_model(context))
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            with one_torch_thread():
-                reply = handle(received.job(model), model, data)
+            reply = _handled(message, context, received, build_model, data, rules or NO_RULES)
     except FedUnlearnError as error:
         reply = Reply(data.client, {}, error=str(error))
     arrays, line = encode_reply(reply, digest_of(text))
     return Message(
-        RecordDict({_ARRAYS: _to_arrays(arrays), _OWN: ConfigRecord({"reply": line})}),
+        RecordDict({_ARRAYS: to_arrays(arrays), _OWN: ConfigRecord({"reply": line})}),
         reply_to=message,
     )
+
+
+def _rules(rules: Privacy, secure: bool) -> Privacy | None:
+    """Return the rules by which statistics leave in the clear, or None if they never do."""
+    return None if secure else rules
+
+
+def _handled(
+    message: Message,
+    context: Context,
+    received: Received,
+    build_model: BuildModel,
+    data: ClientData,
+    rules: Privacy,
+) -> Reply:
+    """Return the reply of this client's own model with the weights that came."""
+    tensors = to_tensors(message.content.array_records[_ARRAYS])
+    model = rebuild(received, tensors, lambda: build_model(context))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with one_torch_thread():
+        return handle(received.job(model), model, data, rules)
 
 
 def _trained(
@@ -305,8 +369,8 @@ def _trained(
     received.plan.check(full)
     started = time.perf_counter()
     arrays = message.content.array_records[_ARRAYS]
-    whole = spread(_to_tensors(arrays), received.plan.kept, received.plan.shapes)
-    message.content[_ARRAYS] = _to_arrays(whole)
+    whole = spread(to_tensors(arrays), received.plan.kept, received.plan.shapes)
+    message.content[_ARRAYS] = to_arrays(whole)
     answer = train(message, context)
     if answer.has_error():
         return Reply(data.client, {}, error=f"its train function failed: {answer.error.reason}")
@@ -317,7 +381,7 @@ def _trained(
             "the train function must answer with one ArrayRecord and one metric num-examples (an integer), got "
             f"{len(records)} and {len(counts)}"
         )
-    trained = cut(_to_tensors(records[0]), received.plan.kept)
+    trained = cut(to_tensors(records[0]), received.plan.kept)
     return Reply(data.client, trained, counts[0], counts[0], time.perf_counter() - started)
 
 
@@ -336,7 +400,7 @@ def _read_reply(message: Message | None, client: str, digest: str, deadline: flo
         own = _own_record(message)
         if "error" in own:
             return Reply(client, {}, error=str(own["error"]))
-        tensors = _to_tensors(message.content.array_records[_ARRAYS])
+        tensors = to_tensors(message.content.array_records[_ARRAYS])
         return decode_reply(tensors, str(own["reply"]), client=client, digest=digest)
     except (KeyError, TypeError, ValueError) as error:
         return Reply(client, {}, error=f"it sent no reply that can be read ({error})")
@@ -360,12 +424,3 @@ def _last_line(text: str | None) -> str:
 
 def _integers(values: Any) -> list[int]:
     return [int(value) for value in values]
-
-
-def _to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
-
-
-def _to_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Return the arrays as tensors; Flower reads them without pickle."""
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}

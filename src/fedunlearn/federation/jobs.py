@@ -13,6 +13,8 @@ from fedunlearn.plan import PruningPlan
 from fedunlearn.taps import Tap
 from fedunlearn.training import Training
 
+SUM = "the secure sum"
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
@@ -112,6 +114,7 @@ class Reply:
         samples: how many it processed, repeats counted.
         seconds: how long it took.
         error: why there is no answer.
+        members: of a sum under secure aggregation, the clients that are in it; ``client`` is then ``SUM``.
     """
 
     client: str
@@ -120,6 +123,7 @@ class Reply:
     samples: int = 0
     seconds: float = 0.0
     error: str | None = None
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,13 +98,16 @@ def entry_for(
     message = size_in_bytes(job.model.state_dict()) + len(job.plan.to_json())
     return Entry(
         job=type(job).__name__.lower(),
-        clients=tuple(reply.client for reply in replies if reply.client not in refused),
+        clients=tuple(
+            name for reply in replies if reply.client not in refused for name in reply.members or (reply.client,)
+        ),
         refused=refused,
         samples=samples,
         flops=samples * (training if isinstance(job, Train) else forward),
         seconds=sum(reply.seconds for reply in replies),
         bytes_down=asked * message,
-        bytes_up=sum(size_in_bytes(reply.tensors) for reply in replies),
+        # Under secure aggregation each client sends two masked numbers for one, without the keys and their shares.
+        bytes_up=sum(size_in_bytes(reply.tensors) * (2 * len(reply.members) or 1) for reply in replies),
     )
 
 

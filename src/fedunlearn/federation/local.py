@@ -13,6 +13,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import handle
 from fedunlearn.federation.jobs import ClientData, Job, Reply
+from fedunlearn.federation.privacy import NO_RULES, Privacy
 from fedunlearn.threads import cores, one_torch_thread
 
 
@@ -26,6 +27,7 @@ class LocalEngine:
         clients: client id to training images.
         validation: client id to validation images, for the clients that have some.
         workers: threads; one per core where None, one on a GPU.
+        rules: what each client does to its statistics before they leave it.
         device: ``"cpu"`` or ``"cuda"``; the GPU where None and one is present.
 
     Raises:
@@ -39,6 +41,7 @@ class LocalEngine:
         validation: Mapping[str, LabelledImages] | None = None,
         workers: int | None = None,
         device: str | None = None,
+        rules: Privacy = NO_RULES,
     ) -> None:
         if len(clients) < 2:
             raise FederationError(f"a federation needs at least two clients, got {len(clients)}: share the images out")
@@ -54,6 +57,7 @@ class LocalEngine:
         held = validation or {}
         self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._rules = rules
         self._workers = workers or (cores() if self._device.type == "cpu" else 1)
 
     @property
@@ -89,7 +93,7 @@ class LocalEngine:
                 mine.model = copy.deepcopy(job.model).to(self._device)
                 mine.model.to(memory_format=torch.channels_last)
             mine.model.load_state_dict(state)
-            return handle(job, mine.model, self._data[name])
+            return handle(job, mine.model, self._data[name], self._rules)
 
         workers = min(self._workers, len(names)) or 1
         with one_torch_thread(), ThreadPoolExecutor(workers) as pool:

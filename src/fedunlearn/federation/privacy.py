@@ -1,0 +1,91 @@
+"""What a client does to its statistics before they leave: minimum counts, clipping, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedunlearn.errors import RecipeError
+
+_MECHANISMS = 2  # a Measure job releases sums and counts
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """A client's own rules for ``Measure``; no message can change them.
+
+    Attributes:
+        min_count: of a class with fewer images nothing is reported.
+        clip: Euclidean norm to which each image's activations, of all layers together, are scaled down; none where 0.
+        noise: standard deviation of the Gaussian noise: as it is on counts, times ``clip`` on sums; none where 0.
+
+    Raises:
+        RecipeError: a value is negative, or there is noise without clipping.
+    """
+
+    min_count: int = 0
+    clip: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("min_count", "clip", "noise"):
+            if not getattr(self, name) >= 0:
+                raise RecipeError(f"privacy.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.noise and not self.clip:
+            raise RecipeError("privacy.noise needs privacy.clip above 0: without it one image may count for any amount")
+
+
+NO_RULES = Privacy()
+
+
+def protect(tensors: Mapping[str, Tensor], rules: Privacy) -> dict[str, Tensor]:
+    """Return the answer to ``Measure`` as ``rules`` let it leave; clipping was done image by image before.
+
+    With ``z`` the noise, ``C`` the clip and independent ``g`` of N(0, 1)::
+
+        counts' = max(0, round(counts + z g))      sums' = max(0, sums + z C g)
+
+    then rows of classes with ``counts'`` below the minimum, or 0, become 0, so that the minimum tells nothing that the
+    noise hides. The noise comes from the operating system's randomness: a seed that the server knows would undo it.
+    """
+    counts = tensors["counts"]
+    sums = {name: tensor for name, tensor in tensors.items() if name.startswith("sums.")}
+    held = tensors["held"]
+    if rules.noise:
+        draw = np.random.default_rng()
+        counts = _noised(counts.double(), rules.noise, draw).round().long()
+        sums = {name: _noised(tensor, rules.noise * rules.clip, draw) for name, tensor in sums.items()}
+        held = counts  # the exact number would tell what the noise hides
+    reported = counts >= max(1, rules.min_count)
+    return {
+        "counts": counts * reported,
+        "held": held * (reported if rules.noise else held >= rules.min_count),
+        **{name: tensor * reported[:, None] for name, tensor in sums.items()},
+    }
+
+
+def epsilon(noise: float, delta: float, *, measures: int = 1) -> float:
+    """Return the epsilon of (epsilon, delta)-differential privacy for one image more or less at one client.
+
+    ``measures`` jobs are ``2 measures`` Gaussian mechanisms of this noise multiplier (sums, counts), composed by the
+    accountant of ``dp-accounting`` (privacy loss distributions); that images are sampled is not made use of.
+
+    Raises:
+        RecipeError: dp-accounting is not installed.
+    """
+    try:
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+    except ImportError as error:
+        raise RecipeError("privacy.noise needs dp-accounting: pip install 'fedunlearn[privacy]'") from error
+    accountant = PLDAccountant()
+    accountant.compose(dp_accounting.GaussianDpEvent(noise), _MECHANISMS * measures)
+    return float(accountant.get_epsilon(delta))
+
+
+def _noised(values: Tensor, scale: float, draw: np.random.Generator) -> Tensor:
+    return (values + torch.from_numpy(draw.normal(0.0, scale, tuple(values.shape)))).clamp_min(0)

@@ -1,0 +1,218 @@
+"""What a client's rules take out of its statistics, and what a cap on influence leaves of a poisoner's."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import make_images, make_net
+from fedunlearn.data.batches import batches
+from fedunlearn.data.partition import partition
+from fedunlearn.errors import RecipeError
+from fedunlearn.federation.client import handle
+from fedunlearn.federation.influence import limit_influence
+from fedunlearn.federation.jobs import ClientData, Measure
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import Privacy, epsilon, protect
+from fedunlearn.journal import Journal
+from fedunlearn.recipe import load_recipe
+from fedunlearn.stats import ChannelStats, measure_channels
+from fedunlearn.taps import find_taps
+from fedunlearn.unlearn import measure
+
+EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def job(**change):
+    net = make_net()
+    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
+    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+
+
+def answer(images, rules):
+    made = job()
+    return handle(made, made.model, ClientData("x", images), rules)
+
+
+def stats_of(reply):
+    return ChannelStats.from_tensors({name: tensor for name, tensor in reply.tensors.items() if name != "held"})
+
+
+def test_a_class_below_the_minimum_is_not_reported():
+    images = make_images(60)
+    few = images.take(
+        torch.cat([(images.labels != 1).nonzero().flatten(), (images.labels == 1).nonzero().flatten()[:4]])
+    )
+    reply = answer(few, Privacy(min_count=5))
+    assert reply.tensors["counts"].tolist() == [20, 0, 20]
+    assert reply.tensors["held"].tolist() == [20, 0, 20]
+    assert reply.images == reply.samples == 40
+    open_reply = answer(few, Privacy())
+    for name in ("sums.0", "sums.3"):
+        assert torch.equal(reply.tensors[name][[0, 2]], open_reply.tensors[name][[0, 2]])
+        assert not reply.tensors[name][1].any()
+    assert open_reply.tensors["counts"].tolist() == [20, 4, 20]
+
+
+def test_clipping_is_the_slow_loop_image_by_image():
+    images = make_images(12)
+    clip = 1.5
+    reply = answer(images, Privacy(clip=clip))
+    expected = {"0": torch.zeros(3, 6, dtype=torch.float64), "3": torch.zeros(3, 8, dtype=torch.float64)}
+    norms = []
+    for place, label in enumerate(images.labels.tolist()):
+        alone = batches(images.take(slice(place, place + 1)), 1)
+        one = measure_channels(make_net(), alone, layers=["0", "3"], num_classes=3)
+        row = {layer: sums[label] for layer, sums in one.sums.items()}
+        norm = math.sqrt(sum(float((own**2).sum()) for own in row.values()))
+        norms.append(norm)
+        for layer, own in row.items():
+            expected[layer][label] += own * min(1.0, clip / norm)
+    assert min(norms) < clip < max(norms)
+    for layer, sums in expected.items():
+        torch.testing.assert_close(reply.tensors[f"sums.{layer}"], sums, rtol=1e-5, atol=1e-6)
+
+
+def test_one_image_moves_clipped_sums_by_the_clip_at_most():
+    images = make_images(12)
+    rules = Privacy(clip=0.7)
+    whole, without = (stats_of(answer(own, rules)) for own in (images, images.take(slice(1, None))))
+    moved = torch.cat([(whole.sums[layer] - without.sums[layer]).flatten() for layer in whole.sums]).norm()
+    assert float(moved) <= 0.7 + 1e-6
+    assert int((whole.counts - without.counts).abs().sum()) == 1
+
+
+def test_noise_has_the_spread_it_says_and_hides_the_counts():
+    tensors = {
+        "counts": torch.full((2000,), 100),
+        "held": torch.full((2000,), 100),
+        "sums.0": torch.full((2000, 5), 400.0, dtype=torch.float64),
+    }
+    noised = protect(tensors, Privacy(clip=2.0, noise=3.0))
+    assert float(noised["counts"].double().std()) == pytest.approx(3.0, rel=0.1)
+    assert float(noised["sums.0"].std()) == pytest.approx(6.0, rel=0.05)
+    assert float(noised["sums.0"].mean()) == pytest.approx(400.0, abs=0.3)
+    assert torch.equal(noised["held"], noised["counts"])
+    again = protect(tensors, Privacy(clip=2.0, noise=3.0))
+    assert not torch.equal(noised["sums.0"], again["sums.0"])  # no seed that a server could know
+
+
+def test_noised_statistics_are_still_statistics():
+    reply = answer(make_images(30), Privacy(min_count=5, clip=1.0, noise=4.0))
+    counts = reply.tensors["counts"]
+    assert reply.images == reply.samples == int(counts.sum())
+    for name in ("sums.0", "sums.3"):
+        assert bool((reply.tensors[name] >= 0).all())
+        assert not reply.tensors[name][counts == 0].any()
+    assert bool(((counts == 0) | (counts >= 5)).all())
+
+
+def test_epsilon_is_that_of_the_gaussian_mechanism():
+    """Against the exact trade-off of Balle and Wang (ICML 2018): two mechanisms of noise z are one of z / sqrt(2)."""
+    delta = 1e-5
+    for noise in (1.0, 4.0):
+        found = epsilon(noise, delta)
+        mu = math.sqrt(2) / noise
+        exact = phi(mu / 2 - found / mu) - math.exp(found) * phi(-mu / 2 - found / mu)
+        assert exact == pytest.approx(delta, rel=0.05)
+    assert epsilon(4.0, delta, measures=3) > epsilon(4.0, delta)
+
+
+def phi(x):
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def test_the_privacy_extra_is_asked_for_by_name():
+    code = (
+        "import sys; sys.modules['dp_accounting'] = None\n"
+        "from fedunlearn.federation.privacy import epsilon; epsilon(1.0, 1e-5)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "RecipeError: privacy.noise needs dp-accounting: pip install 'fedunlearn[privacy]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        ({"min_count": -1}, "privacy.min_count must be 0 or more, got -1"),
+        ({"clip": float("nan")}, "privacy.clip must be 0 or more, got nan"),
+        ({"noise": 1.0}, "privacy.noise needs privacy.clip above 0"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(rules, text):
+    with pytest.raises(RecipeError) as error:
+        Privacy(**rules)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["privacy.noise=1.0"], "privacy.noise needs privacy.clip above 0"),
+        (["privacy.secure=true"], "privacy.secure needs --engine flower or flower-simulation"),
+        (
+            ["privacy.secure=true", "federation.engine=flower", "unlearn.influence=2.0"],
+            "privacy.secure hides what unlearn.mean_of_clients and unlearn.influence need",
+        ),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(settings, text):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("digits", settings)
+    assert text in str(error.value)
+
+
+def make_parts(seed=0, clients=5):
+    draw = torch.Generator().manual_seed(seed)
+    counts = [torch.randint(1, 20, (3,), generator=draw) for _ in range(clients)]
+    return [
+        ChannelStats({"0": torch.rand(3, 4, generator=draw, dtype=torch.float64) * own[:, None]}, own) for own in counts
+    ]
+
+
+def test_the_cap_is_its_formula():
+    parts = make_parts()
+    limited = limit_influence(parts, 1.0)
+    for label in range(3):
+        counts = sorted(int(part.counts[label]) for part in parts)
+        norms = sorted(float(part.means("0")[label].norm()) for part in parts)
+        for part, own in zip(parts, limited):
+            fewer = min(int(part.counts[label]), counts[2])
+            scale = min(1.0, norms[2] / float(part.means("0")[label].norm()))
+            assert int(own.counts[label]) == fewer
+            torch.testing.assert_close(own.sums["0"][label], part.means("0")[label] * scale * fewer)
+
+
+@given(st.integers(0, 50), st.floats(1.0, 5.0))
+def test_a_cap_never_raises_and_statistics_within_it_stay_as_they_are(seed, cap):
+    parts = make_parts(seed)
+    for before, after in zip(parts, limit_influence(parts, cap)):
+        assert bool((after.counts <= before.counts).all())
+        assert bool((after.sums["0"] <= before.sums["0"] + 1e-9).all())
+    for before, after in zip(parts, limit_influence(parts, 1e6)):
+        assert torch.equal(before.counts, after.counts)
+        torch.testing.assert_close(before.sums["0"], after.sums["0"])
+
+
+def test_a_poisoner_weighs_no_more_than_the_cap():
+    class Poisoned(LocalEngine):
+        def run(self, job):
+            replies = super().run(job)
+            loud = {
+                name: tensor * (1e6 if name.startswith("sums.") else 1) for name, tensor in replies[0].tensors.items()
+            }
+            return [type(replies[0])("client-0", loud, replies[0].images), *replies[1:]]
+
+    clients = partition(make_images(100), by="iid", clients=5)
+    honest, _ = measure(job(), LocalEngine(clients), Journal())
+    poisoned, _ = measure(job(), Poisoned(clients), Journal())
+    capped, _ = measure(job(), Poisoned(clients), Journal(), influence=2.0)
+    for layer in honest.sums:
+        ratio = poisoned.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
+        assert float(ratio.min()) > 1e4
+        ratio = capped.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
+        assert float(ratio.max()) < 2.0

@@ -1,0 +1,292 @@
+"""Secure aggregation: the sum is right, and it is all that the server can read."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import make_images, make_net
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.client import handle
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.flower import FlowerEngine, add_secure_measure, client_app, unlearning_mod
+from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.secure import BITS, FRACTION, LIMBS, decode, encode
+from fedunlearn.journal import Journal
+from fedunlearn.scores import contrast
+from fedunlearn.taps import find_taps
+from fedunlearn.training import Training
+from fedunlearn.unlearn import measure, unlearn
+from loopback import Loopback, build_model, nodes, same
+
+EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+CLIENTS, _ = hold_out(partition(make_images(100), by="iid", clients=5), 0.0)
+STAGES = ("setup", "share_keys", "collect_masked_vectors", "unmask")
+
+
+def load_images(context):
+    name = list(CLIENTS)[context.node_config["partition-id"]]
+    return ClientData(name, CLIENTS[name])
+
+
+APP = client_app(build_model, load_images, secure=True)
+
+
+def job(**change):
+    net = make_net()
+    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
+    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+
+
+def engine(grid=None, **options):
+    grid = grid or Loopback(nodes(APP, 5))
+    return FlowerEngine(grid, **({"clients": 5, "deadline": 1.0, "patience": 0.1, "secure": True} | options))
+
+
+def in_the_clear(names=tuple(CLIENTS)):
+    """Return each client's statistics, as the in-process engine gives them."""
+    return {reply.client: reply.tensors for reply in LocalEngine(CLIENTS).run(job(clients=tuple(names)))}
+
+
+def assert_is_sum(tensors, names):
+    parts = in_the_clear(names).values()
+    for name, tensor in tensors.items():
+        expected = torch.stack([part[name].double() for part in parts]).sum(0)
+        bound = 0 if name in ("counts", "held") else len(names) * 2.0 ** -(FRACTION + 1)
+        assert float((tensor.double() - expected).abs().max()) <= bound
+
+
+@given(st.lists(st.lists(st.floats(0, 2.0**34), min_size=3, max_size=3), min_size=1, max_size=20))
+def test_limbs_add_up_to_the_sum_within_the_bound(rows):
+    limbs = [encode(np.array(row)) for row in rows]
+    means = [np.mean([own[limb] for own in limbs], axis=0) for limb in range(LIMBS)]
+    for own in limbs:
+        for limb in own:
+            assert np.array_equal(limb, np.round(limb))
+            assert limb.min() >= -(2 ** (BITS - 1))
+            assert limb.max() < 2 ** (BITS - 1)
+    bound = len(rows) * 2.0 ** -(FRACTION + 1)
+    assert np.abs(decode(means, len(rows)) - np.sum(rows, axis=0)).max() <= bound + 1e-9 * np.max(rows)
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf"), 2.0**36])
+def test_numbers_that_cannot_be_added_up_are_refused(value):
+    with pytest.raises(FederationError, match=r"statistics under secure aggregation must lie in 0 \.\."):
+        encode(np.array([1.0, value]))
+
+
+def test_the_server_gets_the_sum():
+    replies, entry = collect(engine(), job())
+    (reply,) = replies
+    assert (reply.client, reply.members) == (SUM, tuple(CLIENTS))
+    assert_is_sum(reply.tensors, tuple(CLIENTS))
+    assert entry.clients == tuple(CLIENTS)
+    assert entry.refused == {}
+    assert entry.samples == 100
+
+
+def test_unlearning_prunes_the_same_channels():
+    options = {"forget": 1, "fraction": 0.4, "training": Training(0.1, 8), "rounds": 1, "criterion": contrast}
+    mine = unlearn(make_net(), LocalEngine(CLIENTS), **options)
+    journal = Journal()
+    other = unlearn(make_net(), engine(), journal=journal, **options)
+    assert mine.plan == other.plan
+    assert same(mine.model, other.model)
+    assert other.clients == tuple(CLIENTS)
+    read, held = measure(job(), engine(), journal)  # read back, not asked again
+    assert held == {}
+    assert torch.equal(read.counts, mine.stats.counts)
+
+
+class Wiretap(Loopback):
+    """Keeps what the server sends and sees."""
+
+    def __init__(self, apps):
+        super().__init__(apps)
+        self.sent, self.seen = [], []
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.sent += [copy.deepcopy(message) for message in messages]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        found = super().pull_messages(message_ids)
+        self.seen += [copy.deepcopy(message) for message in found]
+        return found
+
+
+def masked_vectors(grid):
+    """Return each node's masked vectors, as the server saw them."""
+    vectors = {}
+    for message in grid.seen:
+        own = message.content.config_records.get("secaggplus_configs", {})
+        if "masked_params" in own:
+            parts = [np.load(io.BytesIO(part), allow_pickle=False) for part in own["masked_params"]]
+            vectors[message.metadata.src_node_id] = np.concatenate([part.ravel() for part in parts[1:]])
+    return vectors
+
+
+def test_the_server_sees_masked_statistics_only():
+    grid = Wiretap(nodes(APP, 5))
+    chosen = engine(grid)
+    grid.seen.clear()
+    chosen.run(job())
+    allowed = {
+        "setup": {"pk1", "pk2"},
+        "share_keys": {"dsts", "ctxts"},
+        "collect_masked_vectors": {"masked_params"},
+        "unmask": {"nids", "shares"},
+    }
+    stages = []
+    for message in grid.seen:
+        keys = set(message.content.config_records["secaggplus_configs"])
+        stages += [stage for stage, names in allowed.items() if keys == names]
+        # Beside the protocol's own fields there is nothing: no array, no count of images, no word.
+        for name, record in message.content.array_records.items():
+            assert len(record) == 0, name
+        for name, record in message.content.metric_records.items():
+            assert (name, dict(record)) == ("fitres.num_examples", {"num_examples": 1})
+        for name, record in message.content.config_records.items():
+            if name != "secaggplus_configs":
+                assert dict(record) in ({}, {"code": 0, "message": ""}), name
+    assert stages == [stage for stage in STAGES for _ in range(5)]
+    plain = {
+        100 + k: np.concatenate([limb.ravel() for _, t in sorted(own.items()) for limb in encode(t.numpy())]) + 2.0**29
+        for k, own in enumerate(in_the_clear().values())
+    }
+    vectors = masked_vectors(grid)
+    assert vectors.keys() == plain.keys()
+    for node, vector in vectors.items():
+        assert len(vector) == len(plain[node])
+        assert not np.any(vector == plain[node])
+        assert abs(np.corrcoef(vector, plain[node])[0, 1]) < 0.35
+    masked = np.concatenate(list(vectors.values()))
+    assert masked.min() >= 0 and masked.max() < 2**48
+    # Uniform below the modulus: 16 bins, 15 degrees of freedom, chi-square above 50 once in 10^5 runs.
+    for bits in (44, 20, 0):
+        counts = np.bincount((masked >> bits) & 15, minlength=16)
+        assert ((counts - len(masked) / 16) ** 2 / (len(masked) / 16)).sum() < 50
+    # One client's masks do not repeat, so its statistics cannot be had by asking twice.
+    first = vectors
+    grid.seen.clear()
+    chosen.run(job())
+    assert all(not np.any(vector == first[node]) for node, vector in masked_vectors(grid).items())
+
+
+def failing_at(stage, *, silent):
+    """Return an app that is lost at a stage."""
+
+    def app(message, context):
+        terms = message.content.config_records.get("secaggplus_configs", {})
+        if terms.get("stage") == stage:
+            return None if silent else Message(Error(2, "the site lost power"), reply_to=message)
+        return APP(message, context)
+
+    return app
+
+
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
+    lost = {101: (failing_at(stage, silent=silent), 1), 104: (failing_at(stage, silent=silent), 4)}
+    replies, entry = collect(engine(Loopback(nodes(APP, 5) | lost)), job())
+    # Who is lost after it sent its masked numbers is in the sum all the same: the others remove its mask.
+    inside = tuple(CLIENTS) if stage == "unmask" else ("client-0", "client-2", "client-3")
+    assert replies[0].members == inside
+    assert_is_sum(replies[0].tensors, inside)
+    assert entry.refused == {name: "it is not in the secure sum" for name in CLIENTS if name not in inside}
+
+
+def test_with_most_clients_lost_there_is_no_sum():
+    lost = {100 + k: (failing_at("collect_masked_vectors", silent=True), k) for k in range(3)}
+    with pytest.raises(FederationError, match="fewer than 3 of 5 clients went through all its stages"):
+        collect(engine(Loopback(nodes(APP, 5) | lost)), job())
+
+
+def test_a_client_whose_numbers_cannot_be_added_drops_out():
+    def broken(context):
+        net = make_net()
+        net[0].register_forward_hook(lambda *args: args[2] * float("nan"))
+        return net
+
+    bad = client_app(broken, load_images, secure=True)
+    replies, entry = collect(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), job())
+    assert list(entry.refused) == ["client-2"]
+    assert_is_sum(replies[0].tensors, replies[0].members)
+
+
+def test_fewer_than_three_clients_have_nothing_to_hide_behind():
+    with pytest.raises(FederationError, match="secure aggregation needs at least 3 clients, got 2"):
+        collect(engine(Loopback(nodes(APP, 2)), clients=2), job())
+
+
+def test_a_client_under_secure_aggregation_answers_no_plain_measure():
+    with pytest.raises(FederationError, match="this client reports statistics under secure aggregation only"):
+        collect(engine(secure=False), job())
+    assert collect(engine(), Train(phase="t", model=make_net(), training=Training(0.1), lr=0.1))[1].refused == {}
+
+
+def test_an_app_with_the_mod_reports_under_secure_aggregation_too():
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images, secure=True)])
+    app.train()(lambda message, context: None)
+    add_secure_measure(app, build_model, load_images)
+    replies, _ = collect(engine(Loopback(nodes(app, 5))), job())
+    assert_is_sum(replies[0].tensors, tuple(CLIENTS))
+
+
+TERMS = {
+    "stage": "setup",
+    "sample_num": 5,
+    "share_num": 5,
+    "threshold": 3,
+    "target_range": 2**30,
+    "clipping_range": 2.0**29,
+    "mod_range": 2**48,
+    "max_weight": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        (None, "this client reports statistics under secure aggregation only"),
+        (TERMS | {"sample_num": 2, "share_num": 2}, "secure aggregation of 2 clients with threshold 3 is refused"),
+        (TERMS | {"threshold": 2}, "secure aggregation of 5 clients with threshold 2 is refused"),
+        (TERMS | {"mod_range": 2}, "secure aggregation with other ranges than this client's is refused"),
+        (
+            {"stage": "unmask", "active_nids": [1, 2, 3], "dead_nids": [3]},
+            "a request for both shares of a node, or by too few nodes, is refused",
+        ),
+        (
+            {"stage": "unmask", "active_nids": [1], "dead_nids": [2, 3]},
+            "a request for both shares of a node, or by too few nodes, is refused",
+        ),
+    ],
+)
+def test_terms_that_would_reveal_one_client_are_refused(terms, text):
+    Loopback({})  # sets who this process is for Flower
+    records = {} if terms is None else {"secaggplus_configs": ConfigRecord(terms)}
+    message = Message(RecordDict(records), 100, "train.measure")
+    with pytest.raises(FederationError) as error:
+        APP(message, Context(1, 100, {"partition-id": 0}, RecordDict(), {}))
+    assert text in str(error.value)
+
+
+def test_what_needs_each_clients_statistics_is_refused():
+    for options in ({"mean_of_clients": True}, {"influence": 2.0}):
+        with pytest.raises(FederationError, match="only the sum of the statistics is known"):
+            measure(job(), engine(), Journal(), **options)
+
+
+def test_a_client_that_measures_nothing_it_knows_is_left_out():
+    reply = handle(job(classes=2), make_net(), ClientData("x", CLIENTS["client-0"]))
+    assert "labels must lie in 0 .. 1" in reply.error
