@@ -1,0 +1,55 @@
+"""The Flower app of ``python -m benchmarks.engines``: times rounds where the grid is."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from fedunlearn.federation.collect import collect
+from fedunlearn.federation.flower import FlowerEngine, client_app
+from fedunlearn.federation.grid import Context, Grid, ServerApp
+from fedunlearn.federation.jobs import Engine, Evaluate, Measure, Train
+from fedunlearn.flower_app import recipe_images, recipe_model, recipe_of
+from fedunlearn.groups import prunable_layers
+from fedunlearn.recipe import Recipe
+from fedunlearn.setting import new_model, read_data
+from fedunlearn.taps import find_taps
+
+client = client_app(recipe_model, recipe_images)
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Write the seconds of each kind of round."""
+    recipe = recipe_of(context)
+    names = recipe.federation.clients
+    engine = FlowerEngine(grid, clients=names, deadline=600, patience=300)
+    seconds = time_rounds(engine, recipe, int(str(context.run_config["repeats"])))
+    Path(str(context.run_config["out"])).write_text(json.dumps(seconds))
+
+
+def time_rounds(engine: Engine, recipe: Recipe, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of empty rounds, of statistics, and of training; the first of each is not counted."""
+    images = read_data(recipe).train
+    model = new_model(recipe, images, seed=0)
+    example = torch.zeros((2, *images.shape))
+    classes = len(images.classes)
+    taps = find_taps(model, prunable_layers(model, example), example, hook="activation")
+    training = recipe.training()
+    jobs = {
+        "empty": Evaluate(phase="empty", model=model, classes=classes),
+        "measure": Measure(phase="measure", model=model, taps=taps, classes=classes),
+        "train": Train(phase="train", model=model, training=training, lr=training.lr),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(-1, repeats):
+        for name, job in jobs.items():
+            began = time.monotonic()
+            _, entry = collect(engine, job)
+            if entry.refused:
+                raise RuntimeError(f"clients were lost: {entry.refused}")
+            if repeat >= 0:
+                seconds[name].append(time.monotonic() - began)
+    return seconds

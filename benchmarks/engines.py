@@ -1,0 +1,126 @@
+"""What a round costs on each engine: python -m benchmarks.engines ENGINE CLIENTS, one line of JSON each.
+
+Digits in the shares of CLIENTS clients, the small CNN, one local epoch; no validation images, so that Evaluate is an
+empty round: weights out, two rows of zeros back. Memory is the proportional set size of all processes, sampled twice a
+second, at its highest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.engine_app.engine_app import time_rounds
+from fedunlearn.data.partition import partition
+from fedunlearn.federation.flower import FlowerEngine
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.recipe import Recipe, load_recipe
+from fedunlearn.setting import read_data
+from fedunlearn.simulation import simulation
+from fedunlearn.threads import one_torch_thread
+
+_ROOT = Path(__file__).parent
+
+
+def main(engine: str, clients: int) -> None:
+    """Measure and print one line."""
+    settings = (f"federation.clients={clients}", "data.validation=0", "train.local_epochs=1")
+    recipe = load_recipe("digits", settings)
+    own = {"local": _local, "simulation": _simulation, "deployment": _deployment}[engine]
+    with one_torch_thread():
+        began = time.monotonic()
+        seconds, memory = own(recipe, clients)
+    line = {
+        "engine": engine,
+        "clients": clients,
+        "seconds": seconds,
+        "memory_mb": round(memory),
+        "total_seconds": round(time.monotonic() - began, 1),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def _local(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+    engine = LocalEngine(partition(read_data(recipe).train, by="iid", clients=clients, seed=0))
+    with _memory(_below_this) as memory:
+        seconds = time_rounds(engine, recipe, 5)
+    return seconds, max(memory)
+
+
+def _simulation(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+    with _memory(_below_this) as memory, simulation(recipe) as grid:
+        seconds = time_rounds(FlowerEngine(grid, clients=clients, patience=300), recipe, 3)
+    return seconds, max(memory)
+
+
+def _deployment(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+    sys.path.insert(0, str(_ROOT.parent / "examples" / "flower-deployment"))
+    from deployment import Deployment  # type: ignore[import-not-found]
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "seconds.json"
+        changed = f"federation.clients={clients} data.validation=0 train.local_epochs=1"
+        with Deployment(Path(folder) / "sites", clients) as sites, _memory(sites.processes) as memory:
+            status, log = sites.run_app(_ROOT / "engine_app", out=str(out), set=changed)
+        if status != "finished:completed":
+            raise RuntimeError(log)
+        seconds: dict[str, list[float]] = json.loads(out.read_text())
+        return seconds, max(memory)
+
+
+@contextmanager
+def _memory(processes: Callable[[], Iterable[int]]) -> Iterator[list[float]]:
+    """Collect the megabytes that ``processes()`` hold together, until the context ends."""
+    found: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            found.append(sum(_pss(number) for number in list(processes())) / 1e3)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _below_this() -> set[int]:
+    """Return this process and all below it, those of Ray that have no parent left included."""
+    parents, ray = {}, set()
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit():
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"ray" in (folder / "cmdline").read_bytes().split(b"\0")[0]:
+                    ray.add(int(folder.name))
+        except OSError:
+            pass  # it ended meanwhile
+    found = {os.getpid()} | ray
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _pss(number: int) -> float:
+    """Return the proportional set size of a process in kilobytes, 0 where it has ended."""
+    try:
+        for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return float(line.split()[1])
+    except OSError:
+        pass
+    return 0.0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
