@@ -3,7 +3,7 @@
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` by the table
 of ``benchmarks/results/NAME-*.json``, one row per file, and what stands between ``<!-- audits NAME -->`` and
 ``<!-- end -->`` by the figures in ``benchmarks/audits/NAME*.json``; ``--check`` only says whether the page is up to
-date.
+date. ``<!-- measured NAME -->``, in docs/privacy.md too, is made from ``benchmarks/NAME.json``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fedunlearn.evidence.words import AUDITS, MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+PRIVACY = PAGE.with_name("privacy.md")
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+_MEASURED = re.compile(r"(<!-- measured ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _AUDITS = re.compile(r"(<!-- audits ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
@@ -32,7 +36,64 @@ def filled(page: str) -> str:
     if tables != groups:
         sys.exit(f"{PAGE} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
     page = _BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
-    return _AUDITS.sub(lambda match: match[1] + audit_table(match[2]) + match[3], page)
+    return measured(_AUDITS.sub(lambda match: match[1] + audit_table(match[2]) + match[3], page))
+
+
+def measured(page: str) -> str:
+    """Return ``page`` with the tables of single files made anew."""
+    makers: dict[str, Callable[[Any], str]] = {
+        "engines": engine_table,
+        "poisoning": poisoning_table,
+        "private": private_table,
+    }
+
+    def made(match: re.Match[str]) -> str:
+        value = json.loads((RESULTS.parent / f"{match[2]}.json").read_text("utf-8"))
+        return match[1] + makers[match[2]](value) + match[3]
+
+    return _MEASURED.sub(made, page)
+
+
+def engine_table(rows: list[dict[str, Any]]) -> str:
+    """Return the seconds of rounds on each engine, median and range, and the memory."""
+    lines = ["| engine | clients | empty round, s | `Measure`, s | `Train`, s | memory, MB |", "|---" * 6 + "|"]
+    for row in rows:
+        cells = []
+        for own in row["seconds"].values():
+            digits = 2 if median(own) < 10 else 0
+            cells.append(f"{median(own):.{digits}f} ({min(own):.{digits}f} to {max(own):.{digits}f})")
+        lines.append(f"| {row['engine']} | {row['clients']} | {' | '.join(cells)} | {row['memory_mb']} |")
+    return "\n".join(lines) + "\n"
+
+
+def poisoning_table(rows: list[dict[str, Any]]) -> str:
+    """Return what one liar does, with and without a cap, lowest to highest over seeds, in percent."""
+    return _by_setting(
+        rows,
+        {"lie": "attack", "times": "factor", "cap": "cap"},
+        {"same channels": "overlap", "U": "forget", "R": "retain", "accuracy on threes": "victim"},
+    )
+
+
+def private_table(value: dict[str, Any]) -> str:
+    """Return what the privacy options cost, lowest to highest over seeds, in percent."""
+    columns = {"min_count": "min_count", "clip": "clip", "noise": "noise", "epsilon": "epsilon"}
+    return _by_setting(value["rows"], columns, {"same channels": "overlap", "U": "forget", "R": "retain"})
+
+
+def _by_setting(rows: list[dict[str, Any]], settings: dict[str, str], figures: dict[str, str]) -> str:
+    """Return a table with a row for each combination of ``settings``, seeds taken together."""
+    lines = ["| " + " | ".join([*settings, *figures]) + " |", "|---" * (len(settings) + len(figures)) + "|"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in settings.values()), []).append(row)
+    for setting, own in groups.items():
+        cells = ["" if part is None else f"{part:.3g}" if isinstance(part, float) else str(part) for part in setting]
+        for key in figures.values():
+            values = [100 * row[key] for row in own]
+            cells.append(f"{min(values):.1f} to {max(values):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def audit_table(name: str) -> str:
@@ -94,11 +155,12 @@ def _accuracy(block: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Bring the page up to date, or say that it is not."""
-    page = PAGE.read_text("utf-8")
-    if "--check" in sys.argv:
-        sys.exit(None if filled(page) == page else f"{PAGE}: run python -m benchmarks.tables")
-    PAGE.write_text(filled(page), "utf-8")
+    """Bring the pages up to date, or say that they are not."""
+    for path, fill in ((PAGE, filled), (PRIVACY, measured)):
+        page = path.read_text("utf-8")
+        if "--check" in sys.argv and fill(page) != page:
+            sys.exit(f"{path}: run python -m benchmarks.tables")
+        path.write_text(fill(page), "utf-8")
 
 
 if __name__ == "__main__":

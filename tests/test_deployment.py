@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from deployment import Deployment, make_certificates, make_node_key
 from safetensors.torch import load_file
 
@@ -61,6 +62,15 @@ def test_the_simulation_makes_the_same_model_as_one_process(tmp_path, local):
     assert_same_run(out, local)
 
 
+def test_secure_aggregation_in_the_simulation_prunes_the_same_channels(tmp_path, local):
+    out = tmp_path / "run"
+    secure = ("--engine", "flower-simulation", "--set", "privacy.secure=true")
+    done = subprocess.run(command(out, *secure), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, local)
+    assert json.loads(done.stdout)["privacy"]["secure"] is True
+
+
 def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path, sites, local):
     out = tmp_path / "run"
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
@@ -105,6 +115,16 @@ def test_the_example_app_runs_as_its_readme_says(tmp_path, sites):
     assert status == "finished:completed", log
     assert (out / "original.safetensors").exists()
     assert "training the original: done" in log
+
+
+def test_an_app_that_was_there_forgets_with_a_mod_and_one_call(tmp_path, sites):
+    status, log = sites.run_app(ROOT / "examples" / "flower-existing-app", out=str(tmp_path))
+    assert status == "finished:completed", log
+    original = torch.load(tmp_path / "original.pt", weights_only=True)
+    unlearned = load_file(tmp_path / "unlearned.safetensors")
+    assert unlearned["0.weight"].shape[0] < original["0.weight"].shape[0] == 16
+    assert original["8.weight"].shape[0] == 10
+    assert unlearned["8.weight"].shape[0] == 9
 
 
 @pytest.mark.parametrize(

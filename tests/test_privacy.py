@@ -23,6 +23,7 @@ from fedunlearn.recipe import load_recipe
 from fedunlearn.stats import ChannelStats, measure_channels
 from fedunlearn.taps import find_taps
 from fedunlearn.unlearn import measure
+from fedunlearn.workflow import run
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +125,13 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
 
 def phi(x):
     return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def test_the_result_says_what_was_spent(tmp_path):
+    settings = ("federation.clients=3", "train.rounds=1", "privacy.clip=2.0", "privacy.noise=4.0")
+    result = run(load_recipe("digits", settings), tmp_path / "run", command="unlearn")
+    assert result["privacy"]["epsilon"] == pytest.approx(epsilon(4.0, 1e-5))
+    assert result["privacy"]["noise"] == 4.0
 
 
 def test_the_privacy_extra_is_asked_for_by_name():

@@ -17,9 +17,11 @@ from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import handle
 from fedunlearn.federation.collect import collect
 from fedunlearn.federation.flower import FlowerEngine, add_secure_measure, client_app, unlearning_mod
+from fedunlearn.federation.grid import to_arrays
 from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.secure import BITS, FRACTION, LIMBS, decode, encode
+from fedunlearn.federation.secure import BITS, FRACTION, LIMBS, answer, decode, encode, secure_mod, secure_sum
+from fedunlearn.federation.wire import encode_job
 from fedunlearn.journal import Journal
 from fedunlearn.scores import contrast
 from fedunlearn.taps import find_taps
@@ -222,6 +224,35 @@ def test_a_client_whose_numbers_cannot_be_added_drops_out():
     replies, entry = collect(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), job())
     assert list(entry.refused) == ["client-2"]
     assert_is_sum(replies[0].tensors, replies[0].members)
+
+
+def answering(change):
+    """Return an app whose statistics are what ``change`` makes of them."""
+    app = ClientApp()
+    app.train()(lambda message, context: APP(message, context))
+
+    @app.train("measure", mods=[secure_mod])
+    def measure_otherwise(message, context):
+        return answer(change({"counts": torch.ones(3)}), message)
+
+    return app
+
+
+def test_statistics_that_do_not_fit_the_others_are_an_error_not_a_wrong_sum():
+    odd = answering(lambda own: own)
+    with pytest.raises(FederationError, match="secure aggregation failed: a client's answer does not fit"):
+        collect(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), job())
+    with pytest.raises(FederationError, match="secure aggregation gave 1 arrays, expected 4"):
+        collect(engine(Loopback(nodes(odd, 5))), job())
+
+
+def test_nothing_but_measure_goes_under_secure_aggregation():
+    chosen = engine()
+    net = make_net()
+    tensors, text = encode_job(Train(phase="t", model=net, training=Training(0.1), lr=0.1))
+    content = RecordDict({"arrays": to_arrays(tensors), "fedunlearn": ConfigRecord({"job": text})})
+    with pytest.raises(FederationError, match="fewer than 3 of 5 clients"):
+        secure_sum(chosen._grid, [100, 101, 102, 103, 104], content, ["counts"], deadline=1.0)
 
 
 def test_fewer_than_three_clients_have_nothing_to_hide_behind():

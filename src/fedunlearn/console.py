@@ -164,7 +164,7 @@ def notes(result: Mapping[str, Any]) -> str:
         if not retraining["validation_unseen"]:
             lines.append("The original's weights may have seen the validation images: the speed-up may be too high.")
     elif "unlearned" in result and not result.get("oracles"):
-        lines.append("To compare with retraining: fedunlearn run with the same --weights.")
+        lines.append("To compare with retraining: fedunlearn run, with the same --weights if any.")
     if "verdict" in result:
         lines.append(verdict_line(result))
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0

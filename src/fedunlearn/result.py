@@ -13,6 +13,7 @@ from fedunlearn.audits.subject import without_rows
 from fedunlearn.controls import Control
 from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.privacy import epsilon
 from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.journal import Step
 from fedunlearn.oracles import Oracle
@@ -21,7 +22,7 @@ from fedunlearn.unlearn import Unlearned
 
 
 def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
-    """Return the blocks ``original``, ``pruned``, ``unlearned`` and ``cost``."""
+    """Return the blocks ``original``, ``pruned``, ``unlearned``, ``cost`` and ``privacy``."""
     test, forget = setting.splits.test, setting.forget
     shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
         "validation": _validation(setting, unlearned)
@@ -31,7 +32,16 @@ def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned
         "pruned": evaluate(unlearned.pruned, test, forget=forget),
         "unlearned": shipped,
         "cost": {"unlearn": asdict(unlearned.cost)},
+        "privacy": privacy_block(setting),
     }
+
+
+def privacy_block(setting: Setting) -> dict[str, Any]:
+    """Return the block ``privacy``: the clients' rules for their statistics, and the epsilon of their noise."""
+    rules, unlearning = setting.recipe.privacy, setting.recipe.unlearn
+    measures = 1 if unlearning.jointly else len(setting.forget)
+    spent = epsilon(rules.noise, rules.delta, measures=measures) if rules.noise else None
+    return rules.model_dump(mode="json") | {"epsilon": spent}
 
 
 def audit_blocks(

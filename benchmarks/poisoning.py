@@ -1,0 +1,128 @@
+"""One of ten clients lies about its statistics: python -m benchmarks.poisoning writes benchmarks/poisoning.json.
+
+Digits, ten iid clients, forget the nines, settings of the recipe, three seeds. Client 0 answers ``Measure`` with
+
+* ``scaled``: its true sums, times the factor;
+* ``spare``: for the forgotten class its true activations turned upside down, so that its channels look idle;
+* ``destroy``: for the forgotten class what it measured for the threes, so that their channels are pruned;
+
+each times 1 (which no check of size can see) or times 10^6. Each with and without a cap of 2 on a client's influence.
+Nothing is chosen by the test images: the cap is the one the documentation suggests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.evaluate import evaluate
+from fedunlearn.federation.jobs import Job, Measure, Reply
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.journal import Journal
+from fedunlearn.phases import original_model, unlearned_model
+from fedunlearn.recipe import load_recipe
+from fedunlearn.setting import prepare
+from fedunlearn.threads import one_torch_thread
+from fedunlearn.unlearn import Unlearned
+
+OUT = Path(__file__).parent / "poisoning.json"
+FORGET, VICTIM, LIAR, CAP = 9, 3, "client-0", 2.0
+SEEDS, FACTORS = (0, 1, 2), (1.0, 1e6)
+
+Attack = Callable[[Tensor], Tensor]
+
+
+def scaled(sums: Tensor) -> Tensor:
+    """Return the truth."""
+    return sums
+
+
+def spare(sums: Tensor) -> Tensor:
+    """Return sums whose forgotten class is upside down."""
+    lie = sums.clone()
+    lie[FORGET] = sums[FORGET].max() - sums[FORGET]
+    return lie
+
+
+def destroy(sums: Tensor) -> Tensor:
+    """Return sums whose forgotten class is the victim's."""
+    lie = sums.clone()
+    lie[FORGET] = sums[VICTIM]
+    lie[VICTIM] = sums[FORGET]
+    return lie
+
+
+ATTACKS: dict[str, Attack] = {"scaled": scaled, "spare": spare, "destroy": destroy}
+
+
+class Liar(LocalEngine):
+    """Clients of whom one lies."""
+
+    attack: Attack
+    factor: float
+
+    def run(self, job: Job) -> list[Reply]:
+        """Run ``job``; the liar's statistics are what the attack makes of them."""
+        replies = super().run(job)
+        if not isinstance(job, Measure):
+            return replies
+        return [self._lie(reply) if reply.client == LIAR else reply for reply in replies]
+
+    def _lie(self, reply: Reply) -> Reply:
+        lies = {
+            name: self.attack(tensor) * self.factor if name.startswith("sums.") else tensor
+            for name, tensor in reply.tensors.items()
+        }
+        return replace(reply, tensors=lies)
+
+
+def main() -> None:
+    """Measure every attack and write the rows."""
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        setting = prepare(load_recipe("digits", (f"federation.seed={seed}",)))
+        with one_torch_thread():
+            original, plan = original_model(setting, Journal())
+            for cap in (None, CAP):
+                unlearning = setting.recipe.unlearn.model_copy(update={"influence": cap})
+                own = replace(setting, recipe=setting.recipe.model_copy(update={"unlearn": unlearning}))
+                honest = unlearned_model(own, original, plan, Journal())
+                about = {"seed": seed, "cap": cap}
+                rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, setting.splits.test))
+                for name, attack in ATTACKS.items():
+                    for factor in FACTORS:
+                        engine = Liar(setting.clients, validation=setting.validation)
+                        engine.attack, engine.factor = attack, factor
+                        done = unlearned_model(replace(own, engine=engine), original, plan, Journal())
+                        rows.append(
+                            about | {"attack": name, "factor": factor} | figures(done, honest, setting.splits.test)
+                        )
+                        print(rows[-1], flush=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def figures(done: Unlearned, honest: Unlearned, test: LabelledImages) -> dict[str, float]:
+    """Return the share of the honest plan's channels that were pruned, U and R, and the victim's accuracy."""
+    ours, theirs = (
+        {(layer, c) for layer, channels in own.channels.pruned.items() for c in channels} for own in (done, honest)
+    )
+    accuracy = evaluate(done.model, test, forget=(FORGET,), labels=done.labels, row_kept=done.repaired)["accuracy"]
+    pruned = evaluate(done.pruned, test, forget=(FORGET,))
+    victim = accuracy["per_class"][str(VICTIM)]
+    return {
+        "overlap": len(ours & theirs) / len(theirs),
+        "forget_pruned": pruned["accuracy"]["forget"],
+        "forget": accuracy["forget_row_kept"],
+        "retain": accuracy["retain"],
+        "victim": victim,
+    }
+
+
+if __name__ == "__main__":
+    main()

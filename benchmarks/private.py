@@ -1,0 +1,59 @@
+"""What the privacy options cost: python -m benchmarks.private writes benchmarks/private.json.
+
+Digits, ten iid clients, forget the nines, the recipe's settings but all images of a client measured (``sample = 0``),
+three seeds. ``overlap``: share of the channels pruned without any option that are pruned with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.poisoning import FORGET, SEEDS, figures
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import NO_RULES, Privacy, epsilon
+from fedunlearn.journal import Journal
+from fedunlearn.phases import original_model, unlearned_model
+from fedunlearn.recipe import load_recipe
+from fedunlearn.setting import prepare
+from fedunlearn.threads import one_torch_thread
+
+OUT = Path(__file__).parent / "private.json"
+DELTA = 1e-5
+RULES = (
+    NO_RULES,
+    Privacy(min_count=10),
+    Privacy(clip=2.0),
+    Privacy(clip=2.0, noise=0.5),
+    Privacy(clip=2.0, noise=1.0),
+    Privacy(clip=2.0, noise=4.0),
+)
+
+
+def main() -> None:
+    """Measure every set of rules and write the rows."""
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        setting = prepare(load_recipe("digits", (f"federation.seed={seed}", "unlearn.sample=0")))
+        with one_torch_thread():
+            original, plan = original_model(setting, Journal())
+            honest = unlearned_model(setting, original, plan, Journal())
+            for rules in RULES:
+                engine = LocalEngine(setting.clients, validation=setting.validation, rules=rules)
+                done = unlearned_model(replace(setting, engine=engine), original, plan, Journal())
+                row: dict[str, Any] = {
+                    "seed": seed,
+                    "min_count": rules.min_count,
+                    "clip": rules.clip,
+                    "noise": rules.noise,
+                }
+                row["epsilon"] = epsilon(rules.noise, DELTA) if rules.noise else None
+                rows.append(row | figures(done, honest, setting.splits.test))
+                print(rows[-1], flush=True)
+    OUT.write_text(json.dumps({"delta": DELTA, "forget": FORGET, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
