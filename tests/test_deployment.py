@@ -118,7 +118,7 @@ def test_the_example_app_runs_as_its_readme_says(tmp_path, sites):
 
 
 def test_an_app_that_was_there_forgets_with_a_mod_and_one_call(tmp_path, sites):
-    status, log = sites.run_app(ROOT / "examples" / "flower-existing-app", out=str(tmp_path))
+    status, log = sites.run_app(ROOT / "examples" / "flower-existing-app", **{"out": str(tmp_path), "num-rounds": 2})
     assert status == "finished:completed", log
     original = torch.load(tmp_path / "original.pt", weights_only=True)
     unlearned = load_file(tmp_path / "unlearned.safetensors")

@@ -243,6 +243,16 @@ def test_a_node_that_does_not_fit_is_not_asked(number, change, text, caplog):
     assert collect(chosen, train_job())[1].refused == {}
 
 
+def test_a_refused_node_may_be_mended_and_come_back():
+    grid = Loopback(nodes(count=3) | {500: (client_app(build_model, lambda context: 1 / 0), 3)})
+    chosen = engine(grid, clients=tuple(CLIENTS))
+    assert collect(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
+    del grid.nodes[500]
+    collect(chosen, train_job())
+    grid.nodes[500] = (APP, 3)
+    assert collect(chosen, train_job())[1].refused == {}
+
+
 def test_a_node_that_speaks_something_else_is_not_asked(caplog):
     silent, foreign, flat = ClientApp(), ClientApp(), ClientApp()
 

@@ -229,7 +229,7 @@ def test_a_client_whose_numbers_cannot_be_added_drops_out():
 def answering(change):
     """Return an app whose statistics are what ``change`` makes of them."""
     app = ClientApp()
-    app.train()(lambda message, context: APP(message, context))
+    app.train()(APP)
 
     @app.train("measure", mods=[secure_mod])
     def measure_otherwise(message, context):

@@ -172,7 +172,7 @@ class Deployment:
             raise RuntimeError(f"flwr {' '.join(arguments)} failed: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def run_app(self, app: Path, **config: str) -> tuple[str, str]:
+    def run_app(self, app: Path, **config: str | int) -> tuple[str, str]:
         """Run a Flower app to its end and return its status and its log."""
         options = [part for name, value in config.items() for part in ("--run-config", f"{name}={json.dumps(value)}")]
         number = str(json.loads(self.flwr("run", str(app), _CONNECTION, *options, "--format", "json"))["run-id"])

@@ -186,6 +186,9 @@ class FlowerEngine:
     def _meet(self) -> None:
         """Learn the names of the nodes that are new."""
         connected = set(self._grid.get_node_ids())
+        self._refused = {
+            node: why for node, why in self._refused.items() if node in connected
+        }  # who left may be mended
         new = connected - set(self._nodes.values()) - self._refused.keys()
         if not new:
             return
