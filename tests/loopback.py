@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import make_images, make_net
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.federation.flower import client_app
+from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.jobs import ClientData
 
 CLIENTS, VALIDATION = hold_out(partition(make_images(80), by="iid", clients=4), 0.2)

@@ -130,25 +130,33 @@ def test_a_round_stops_with_a_clear_error_when_too_few_remain():
 
 def test_unusable_replies_are_refused_by_name_and_reason(net):
     job = make_train(net)
-    expected = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in net.state_dict().items()}
     good = dict(net.state_dict())
     nan = good | {"0.bias": torch.full((6,), float("nan"))}
     shape = good | {"0.bias": torch.zeros(7)}
     missing = {name: t for name, t in good.items() if name != "8.bias"}
     assert refusal(Reply("a", good, images=3), job, expected) is None
     assert refusal(Reply("a", nan, images=3), job, expected) == "0.bias has values that are not finite"
-    assert refusal(Reply("a", shape, images=3), job, expected) == "expected 0.bias of shape (6,), got (7,)"
-    assert refusal(Reply("a", missing, images=3), job, expected) == "expected 8.bias of shape (3,), got None"
+    assert (
+        refusal(Reply("a", shape, images=3), job, expected)
+        == "expected 0.bias of shape (6,), float32, got of shape (7,), float32"
+    )
+    assert (
+        refusal(Reply("a", missing, images=3), job, expected)
+        == "expected 8.bias of shape (3,), float32, got nothing of the name"
+    )
     assert (
         refusal(Reply("a", good | {"x": torch.zeros(1)}, images=3), job, expected)
-        == "expected x of shape None, got (1,)"
+        == "expected x nothing of the name, got of shape (1,), float32"
     )
+    whole = good | {"0.bias": torch.zeros(6, dtype=torch.int64)}
+    assert refusal(Reply("a", whole, images=3), job, expected).endswith("got of shape (6,), int64")
     assert refusal(Reply("a", good, images=0), job, expected) == "it reports 0 images"
+    assert refusal(Reply("a", good, images=2**62), job, expected).endswith("more than any client holds")
     measure = Measure(phase="m", model=net, taps=find_taps(net, ["0"], EXAMPLE, hook="convolution"), classes=3)
     sums = {"counts": torch.ones(3), "sums.0": -torch.ones(3, 6)}
-    assert (
-        refusal(Reply("a", sums, images=3), measure, {"counts": (3,), "sums.0": (3, 6)}) == "sums.0 has negative values"
-    )
+    layout = {name: (tuple(t.shape), t.dtype) for name, t in sums.items()}
+    assert refusal(Reply("a", sums, images=3), measure, layout) == "sums.0 has negative values"
 
 
 def test_fedavg_weighs_by_images_and_keeps_integers():
@@ -408,7 +416,7 @@ def test_the_four_jobs_answer_under_the_names_they_promise(net):
         Measure(phase="measure-0", model=net, taps=taps, classes=3),
         Reestimate(phase="reestimate", model=net),
         make_train(net),
-        Evaluate(phase="x", model=net, classes=3),
+        Evaluate(phase="x", model=net),
     ):
         replies, entry = collect(engine, job)  # refuses other names and shapes
         assert len(replies) == 4

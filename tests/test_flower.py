@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import pickle
+import re
 import subprocess
 import sys
 
@@ -15,7 +17,8 @@ from fedunlearn.data.batches import batches
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import handle
 from fedunlearn.federation.collect import collect
-from fedunlearn.federation.flower import FlowerEngine, client_app, unlearning_mod
+from fedunlearn.federation.flower import FlowerEngine
+from fedunlearn.federation.flower_client import client_app, unlearning_mod
 from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
@@ -123,11 +126,51 @@ def empty(message, reply):
     return Message(RecordDict(), reply_to=message)
 
 
+def claiming(images):
+    """Answer with consistent statistics of an absurd number of images."""
+
+    def change(message, reply):
+        reply = replaced(lambda a: a.update({name: a[name] * 0 + images for name in ("counts", "held")}))(
+            message, reply
+        )
+        text = reply.content["fedunlearn"]["reply"]
+        reply.content["fedunlearn"] = ConfigRecord({"reply": re.sub('"images":[0-9]+', f'"images":{images}', text)})
+        return reply
+
+    return change
+
+
+def raw(data):
+    """Answer with bytes that are no array."""
+
+    def change(message, reply):
+        arrays = dict(reply.content["arrays"].items())
+        arrays["0.bias"] = Array("float32", (6,), "numpy.ndarray", data)
+        reply.content["arrays"] = ArrayRecord(arrays)
+        return reply
+
+    return change
+
+
+def shouting(message, reply):
+    """Answer with an error that would colour a terminal and fill a disk."""
+    reply.content["fedunlearn"] = ConfigRecord({"error": "it shouts\n\x1b[31m" + "A" * 10**6})
+    return reply
+
+
 FAULTS = {
     "nan": (train_job, set_first(float("nan")), "has values that are not finite"),
     "infinity": (measure_job, set_first(float("inf")), "has values that are not finite"),
-    "shape": (train_job, replaced(lambda a: a.update({"0.bias": a["0.bias"][:3]})), "expected 0.bias of shape (6,)"),
-    "missing": (train_job, replaced(lambda a: a.pop("0.bias")), "expected 0.bias of shape (6,), got None"),
+    "shape": (
+        train_job,
+        replaced(lambda a: a.update({"0.bias": a["0.bias"][:3]})),
+        "float32, got of shape (3,)",
+    ),
+    "missing": (
+        train_job,
+        replaced(lambda a: a.pop("0.bias")),
+        "float32, got nothing of the name",
+    ),
     "stale": (train_job, stale, "it answered another job: its plan, round or settings are stale"),
     "negative": (measure_job, set_first(-1.0), "has negative values"),
     "more than it holds": (
@@ -140,6 +183,21 @@ FAULTS = {
         replaced(lambda a: a["counts"].__setitem__(0, 0)),
         "has values for classes of which it counts no image",
     ),
+    "whole numbers": (
+        train_job,
+        replaced(lambda a: a.update({"0.bias": a["0.bias"].astype("int64")})),
+        "got of shape (6,), int64",
+    ),
+    "complex numbers": (
+        train_job,
+        replaced(lambda a: a.update({"0.bias": a["0.bias"].astype("complex64")})),
+        "got of shape (6,), complex64",
+    ),
+    "more than anybody holds": (measure_job, claiming(2**62), "it sent no reply that can be read (images: "),
+    "no array": (train_job, raw(b""), "it sent no reply that can be read (EOFError"),
+    "an archive": (train_job, raw(b"PK\x03\x04"), "it sent no reply that can be read (BadZipFile"),
+    "a pickle": (train_job, raw(pickle.dumps(print)), "it sent no reply that can be read (ValueError"),
+    "escapes": (train_job, shouting, "it shouts  [31m" + "A" * 200),
     "nothing": (train_job, empty, "it sent no reply that can be read"),
     "silence": (train_job, lambda message, reply: None, "it gave no answer within 0.5 s"),
 }
@@ -154,6 +212,7 @@ def test_a_client_that_answers_wrongly_is_refused_by_name_and_the_round_goes_on(
     assert list(entry.refused) == ["client-0"]
     assert reason in entry.refused["client-0"]
     honest = collect(engine(), make(clients=("client-1", "client-2", "client-3")))[0]
+    assert len(entry.refused["client-0"]) < 400
     for reply, expected in zip(replies, honest):
         for name, tensor in reply.tensors.items():
             assert torch.equal(tensor, expected.tensors[name])
@@ -226,7 +285,7 @@ def test_a_federation_of_no_fixed_names_grows():
     [
         (1, {}, "it calls itself 'client-1', and so does node 101, which is connected"),
         (3, {"client": "stranger"}, "it calls itself 'stranger', which is none of the clients client-0"),
-        (3, {"side": 16}, "it holds images of shape (1, 16, 16) in 3 classes, the first client (1, 8, 8) in 3"),
+        (3, {"side": 16}, "it holds images of shape (1, 16, 16) in 3 classes, the others (1, 8, 8) in 3"),
         (7, {}, "its images cannot be read: IndexError"),
     ],
 )
@@ -241,6 +300,50 @@ def test_a_node_that_does_not_fit_is_not_asked(number, change, text, caplog):
         chosen = engine(grid, clients=tuple(CLIENTS))
     assert f"node 500 is not asked: {text}" in caplog.text
     assert collect(chosen, train_job())[1].refused == {}
+
+
+def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
+    calls = []
+
+    def slow(message, context):
+        calls.append(message)
+        return None if len(calls) < 3 else APP(message, context)
+
+    chosen = engine(Loopback(nodes(count=3) | {700: (slow, 3)}), clients=tuple(CLIENTS))
+    for _ in range(3):
+        refused = collect(chosen, train_job())[1].refused
+    assert refused == {}
+
+
+def test_the_first_to_answer_does_not_decide_what_images_are_like(caplog):
+    odd = client_app(build_model, lambda context: ClientData("client-0", make_images(20, side=16)))
+    grid = Loopback({1: (odd, 0)} | nodes())
+    chosen = engine(grid, clients=tuple(CLIENTS), layout=((1, 8, 8), 3))
+    assert "node 1 is not asked: it holds images of shape (1, 16, 16)" in caplog.text
+    assert collect(chosen, train_job())[1].refused == {}
+
+
+def test_of_two_answers_to_one_message_the_first_counts_and_late_ones_are_not_taken_for_others():
+    class Slow(Loopback):
+        """Delivers client 0's answer to a round during the next, and everybody's twice."""
+
+        held = None
+
+        def pull_messages(self, message_ids):
+            found = super().pull_messages(message_ids)
+            late = [m for m in found if m.metadata.src_node_id == 100 and "hello" not in str(m.content)]
+            now, self.held = self.held, late or self.held
+            return [m for m in found if m not in late] * 2 + (now or [])
+
+    grid = Slow(nodes())
+    chosen = engine(grid)
+    for round in range(2):
+        replies, _ = collect(chosen, train_job(round=round, phase=f"phase-{round}"))
+        straight = {r.client: r for r in collect(engine(), train_job(round=round, phase=f"phase-{round}"))[0]}
+        for reply in replies:
+            for name, tensor in reply.tensors.items():
+                assert torch.equal(tensor, straight[reply.client].tensors[name])
+        assert {"client-1", "client-2", "client-3"} <= {reply.client for reply in replies}
 
 
 def test_a_refused_node_may_be_mended_and_come_back():
@@ -272,8 +375,7 @@ def test_a_node_that_speaks_something_else_is_not_asked(caplog):
     grid = Loopback(nodes(count=3) | {7: (silent, 0), 8: (foreign, 0), 9: (flat, 3)})
     with caplog.at_level(logging.WARNING):
         engine(grid, clients=tuple(CLIENTS))
-    assert "node 7 is not asked: it gave no answer" in caplog.text
-    assert "node 8 is not asked: it did not introduce itself ('fedunlearn')" in caplog.text
+    assert "node 8 is not asked: it did not introduce itself (KeyError: 'fedunlearn')" in caplog.text
     assert "node 9 is not asked: it holds images of shape (64,), expected colours, height and width" in caplog.text
     assert "3 of 4 clients are there after 0.1 s" in caplog.text
 
@@ -350,7 +452,7 @@ def test_an_app_with_the_mod_forgets_with_its_own_training():
 
 def done_counts(done):
     images = make_images(60, seed=4).without((1,))
-    job = Evaluate(phase="test", model=done.model, classes=3, labels=done.labels)
+    job = Evaluate(phase="test", model=done.model, labels=done.labels)
     reply = handle(job, done.model, ClientData("x", images, images))
     return reply.tensors["correct"], reply.tensors["counts"]
 

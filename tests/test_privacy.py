@@ -87,6 +87,20 @@ def test_one_image_moves_clipped_sums_by_the_clip_at_most():
     assert int((whole.counts - without.counts).abs().sum()) == 1
 
 
+def test_with_noise_a_client_measures_all_its_images_whatever_is_asked():
+    made = job(sample=4)
+    reply = handle(made, made.model, ClientData("x", make_images(300)), Privacy(clip=1.0, noise=0.5))
+    assert reply.images == pytest.approx(300, abs=20)
+    assert handle(made, made.model, ClientData("x", make_images(300)), Privacy(clip=1.0)).images == 4
+
+
+def test_weights_that_give_nan_for_an_image_tell_nothing_through_noise():
+    made = job()
+    made.model[0].weight.data[2] = float("nan")
+    reply = handle(made, made.model, ClientData("x", make_images(30)), Privacy(clip=1.0, noise=0.1))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in reply.tensors.values())
+
+
 def test_noise_has_the_spread_it_says_and_hides_the_counts():
     tensors = {
         "counts": torch.full((2000,), 100),
@@ -128,8 +142,9 @@ def phi(x):
 
 
 def test_the_result_says_what_was_spent(tmp_path):
-    settings = ("federation.clients=3", "train.rounds=1", "privacy.clip=2.0", "privacy.noise=4.0")
+    settings = ("federation.clients=3", "train.rounds=1", "unlearn.sample=0", "privacy.clip=2.0", "privacy.noise=4.0")
     result = run(load_recipe("digits", settings), tmp_path / "run", command="unlearn")
+    assert result["engine"] == {"name": "local", "clients": 3, "images": 1294}  # and not who holds what
     assert result["privacy"]["epsilon"] == pytest.approx(epsilon(4.0, 1e-5))
     assert result["privacy"]["noise"] == 4.0
 
@@ -161,6 +176,7 @@ def test_rules_that_make_no_sense_are_refused(rules, text):
     ("settings", "text"),
     [
         (["privacy.noise=1.0"], "privacy.noise needs privacy.clip above 0"),
+        (["privacy.noise=1.0", "privacy.clip=1.0"], "privacy.noise needs unlearn.sample = 0"),
         (["privacy.secure=true"], "privacy.secure needs --engine flower or flower-simulation"),
         (
             ["privacy.secure=true", "federation.engine=flower", "unlearn.influence=2.0"],
@@ -193,6 +209,12 @@ def test_the_cap_is_its_formula():
             scale = min(1.0, norms[2] / float(part.means("0")[label].norm()))
             assert int(own.counts[label]) == fewer
             torch.testing.assert_close(own.sums["0"][label], part.means("0")[label] * scale * fewer)
+
+
+def test_of_two_holders_the_larger_is_capped_by_the_smaller():
+    counts = (torch.tensor([10]), torch.tensor([10**6]))
+    parts = [ChannelStats({"0": own[:, None].double()}, own) for own in counts]
+    assert [int(part.counts) for part in limit_influence(parts, 2.0)] == [10, 20]
 
 
 @given(st.integers(0, 50), st.floats(1.0, 5.0))

@@ -36,8 +36,8 @@ def jobs():
         Measure(**about, taps=taps, classes=3),
         Reestimate(**about, exclude=(1,), sample=4),
         Train(**about, training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
-        Evaluate(**about, classes=3, labels=(0, 2)),
-        Evaluate(**about, classes=3),
+        Evaluate(**about, labels=(0, 2)),
+        Evaluate(**about),
     ]
 
 
@@ -91,14 +91,14 @@ def test_weights_cut_by_another_plan_are_refused():
     received = decode_job(tensors, text)
     with pytest.raises(PlanError, match="another architecture"):
         rebuild(received, tensors, lambda: make_net(colours=3))
-    whole, text = encode_job(Evaluate(phase="x", model=make_net(), classes=3))
+    whole, text = encode_job(Evaluate(phase="x", model=make_net()))
     with pytest.raises(FederationError, match="the weights do not fit this client's model after pruning by the plan"):
         rebuild(decode_job(whole, text), whole, lambda: make_net(classes=4))
 
 
 def test_an_encoded_job_names_nobody_and_holds_no_code():
     job = Job(phase="x", model=make_net(), clients=("client-1",))
-    _, text = encode_job(Evaluate(phase="x", model=job.model, classes=3, clients=("client-1",)))
+    _, text = encode_job(Evaluate(phase="x", model=job.model, clients=("client-1",)))
     assert "client-1" not in text
     with pytest.raises(ValueError, match="kind"):
         encode_job(job)

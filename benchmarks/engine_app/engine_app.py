@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from fedunlearn.federation.collect import collect
-from fedunlearn.federation.flower import FlowerEngine, client_app
+from fedunlearn.federation.flower import FlowerEngine
+from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.grid import Context, Grid, ServerApp
 from fedunlearn.federation.jobs import Engine, Evaluate, Measure, Train
 from fedunlearn.flower_app import recipe_images, recipe_model, recipe_of
@@ -39,7 +40,7 @@ def time_rounds(engine: Engine, recipe: Recipe, repeats: int) -> dict[str, list[
     taps = find_taps(model, prunable_layers(model, example), example, hook="activation")
     training = recipe.training()
     jobs = {
-        "empty": Evaluate(phase="empty", model=model, classes=classes),
+        "empty": Evaluate(phase="empty", model=model),
         "measure": Measure(phase="measure", model=model, taps=taps, classes=classes),
         "train": Train(phase="train", model=model, training=training, lr=training.lr),
     }

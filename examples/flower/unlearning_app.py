@@ -1,6 +1,6 @@
 """A Flower app that trains by a recipe and forgets; put your own model and images in the place of the recipe's."""
 
-from fedunlearn.federation.flower import client_app
+from fedunlearn.federation.flower_client import client_app
 from fedunlearn.flower_app import recipe_images, recipe_model, recipe_rules, server_app
 
 client = client_app(recipe_model, recipe_images, rules=recipe_rules)

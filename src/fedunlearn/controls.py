@@ -49,7 +49,10 @@ def controls(
     """
     classes, shape = len(setting.splits.test.classes), setting.splits.test.shape
     delivered = partial(without_rows, forget=setting.forget, classes=classes, shape=shape)
-    randomly = unlearned_model(_at_random(setting), original, plan, journal.part("random"))
+    beside = journal.part("random")
+    if len(setting.forget) == 1 or setting.recipe.unlearn.jointly:
+        beside.adopt("measure-0", journal)  # the same job: a second answer would only tell more of the clients
+    randomly = unlearned_model(_at_random(setting), original, plan, beside)
     tuned, cost = _finetuned(setting, original, plan, unlearned, journal)
     return {
         "original": Control(Subject(original, tuple(range(classes)), original)),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from fedunlearn.flower_app import PREFIX
 from fedunlearn.recipe import Recipe
 
 _NAME = "fedunlearn"
+_AGAIN = 3.0
 _APP = """\
-from fedunlearn.federation.flower import client_app
+from fedunlearn.federation.flower_client import client_app
 from fedunlearn.flower_app import recipe_images, recipe_model, recipe_rules, server_app
 
 client = client_app(recipe_model, recipe_images, rules=recipe_rules, secure={secure})
@@ -30,7 +32,7 @@ name = "fedunlearn-run"
 version = "1.0.0"
 description = "Make a federated image classifier forget classes"
 license = "Apache-2.0"
-dependencies = ["fedunlearn[flower]"]
+dependencies = []
 
 [tool.flwr.app]
 publisher = "fedunlearn"
@@ -91,21 +93,31 @@ def run_on(
         number = flwr.start(_bundle(home / "app", recipe, out.absolute(), command, key))
         tell(f"run {number} on {superlink}")
         try:
-            flwr.follow(number, tell)
+            while True:
+                flwr.follow(number, tell)
+                status, details = flwr.status(number)
+                if status.startswith("finished"):
+                    break
+                time.sleep(_AGAIN)  # the log broke off, not the run
         except KeyboardInterrupt:
             flwr.call("stop", number, _NAME)
             raise
-        status, details = flwr.status(number)
     if status != "finished:completed":
         reason = details.removeprefix("ServerApp failed with exception: ")
         raise FederationError(
             f"run {number} on {superlink} ended as {status}: {reason or 'no reason given'} "
             f"(its log: flwr log {number}); what was finished is kept, the same command goes on with it"
         )
-    result: dict[str, Any] | None = None
-    if (out / RESULT).exists():
-        result = json.loads((out / RESULT).read_text("utf-8"))
-    return result
+    return _result(out / RESULT, recipe)
+
+
+def _result(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the result of a run of ``recipe``, None where none of it is on this machine."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    # The server may have written a folder of the same name elsewhere, and this one be of another run.
+    return result if Recipe.model_validate(result["recipe"]).digest() == recipe.digest() else None
 
 
 def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | None) -> Path:

@@ -13,16 +13,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 
-from fedunlearn.console import RunProgress, describe
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.grid import Context, Grid, ServerApp
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.recipe import Recipe, load_recipe
+from fedunlearn.recipe import Recipe, check, load_recipe
 from fedunlearn.setting import Setting, client_data, new_model
 from fedunlearn.threads import one_torch_thread
-from fedunlearn.workflow import run
 
 PREFIX = "fedunlearn: "  # of what the server says, among the lines of Flower's log
 COMMANDS = ("train", "unlearn", "run")
@@ -43,6 +41,7 @@ def recipe_of(context: Context) -> Recipe:
     if text.startswith("{"):
         try:
             recipe = Recipe.model_validate_json(text)
+            check(recipe)
         except ValidationError as error:
             raise RecipeError(f"the run configuration holds no valid recipe: {error.errors()[0]['msg']}") from error
     else:
@@ -79,8 +78,18 @@ def recipe_model(context: Context) -> nn.Module:
 
 
 def recipe_rules(context: Context) -> Privacy:
-    """Return what the recipe's clients do to their statistics before they leave."""
-    return recipe_of(context).rules()
+    """Return what this client does to its statistics before they leave it.
+
+    The recipe comes from whoever submits the run; ``min-count``, ``clip`` and ``noise`` of the node configuration are
+    the site's own, and the stricter of both counts.
+    """
+    asked, own = recipe_of(context).rules(), context.node_config
+    clips = [clip for clip in (asked.clip, float(own.get("clip", 0.0))) if clip]
+    return Privacy(
+        max(asked.min_count, int(own.get("min-count", 0))),
+        min(clips, default=0.0),
+        max(asked.noise, float(own.get("noise", 0.0))),
+    )
 
 
 def held_by(recipe: Recipe, context: Context) -> ClientData:
@@ -110,6 +119,7 @@ def engine_on(grid: Grid) -> Callable[[Setting], FlowerEngine]:
         clients=tuple(setting.clients),
         deadline=setting.recipe.federation.deadline,
         secure=setting.recipe.privacy.secure,
+        layout=(setting.splits.train.shape, len(setting.splits.train.classes)),
     )
 
 
@@ -135,6 +145,10 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        # Clients import this file too, in a new process for each message, and need none of these.
+        from fedunlearn.console import RunProgress, describe
+        from fedunlearn.workflow import run
+
         config = context.run_config
         command, out = str(config.get("command", "run")), Path(str(config.get("out", "")))
         if command not in COMMANDS:

@@ -122,6 +122,11 @@ class Journal:
             _append(self._folder / _ROUNDS, step.to_json())
         self._steps.append(step)
 
+    def adopt(self, phase: str, other: Journal) -> None:
+        """Record the last step of ``phase`` of another journal as one of this, so that it is not done again."""
+        if not self.steps(phase):
+            self.finish(replace(other.steps(phase)[-1], phase=phase), other.state(phase))
+
     def close(self) -> None:
         """Delete the states: the run is finished and its models are written."""
         if self._folder is not None:

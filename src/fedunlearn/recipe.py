@@ -182,6 +182,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
         raise RecipeError(_explain(error)) from error
+    check(recipe)
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse keys that contradict each other.
+
+    Raises:
+        RecipeError: a key or value is not valid beside the others.
+    """
     unknown = [name for name in recipe.train.augment if name not in AUGMENTATIONS]
     if unknown:
         raise RecipeError(f"train.augment: expected names among {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}")
@@ -194,7 +204,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     if recipe.privacy.secure and (recipe.unlearn.mean_of_clients or recipe.unlearn.influence is not None):
         raise RecipeError("privacy.secure hides what unlearn.mean_of_clients and unlearn.influence need")
-    return recipe
+    if recipe.privacy.noise and recipe.unlearn.sample:
+        raise RecipeError("privacy.noise needs unlearn.sample = 0: clients measure all their images under noise")
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned
 def privacy_block(setting: Setting) -> dict[str, Any]:
     """Return the block ``privacy``: the clients' rules for their statistics, and the epsilon of their noise."""
     rules, unlearning = setting.recipe.privacy, setting.recipe.unlearn
-    measures = 1 if unlearning.jointly else len(setting.forget)
+    # Of several classes in turn, the random control measures models of its own from the second on.
+    measures = 1 if unlearning.jointly or len(setting.forget) == 1 else 2 * len(setting.forget)
     spent = epsilon(rules.noise, rules.delta, measures=measures) if rules.noise else None
     return rules.model_dump(mode="json") | {"epsilon": spent}
 
@@ -97,10 +98,15 @@ def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | Non
 
 def engine_block(setting: Setting) -> dict[str, Any]:
     """Return the block ``engine``: who held what, in counts only."""
-    return {
+    block = {
         "name": setting.recipe.federation.engine,
         "clients": len(setting.engine.clients),
         "images": int(setting.table.sum()),
+    }
+    privacy = setting.recipe.privacy
+    if privacy.secure or privacy.min_count or privacy.noise:
+        return block  # what was kept from the server is not published either
+    return block | {
         "images_per_client": dict(zip(setting.clients, setting.table.sum(1).tolist())),
         "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
     }

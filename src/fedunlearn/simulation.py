@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.flower import client_app
+from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.grid import Context, Grid, ServerApp
 from fedunlearn.flower_app import built_by, held_by
 from fedunlearn.recipe import Recipe
 from fedunlearn.setting import read_data, share_out
 from fedunlearn.threads import cores
 
+_STOP = 60.0
 _START = 300.0  # seconds for Ray to start, which takes a minute on a busy machine
 
 
@@ -29,13 +30,14 @@ def simulation(recipe: Recipe) -> Iterator[Grid]:
     Neither Flower nor Ray sends usage statistics from here, unless the environment asks for it.
 
     Raises:
-        FederationError: the simulation did not start.
+        FederationError: the simulation did not start, or failed in the middle.
     """
     for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice of Ray
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    grids: queue.Queue[Grid | BaseException] = queue.Queue()
+    grids: queue.Queue[Grid] = queue.Queue()
+    failures: list[BaseException] = []
     finished = threading.Event()
     server = ServerApp()
 
@@ -48,6 +50,7 @@ def simulation(recipe: Recipe) -> Iterator[Grid]:
     options: dict[str, Any] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0},
         "init_args": {
+            "address": "local",
             "num_cpus": min(cores(), number),
             "include_dashboard": False,
             "logging_level": logging.ERROR,
@@ -67,18 +70,26 @@ def simulation(recipe: Recipe) -> Iterator[Grid]:
         try:
             run_simulation(server, app, number, backend_config=options)
         except BaseException as error:
-            grids.put(error)
+            failures.append(error)
 
     thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
     thread.start()
     try:
-        try:
-            grid = grids.get(timeout=_START)
-        except queue.Empty:
-            raise FederationError(f"Flower's simulation did not start within {_START:g} s") from None
-        if isinstance(grid, BaseException):
-            raise FederationError(f"Flower's simulation did not start: {grid}") from grid
-        yield grid
+        yield grids.get(timeout=_START)
+    except queue.Empty:
+        raise FederationError(f"Flower's simulation did not start within {_START:g} s{_reason(failures)}") from None
+    except FederationError as error:
+        if failures:  # which is why nobody answers
+            raise FederationError(f"Flower's simulation failed{_reason(failures)}") from error
+        raise
     finally:
         finished.set()
-        thread.join()
+        thread.join(_STOP)
+
+
+def _reason(failures: list[BaseException]) -> str:
+    """Return the first cause of what went wrong, if something did."""
+    cause: BaseException | None = failures[0] if failures else None
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return "" if cause is None else f": {type(cause).__name__}: {cause}"

@@ -139,6 +139,8 @@ def measure_channels(
                 .cpu()
                 for layer, tap in taps.items()
             }
+            if clip:  # weights that give NaN for one image would tell of it through any noise
+                means = {layer: own.nan_to_num(0.0, 0.0, 0.0) for layer, own in means.items()}
             share = _share_within(means, clip)
             for layer, own in means.items():
                 sums.setdefault(layer, torch.zeros(num_classes, own.shape[1], dtype=torch.float64))

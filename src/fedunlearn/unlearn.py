@@ -130,8 +130,9 @@ def unlearn(
         pruned, plan = prune(pruned, step), plan.then(step)
 
     labels = tuple(label for label in range(engine.classes) if label not in wanted)
-    # A client that did not answer may hold images of the kept classes: it is asked again.
-    clients = tuple(name for name in engine.clients if name not in held or int(held[name][list(labels)].sum()) > 0)
+    # A client that did not answer, or reports nothing by its rules, may hold images of the kept classes all the same.
+    nothing_known = {name for name in engine.clients if name not in held or not held[name].any()}
+    clients = tuple(name for name in engine.clients if name in nothing_known or int(held[name][list(labels)].sum()) > 0)
     repaired = repair(
         pruned,
         engine,

@@ -31,7 +31,7 @@ from fedunlearn.oracles import Oracle, retrained_models
 from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
-from fedunlearn.result import audit_blocks, cost_blocks, engine_block, unlearned_blocks
+from fedunlearn.result import audit_blocks, cost_blocks, engine_block, privacy_block, unlearned_blocks
 from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, save_model, sha256, versions
 from fedunlearn.scores import forget_classes
 from fedunlearn.setting import (
@@ -82,6 +82,7 @@ def run(
         header["weights"] = hashlib.sha256(setting.weights.path.read_bytes()).hexdigest()
     journal = Journal(out, header=header, observe=observe)
     events = EventLog(out / EVENTS)
+    privacy_block(setting)  # what cannot be accounted for is not measured
     prepared(setting)
     if command == "run":
         setting.audit_images()  # an audit that cannot be done is refused before any work

@@ -34,7 +34,12 @@ def _answer(job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> tup
     """Return the tensors, the images they stand for and the images processed."""
     match job:
         case Measure():
-            images = _sampled(job, data, data.train, job.sample)
+            if job.classes != len(data.train.classes):
+                raise FederationError(
+                    f"the job is for {job.classes} classes, this client has {len(data.train.classes)}"
+                )
+            # Noise is for sums in which one image more is one image more: another sample would be another sum.
+            images = data.train if rules.noise else _sampled(job, data, data.train, job.sample)
             stats = measure_channels(
                 model, _in_order(images, model), layers=job.taps, num_classes=job.classes, clip=rules.clip
             )
@@ -53,9 +58,9 @@ def _answer(job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> tup
             state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             return state, len(images), samples
         case Evaluate():
-            images = data.train.take(slice(0, 0)) if data.validation is None else data.validation
-            correct, counts = count_correct(model, images, job.classes, labels=job.labels)
-            return {"correct": correct, "counts": counts}, len(images), len(images)
+            images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(job.exclude)
+            correct, counts = count_correct(model, images, len(images.classes), labels=job.labels)
+            return {"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images)
     raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
 
 

@@ -9,11 +9,13 @@ import torch
 
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import batch_norm_layers
-from fedunlearn.federation.jobs import SUM, Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import MOST_IMAGES, SUM, Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
 from fedunlearn.federation.ledger import Entry, entry_for
 
 _logger = logging.getLogger(__name__)
 QUORUM = 0.5
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name to shape and type
 
 
 def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
@@ -23,7 +25,7 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
         FederationError: less than half of the clients asked gave a usable reply.
     """
     replies = _one_of_each(engine.run(job), engine.clients if job.clients is None else job.clients, job)
-    expected = _expected_shapes(job)
+    expected = _expected(job)
     refused = {reply.client: why for reply in replies if (why := refusal(reply, job, expected)) is not None}
     for client, why in refused.items():
         _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round, client, why)
@@ -51,14 +53,14 @@ def _one_of_each(replies: Sequence[Reply], asked: Sequence[str], job: Job) -> li
     return list(first.values())
 
 
-def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> str | None:
+def refusal(reply: Reply, job: Job, expected: Layout) -> str | None:
     """Return why ``reply`` cannot be used, or None if it can."""
     if reply.error is not None:
         return reply.error
-    found = {name: tuple(tensor.shape) for name, tensor in reply.tensors.items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reply.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            return f"expected {name} of shape {expected.get(name)}, got {found.get(name)}"
+            return f"expected {name} {_shown(expected.get(name))}, got {_shown(found.get(name))}"
     for name, tensor in reply.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} has values that are not finite"
@@ -66,7 +68,13 @@ def refusal(reply: Reply, job: Job, expected: Mapping[str, tuple[int, ...]]) -> 
             return f"{name} has negative values"
     if reply.images < 1 and isinstance(job, (Reestimate, Train)):
         return f"it reports {reply.images} images"
+    if reply.images > MOST_IMAGES * max(1, len(reply.members)):
+        return f"it reports {reply.images} images, more than any client holds"
     return _contradiction(reply) if isinstance(job, Measure) else None
+
+
+def _shown(layout: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "nothing of the name" if layout is None else f"of shape {layout[0]}, {str(layout[1]).removeprefix('torch.')}"
 
 
 def _contradiction(reply: Reply) -> str | None:
@@ -91,19 +99,20 @@ def _may_be_negative(name: str, job: Job) -> bool:
             return False
 
 
-def _expected_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+def _expected(job: Job) -> Layout:
+    """Return shape and type of each tensor that answers ``job``."""
+    sums, whole = torch.float64, torch.int64
     match job:
         case Measure():
             widths = {layer: int(job.model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in job.taps}
-            shapes: dict[str, tuple[int, ...]] = {f"sums.{layer}": (job.classes, w) for layer, w in widths.items()}
-            return {"counts": (job.classes,), "held": (job.classes,), **shapes}
+            counts: Layout = {"counts": ((job.classes,), whole), "held": ((job.classes,), whole)}
+            return {**counts, **{f"sums.{layer}": ((job.classes, width), sums) for layer, width in widths.items()}}
         case Reestimate():
             layers = batch_norm_layers(job.model).items()
-            return {"images": ()} | {
-                f"{kind}:{name}": (layer.num_features,) for name, layer in layers for kind in ("mean", "square")
-            }
+            parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
+            return {"images": ((), sums), **{name: ((width,), sums) for name, width in parts.items()}}
         case Train():
-            return {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
+            return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in job.model.state_dict().items()}
         case Evaluate():
-            return {"correct": (job.classes,), "counts": (job.classes,)}
+            return {"correct": ((), whole), "counts": ((), whole)}
     raise FederationError(f"the server knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")

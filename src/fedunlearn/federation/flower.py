@@ -1,4 +1,4 @@
-"""Flower: the engine on a server's grid, complete apps, and a mod that adds unlearning to an app that is there.
+"""The Flower engine: jobs to clients behind a server's grid, and their replies.
 
 Every job travels as a ``train`` message: the one type that each app answers and that SecAgg+ masks. A message holds
 
@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.client import handle
+from fedunlearn.errors import FederationError
 from fedunlearn.federation.grid import (
+    ARRAYS,
+    CONFIG,
+    JOB,
+    OWN,
     POLL,
-    ClientApp,
     ConfigRecord,
-    Context,
     Grid,
     Message,
     RecordDict,
@@ -33,23 +31,10 @@ from fedunlearn.federation.grid import (
     to_arrays,
     to_tensors,
 )
-from fedunlearn.federation.jobs import SUM, ClientData, Job, Measure, Reply, Train
-from fedunlearn.federation.privacy import NO_RULES, Privacy
-from fedunlearn.federation.wire import (
-    Received,
-    decode_job,
-    decode_reply,
-    digest_of,
-    encode_job,
-    encode_reply,
-    rebuild,
-)
-from fedunlearn.slicing import cut, spread
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.federation.jobs import SUM, Job, Measure, Reply, Train
+from fedunlearn.federation.wire import decode_reply, digest_of, encode_job, one_line
 
 _logger = logging.getLogger(__name__)
-_TYPE = "train"
-_ARRAYS, _CONFIG, _OWN = "arrays", "config", "fedunlearn"
 
 # What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
 _ERRORS = {
@@ -59,11 +44,6 @@ _ERRORS = {
     2: "its app failed: {reason}",
     8: "its process ended in the middle of the job",
 }
-
-BuildModel = Callable[[Context], nn.Module]
-LoadImages = Callable[[Context], ClientData]
-Rules = Callable[[Context], Privacy]
-TrainFunction = Callable[[Message, Context], Message]
 
 
 class FlowerEngine:
@@ -77,6 +57,7 @@ class FlowerEngine:
         clients: names of the clients, or how many to wait for and take whatever their names are.
         deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
         patience: seconds to wait for clients at the start; half of them must be there then.
+        layout: shape of the images and number of classes that clients must have; those of the first where None.
         secure: ask for statistics under secure aggregation: ``run`` then returns their sum as one reply.
 
     Raises:
@@ -91,13 +72,15 @@ class FlowerEngine:
         deadline: float = 600.0,
         patience: float = 60.0,
         secure: bool = False,
+        layout: tuple[tuple[int, int, int], int] | None = None,
     ) -> None:
         self._grid = grid
         self._deadline = deadline
         self._secure = secure
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
-        self._layout: tuple[tuple[int, int, int], int] | None = None
+        self._layout = layout
+        self._hello = min(deadline, patience)
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
         self._wait(clients if isinstance(clients, int) else len(clients), patience)
 
@@ -132,16 +115,16 @@ class FlowerEngine:
         tensors, text = encode_job(job)
         content = RecordDict(
             {
-                _ARRAYS: to_arrays(tensors),
-                _CONFIG: ConfigRecord(_plain_config(job)),
-                _OWN: ConfigRecord({"job": text}),
+                ARRAYS: to_arrays(tensors),
+                CONFIG: ConfigRecord(_plain_config(job)),
+                OWN: ConfigRecord({"job": text}),
             }
         )
         connected = set(self._grid.get_node_ids())
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
         if self._secure and isinstance(job, Measure):
             return self._sum(job, names, asked, content)
-        answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}")
+        answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
         digest = digest_of(text)
         replies = []
         for name in names:
@@ -186,17 +169,16 @@ class FlowerEngine:
     def _meet(self) -> None:
         """Learn the names of the nodes that are new."""
         connected = set(self._grid.get_node_ids())
-        self._refused = {
-            node: why for node, why in self._refused.items() if node in connected
-        }  # who left may be mended
+        # A node that left may come back mended.
+        self._refused = {node: why for node, why in self._refused.items() if node in connected}
         new = connected - set(self._nodes.values()) - self._refused.keys()
         if not new:
             return
-        content = RecordDict({_OWN: ConfigRecord({"hello": 1})})
-        answers = self._exchange(content, sorted(new), "hello")
+        content = RecordDict({OWN: ConfigRecord({"hello": 1})})
+        answers = self._exchange(content, sorted(new), "hello", self._hello)
         for node in sorted(new):
             why = self._introduce(node, answers.get(node), connected)
-            if why is not None:
+            if why is not None and node in answers:  # who was only slow is asked again
                 self._refused[node] = why
                 _logger.warning("node %d is not asked: %s", node, why)
 
@@ -205,187 +187,31 @@ class FlowerEngine:
         try:
             own = _own_record(message)
             if "error" in own:
-                return str(own["error"])
+                return one_line(str(own["error"]))
             name, shape, classes = str(own["client"]), tuple(_integers(own["shape"])), _integers([own["classes"]])[0]
-        except (KeyError, TypeError, ValueError) as error:
-            return f"it did not introduce itself ({error})"
+        except Exception as error:  # another process wrote this, anything may be in it
+            return one_line(f"it did not introduce itself ({type(error).__name__}: {error})")
         if self._expected is not None and name not in self._expected:
-            return f"it calls itself {name!r}, which is none of the clients {', '.join(self._expected)}"
+            return f"it calls itself {name[:80]!r}, which is none of the clients {', '.join(self._expected)}"
         if len(shape) != 3:
             return f"it holds images of shape {shape}, expected colours, height and width"
         layout = ((shape[0], shape[1], shape[2]), classes)
         if self._layout is not None and layout != self._layout:
             return (
                 f"it holds images of shape {layout[0]} in {classes} classes, "
-                f"the first client {self._layout[0]} in {self._layout[1]}: all must agree"
+                f"the others {self._layout[0]} in {self._layout[1]}: all must agree"
             )
         if self._nodes.get(name) in connected:
-            return f"it calls itself {name!r}, and so does node {self._nodes[name]}, which is connected"
+            return f"it calls itself {name[:80]!r}, and so does node {self._nodes[name]}, which is connected"
         self._layout = layout
         self._nodes[name] = node
         return None
 
-    def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str) -> dict[int, Message]:
+    def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> dict[int, Message]:
         """Send ``content`` to ``nodes`` and return the first answer of each that came before the deadline."""
         # One content for all: it is only read here.
-        messages = [Message(content, node, _TYPE, ttl=self._deadline, group_id=group) for node in nodes]
-        return exchange(self._grid, messages, self._deadline)
-
-
-def client_app(
-    build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES, secure: bool = False
-) -> ClientApp:
-    """Return a complete Flower client.
-
-    Args:
-        build_model: makes the unpruned architecture; its weights do not matter.
-        load_images: reads what this client holds; called for each message.
-        rules: what this client does to its statistics before they leave it.
-        secure: report statistics under secure aggregation only.
-    """
-    app = ClientApp()
-
-    @app.train()
-    def answer(message: Message, context: Context) -> Message:
-        return _answer(message, context, build_model, load_images, _rules(rules(context), secure), None)
-
-    if secure:
-        add_secure_measure(app, build_model, load_images, rules=rules)
-    return app
-
-
-def add_secure_measure(
-    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES
-) -> None:
-    """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
-    from fedunlearn.federation import secure  # imports Flower's older interface
-
-    @app.train(secure.ACTION, mods=[secure.secure_mod])
-    def measure(message: Message, context: Context) -> Message:
-        received = decode_job(to_tensors(message.content.array_records[_ARRAYS]), str(_own_record(message)["job"]))
-        if received.kind != "measure":
-            raise FederationError(f"expected a measure job under secure aggregation, got {received.kind}")
-        reply = _handled(message, context, received, build_model, load_images(context), rules(context))
-        if reply.error is not None:
-            raise FederationError(reply.error)  # drops out of the sum
-        return secure.answer(dict(reply.tensors), message)
-
-
-def unlearning_mod(
-    build_model: BuildModel,
-    load_images: LoadImages,
-    *,
-    rules: Rules = lambda context: NO_RULES,
-    secure: bool = False,
-) -> Callable[[Message, Context, TrainFunction], Message]:
-    """Return a mod that adds unlearning to a ``ClientApp`` with a train function of its own, which does the repair.
-
-    Messages without a job of ours pass. A train job reaches the app's function with the model in its **full** shapes,
-    zeros where channels were pruned, and its answer is cut to the pruned shapes. Zeros stay zeros: with weights into
-    and out of a channel at 0, and an activation that is 0 at 0 (ReLU and its kin), gradients of both are 0.
-
-    The function has to leave out the classes that ``message.content["config"]["exclude"]`` lists: otherwise the repair
-    teaches them again. It answers with one ``ArrayRecord`` and a metric ``num-examples``, as Flower's strategies ask.
-
-    Args:
-        build_model: makes the unpruned architecture; its weights do not matter.
-        load_images: reads what this client holds; called for each message.
-        rules: what this client does to its statistics before they leave it.
-        secure: report statistics under secure aggregation only; ``add_secure_measure`` makes the app do that.
-    """
-
-    def mod(message: Message, context: Context, call_next: TrainFunction) -> Message:
-        ours = message.has_content() and _OWN in message.content.config_records
-        if not ours or message.metadata.message_type != _TYPE:  # the secure measure has a function of its own
-            return call_next(message, context)
-        return _answer(message, context, build_model, load_images, _rules(rules(context), secure), call_next)
-
-    return mod
-
-
-def _answer(
-    message: Message,
-    context: Context,
-    build_model: BuildModel,
-    load_images: LoadImages,
-    rules: Privacy | None,
-    train: TrainFunction | None,
-) -> Message:
-    """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
-    own = message.content.config_records[_OWN]
-    try:
-        data = load_images(context)
-    except Exception as error:
-        why = f"its images cannot be read: {type(error).__name__}: {error}"
-        return Message(RecordDict({_OWN: ConfigRecord({"error": why})}), reply_to=message)
-    if "hello" in own:
-        about: dict[str, Any] = {
-            "client": data.client,
-            "shape": list(data.train.shape),
-            "classes": len(data.train.classes),
-        }
-        return Message(RecordDict({_OWN: ConfigRecord(about)}), reply_to=message)
-    text = str(own["job"])
-    try:
-        tensors = to_tensors(message.content.array_records[_ARRAYS])
-        received = decode_job(tensors, text)
-        if train is not None and received.kind == "train":
-            reply = _trained(message, context, received, build_model(context), data, train)
-        elif rules is None and received.kind == "measure":
-            raise FederationError("this client reports statistics under secure aggregation only")
-        else:
-            reply = _handled(message, context, received, build_model, data, rules or NO_RULES)
-    except FedUnlearnError as error:
-        reply = Reply(data.client, {}, error=str(error))
-    arrays, line = encode_reply(reply, digest_of(text))
-    return Message(
-        RecordDict({_ARRAYS: to_arrays(arrays), _OWN: ConfigRecord({"reply": line})}),
-        reply_to=message,
-    )
-
-
-def _rules(rules: Privacy, secure: bool) -> Privacy | None:
-    """Return the rules by which statistics leave in the clear, or None if they never do."""
-    return None if secure else rules
-
-
-def _handled(
-    message: Message,
-    context: Context,
-    received: Received,
-    build_model: BuildModel,
-    data: ClientData,
-    rules: Privacy,
-) -> Reply:
-    """Return the reply of this client's own model with the weights that came."""
-    tensors = to_tensors(message.content.array_records[_ARRAYS])
-    model = rebuild(received, tensors, lambda: build_model(context))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with one_torch_thread():
-        return handle(received.job(model), model, data, rules)
-
-
-def _trained(
-    message: Message, context: Context, received: Received, full: nn.Module, data: ClientData, train: TrainFunction
-) -> Reply:
-    """Return what the app's own train function makes of the weights."""
-    received.plan.check(full)
-    started = time.perf_counter()
-    arrays = message.content.array_records[_ARRAYS]
-    whole = spread(to_tensors(arrays), received.plan.kept, received.plan.shapes)
-    message.content[_ARRAYS] = to_arrays(whole)
-    answer = train(message, context)
-    if answer.has_error():
-        return Reply(data.client, {}, error=f"its train function failed: {answer.error.reason}")
-    records = list(answer.content.array_records.values())
-    counts = [own["num-examples"] for own in answer.content.metric_records.values() if "num-examples" in own]
-    if len(records) != 1 or len(counts) != 1 or not isinstance(counts[0], int):
-        raise FederationError(
-            "the train function must answer with one ArrayRecord and one metric num-examples (an integer), got "
-            f"{len(records)} and {len(counts)}"
-        )
-    trained = cut(to_tensors(records[0]), received.plan.kept)
-    return Reply(data.client, trained, counts[0], counts[0], time.perf_counter() - started)
+        messages = [Message(content, node, JOB, ttl=deadline, group_id=group) for node in nodes]
+        return exchange(self._grid, messages, deadline)
 
 
 def _plain_config(job: Job) -> dict[str, Any]:
@@ -402,11 +228,11 @@ def _read_reply(message: Message | None, client: str, digest: str, deadline: flo
     try:
         own = _own_record(message)
         if "error" in own:
-            return Reply(client, {}, error=str(own["error"]))
-        tensors = to_tensors(message.content.array_records[_ARRAYS])
+            return Reply(client, {}, error=one_line(str(own["error"])))
+        tensors = to_tensors(message.content.array_records[ARRAYS])
         return decode_reply(tensors, str(own["reply"]), client=client, digest=digest)
-    except (KeyError, TypeError, ValueError) as error:
-        return Reply(client, {}, error=f"it sent no reply that can be read ({error})")
+    except Exception as error:  # another process wrote this, anything may be in it
+        return Reply(client, {}, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
 
 
 def _own_record(message: Message | None) -> Mapping[str, Any]:
@@ -416,7 +242,7 @@ def _own_record(message: Message | None) -> Mapping[str, Any]:
     if message.has_error():
         code, reason = message.error.code, _last_line(message.error.reason)
         return {"error": _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)}
-    record: Mapping[str, Any] = message.content.config_records[_OWN]
+    record: Mapping[str, Any] = message.content.config_records[OWN]
     return record
 
 

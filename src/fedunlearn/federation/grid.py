@@ -16,6 +16,11 @@ except ImportError as error:
     raise ImportError("the Flower engine needs Flower: pip install 'fedunlearn[flower]'") from error
 
 __all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "JOB",
+    "OWN",
+    "POLL",
     "ArrayRecord",
     "ClientApp",
     "ConfigRecord",
@@ -30,6 +35,9 @@ __all__ = [
     "to_tensors",
 ]
 
+# How a job travels: the one message type that each app answers and that SecAgg+ masks, and the records in it.
+JOB = "train"
+ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
 POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 
 

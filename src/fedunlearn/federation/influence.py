@@ -19,7 +19,7 @@ def limit_influence(parts: Sequence[ChannelStats], cap: float) -> list[ChannelSt
         a_k' = a_k * min(1, cap * median(|a|) / |a_k|)        sums_k' = n_k' a_k'
 
     Norm clipping, as Sun et al., *Can You Really Backdoor Federated Learning?* (2019), do it to updates. It bounds how
-    much a client weighs, not in which direction.
+    much a client weighs, not in which direction, as long as most that hold a class are honest.
 
     Args:
         parts: one per client.
@@ -40,5 +40,5 @@ def limit_influence(parts: Sequence[ChannelStats], cap: float) -> list[ChannelSt
 
 
 def _median(values: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Return the median over clients that hold the class, shape ``(classes,)``; 0 where none does."""
-    return values.where(held, torch.nan).nanquantile(0.5, dim=0).nan_to_num(0.0)
+    """Return the median over clients that hold the class, the lower of two, shape ``(classes,)``; 0 where none does."""
+    return values.where(held, torch.nan).nanmedian(dim=0).values.nan_to_num(0.0)

@@ -14,6 +14,7 @@ from fedunlearn.taps import Tap
 from fedunlearn.training import Training
 
 SUM = "the secure sum"
+MOST_IMAGES = 10**9  # that one client may say it holds
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,16 +91,16 @@ class Train(Job):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate(Job):
-    """Count right answers on validation images.
+    """Count right answers on validation images, all classes together: more would tell which of them a client holds.
 
-    Answer: ``correct`` and ``counts``, int64, shape ``(classes,)``.
+    Answer: ``correct`` and ``counts``, int64 scalars.
 
     Attributes:
-        classes: number of classes.
+        exclude: classes whose images are not used.
         labels: the class of each output row; row ``r`` is class ``r`` where None.
     """
 
-    classes: int
+    exclude: tuple[int, ...] = ()
     labels: tuple[int, ...] | None = None
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,9 +56,8 @@ def protect(tensors: Mapping[str, Tensor], rules: Privacy) -> dict[str, Tensor]:
     sums = {name: tensor for name, tensor in tensors.items() if name.startswith("sums.")}
     held = tensors["held"]
     if rules.noise:
-        draw = np.random.default_rng()
-        counts = _noised(counts.double(), rules.noise, draw).round().long()
-        sums = {name: _noised(tensor, rules.noise * rules.clip, draw) for name, tensor in sums.items()}
+        counts = _noised(counts.double(), rules.noise).round().long()
+        sums = {name: _noised(tensor, rules.noise * rules.clip) for name, tensor in sums.items()}
         held = counts  # the exact number would tell what the noise hides
     reported = counts >= max(1, rules.min_count)
     return {
@@ -72,7 +71,8 @@ def epsilon(noise: float, delta: float, *, measures: int = 1) -> float:
     """Return the epsilon of (epsilon, delta)-differential privacy for one image more or less at one client.
 
     ``measures`` jobs are ``2 measures`` Gaussian mechanisms of this noise multiplier (sums, counts), composed by the
-    accountant of ``dp-accounting`` (privacy loss distributions); that images are sampled is not made use of.
+    accountant of ``dp-accounting`` (privacy loss distributions). With noise a client measures all its images, whatever
+    sample a job asks for: of a sample, one image more may change every row.
 
     Raises:
         RecipeError: dp-accounting is not installed.
@@ -87,5 +87,7 @@ def epsilon(noise: float, delta: float, *, measures: int = 1) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def _noised(values: Tensor, scale: float, draw: np.random.Generator) -> Tensor:
-    return (values + torch.from_numpy(draw.normal(0.0, scale, tuple(values.shape)))).clamp_min(0)
+def _noised(values: Tensor, scale: float) -> Tensor:
+    draw = random.SystemRandom()  # the operating system's: what one number tells of it says nothing of the next
+    noise = torch.tensor([draw.gauss(0.0, scale) for _ in range(values.numel())], dtype=torch.float64)
+    return (values + noise.reshape(values.shape)).clamp_min(0)

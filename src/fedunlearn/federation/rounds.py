@@ -107,12 +107,10 @@ def validation_accuracy(
     Classes in ``exclude`` do not count; the share is None where no client holds images of others. ``labels`` is the
     class of each output row; row ``r`` is class ``r`` where it is None.
     """
-    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), classes=engine.classes, labels=labels)
+    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), exclude=exclude, labels=labels)
     replies, entry = collect(engine, job)
-    kept = torch.ones(engine.classes, dtype=torch.bool)
-    kept[list(exclude)] = False
-    correct = sum(int(reply.tensors["correct"][kept].sum()) for reply in replies)
-    counts = sum(int(reply.tensors["counts"][kept].sum()) for reply in replies)
+    correct = sum(int(reply.tensors["correct"]) for reply in replies)
+    counts = sum(int(reply.tensors["counts"]) for reply in replies)
     return correct / counts if counts else None, entry
 
 

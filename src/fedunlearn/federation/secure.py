@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,10 +102,18 @@ def secure_mod(message: Message, context: Context, call_next: Handler) -> Messag
         return Message(RecordDict(content), reply_to=inner)
 
     message.metadata.message_type = "train"  # the mod passes any other type unmasked
-    reply = secaggplus_mod(message, context, masked)
-    reply.metadata.message_type = message.metadata.message_type = MESSAGE
-    if terms.get("stage") == "unmask":
-        del context.state.config_records[_STATE]  # private keys and shares
+    finished = terms.get("stage") == "unmask"
+    try:
+        with _strong_masks("flwr.client.mod.secure_aggregation.secaggplus_mod"):
+            reply = secaggplus_mod(message, context, masked)
+    except Exception:
+        finished = True  # this client is out of the sum
+        raise
+    finally:
+        message.metadata.message_type = MESSAGE
+        if finished:
+            context.state.config_records.pop(_STATE, None)  # private keys and shares
+    reply.metadata.message_type = MESSAGE
     return reply
 
 
@@ -113,14 +122,27 @@ def _check(terms: ConfigRecord) -> None:
     own = {"target_range": _TARGET, "clipping_range": _CLIP, "mod_range": _MODULUS, "max_weight": 1.0}
     if terms.get("stage") == "setup":
         clients, shares, threshold = (int(str(terms[name])) for name in ("sample_num", "share_num", "threshold"))
-        if clients < _LEAST or shares != clients or 2 * threshold <= clients or clients * _TARGET >= _MODULUS:
-            raise FederationError(f"secure aggregation of {clients} clients with threshold {threshold} is refused")
+        if shares != clients or threshold < _threshold(clients) or clients * _TARGET >= _MODULUS:
+            raise FederationError(
+                f"secure aggregation of {clients} clients with threshold {threshold} is refused: "
+                f"expected {_LEAST} clients or more and a threshold of {_threshold(clients)} or more"
+            )
         if any(terms[name] != value for name, value in own.items()):
-            raise FederationError("secure aggregation with other ranges than this client's is refused")
+            raise FederationError(
+                f"secure aggregation is refused: expected the terms {own}; use one version everywhere"
+            )
     if terms.get("stage") == "unmask":
         active, dead = (set(_numbers(terms[name])) for name in ("active_nids", "dead_nids"))
-        if active & dead or 2 * len(active) <= len(active | dead):
-            raise FederationError("a request for both shares of a node, or by too few nodes, is refused")
+        if active & dead or len(active) < _threshold(len(active | dead)):
+            raise FederationError(
+                "unmasking is refused: expected each node as present or as lost, not both, and "
+                f"{_threshold(len(active | dead))} or more present, got {len(active)}"
+            )
+
+
+def _threshold(clients: int) -> int:
+    """Return how many of ``clients`` must go through all stages."""
+    return max(_LEAST, clients // 2 + 1)
 
 
 def _numbers(value: Any) -> Iterable[int]:
@@ -132,7 +154,8 @@ def secure_sum(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Return the sum of what ``nodes`` answer to ``content``, and the nodes that are in it.
 
-    Up to half of the nodes may fail at any stage. The error of each sum is at most ``nodes * 2^-(FRACTION + 1)``.
+    All but ``max(3, nodes // 2 + 1)`` nodes may fail, all stages taken together. The error of each sum is at most
+    ``nodes * 2^-(FRACTION + 1)``.
 
     Args:
         grid: of the server.
@@ -144,7 +167,7 @@ def secure_sum(
     Raises:
         FederationError: too few nodes, or too few were left.
     """
-    threshold = len(nodes) // 2 + 1
+    threshold = _threshold(len(nodes))
     if len(nodes) < _LEAST:
         raise FederationError(
             f"secure aggregation needs at least {_LEAST} clients, got {len(nodes)}: with fewer, each knows the others"
@@ -164,16 +187,22 @@ def secure_sum(
     record = RecordDict({"config": ConfigRecord({"current_round": 1}), "parameters": ArrayRecord()})
     context = LegacyContext(Context(0, 0, {}, record, {}), strategy=strategy, client_manager=SimpleClientManager())
     try:
-        workflow(_AsMeasure(grid), context)  # type: ignore[arg-type]  # it sends and receives, no more
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise FederationError(f"secure aggregation failed: a client's answer does not fit ({error})") from error
+        with _strong_masks("flwr.server.workflow.secure_aggregation.secaggplus_workflow"):
+            workflow(_AsMeasure(grid), context)  # type: ignore[arg-type]  # it sends and receives, no more
+    except Exception as error:  # the workflow trusts what clients send
+        raise FederationError(
+            f"secure aggregation failed: a client's answer does not fit ({type(error).__name__}: {error}); "
+            "nobody can tell whose, so leave clients out of the federation in turn"
+        ) from error
     if strategy.means is None:
         raise FederationError(
             f"secure aggregation failed: fewer than {threshold} of {len(nodes)} clients went through all its stages"
         )
     limbs = [strategy.means[i : i + LIMBS] for i in range(0, len(strategy.means), LIMBS)]
     if len(limbs) != len(names):
-        raise FederationError(f"secure aggregation gave {len(limbs)} arrays, expected {len(names)}")
+        raise FederationError(
+            f"secure aggregation gave {len(limbs)} arrays, expected {len(names)}: build the same model at all clients"
+        )
     sums = {name: torch.from_numpy(decode(own, len(strategy.nodes))) for name, own in zip(sorted(names), limbs)}
     return sums, strategy.nodes
 
@@ -249,9 +278,13 @@ def _masks(seed: bytes, num_range: int, dimensions: Sequence[tuple[int, ...]]) -
     return [part.reshape(own) for part, own in zip(np.split(numbers, np.cumsum(sizes)[:-1]), dimensions)]
 
 
-# Both sides import this module, and both must make the same masks.
-for _module in (
-    "flwr.client.mod.secure_aggregation.secaggplus_mod",
-    "flwr.server.workflow.secure_aggregation.secaggplus_workflow",
-):
-    sys.modules[_module].pseudo_rand_gen = _masks  # type: ignore[attr-defined]
+@contextmanager
+def _strong_masks(module: str) -> Iterator[None]:
+    """Make Flower's ``module`` take its masks from ``_masks`` while the context lasts; both sides must."""
+    theirs = sys.modules[module]
+    weak = theirs.pseudo_rand_gen  # a Flower without it fails here rather than going on with weak masks
+    theirs.pseudo_rand_gen = _masks  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        theirs.pseudo_rand_gen = weak  # type: ignore[attr-defined]

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.jobs import Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Train
 from fedunlearn.plan import PruningPlan
 from fedunlearn.prune import prune
 from fedunlearn.taps import Tap
 from fedunlearn.training import Training
 
 _SCHEMA = 1
+_LONGEST = 300
 
 
 class _Message(BaseModel):
@@ -54,7 +55,7 @@ class _TrainMessage(_Message):
 
 class _EvaluateMessage(_Message):
     kind: Literal["evaluate"]
-    classes: Annotated[int, Field(ge=1)]
+    exclude: tuple[int, ...]
     labels: tuple[int, ...] | None
 
 
@@ -69,7 +70,7 @@ class _Answer(BaseModel):
 
     client: str
     job: str
-    images: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0, le=MOST_IMAGES)]
     samples: Annotated[int, Field(ge=0)]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     error: str | None
@@ -129,7 +130,7 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
     if message.spec != spec_of(message.plan, tensors):
         raise FederationError(
             f"the {message.kind} job of {message.phase}, round {message.round} does not fit the tensors it came with: "
-            "plan and weights are not of one model"
+            "plan and weights are not of one model; give the job the plan by which its model was pruned"
         )
     values = {name: getattr(message, name) for name in type(message).model_fields}
     for name in ("schema_number", "kind", "plan", "spec"):
@@ -182,7 +183,14 @@ def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, diges
         where = ".".join(str(part) for part in first["loc"]) or "the message"
         return Reply(client, {}, error=f"it sent no reply that can be read ({where}: {first['msg']})")
     if answer.client != client:
-        return Reply(client, {}, error=f"it answered in the name of {answer.client!r}")
+        return Reply(client, {}, error=one_line(f"it answered in the name of {answer.client!r}"))
     if answer.job != digest:
         return Reply(client, {}, error="it answered another job: its plan, round or settings are stale")
-    return Reply(client, tensors, answer.images, answer.samples, answer.seconds, answer.error)
+    why = None if answer.error is None else one_line(answer.error)
+    return Reply(client, tensors, answer.images, answer.samples, answer.seconds, why)
+
+
+def one_line(text: str) -> str:
+    """Return what another process says in one printable line that fits a log."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " ..."
