@@ -1,4 +1,4 @@
-"""What a round costs on each engine: python -m benchmarks.engines ENGINE CLIENTS, one line of JSON each.
+"""What a round costs on each engine: python -m benchmarks.engines ENGINE CLIENTS writes it to benchmarks/engines.json.
 
 Digits in the shares of CLIENTS clients, the small CNN, one local epoch; no validation images, so that Evaluate is an
 empty round: weights out, two rows of zeros back. Memory is the proportional set size of all processes, sampled twice a
@@ -27,13 +27,14 @@ from fedunlearn.simulation import simulation
 from fedunlearn.threads import one_torch_thread
 
 _ROOT = Path(__file__).parent
+_OUT = _ROOT / "engines.json"
 
 
 def main(engine: str, clients: int) -> None:
     """Measure and print one line."""
     settings = (f"federation.clients={clients}", "data.validation=0", "train.local_epochs=1")
     recipe = load_recipe("digits", settings)
-    own = {"local": _local, "simulation": _simulation, "deployment": _deployment}[engine]
+    own = _ENGINES[engine]
     with one_torch_thread():
         began = time.monotonic()
         seconds, memory = own(recipe, clients)
@@ -45,6 +46,11 @@ def main(engine: str, clients: int) -> None:
         "total_seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(line), flush=True)
+    rows = json.loads(_OUT.read_text()) if _OUT.exists() else []
+    rows = [row for row in rows if (row["engine"], row["clients"]) != (engine, clients)]
+    order = list(_ENGINES)
+    rows = sorted([*rows, line], key=lambda row: (order.index(row["engine"]), row["clients"]))
+    _OUT.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def _local(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
@@ -66,9 +72,10 @@ def _deployment(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], f
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
+        repeats = 3 if clients < 10 else 2  # a round takes a minute then
         changed = f"federation.clients={clients} data.validation=0 train.local_epochs=1"
         with Deployment(Path(folder) / "sites", clients) as sites, _memory(sites.processes) as memory:
-            status, log = sites.run_app(_ROOT / "engine_app", out=str(out), set=changed)
+            status, log = sites.run_app(_ROOT / "engine_app", out=str(out), set=changed, repeats=repeats)
         if status != "finished:completed":
             raise RuntimeError(log)
         seconds: dict[str, list[float]] = json.loads(out.read_text())
@@ -120,6 +127,9 @@ def _pss(number: int) -> float:
     except OSError:
         pass
     return 0.0
+
+
+_ENGINES = {"local": _local, "simulation": _simulation, "deployment": _deployment}
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ def command(out, *options):
     return [program, "unlearn", "--recipe", "digits", *settings, "--out", str(out), "--json", *options]
 
 
+def start(arguments):
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
 def assert_same_run(out, local):
     ours, theirs = load_file(out / "model.safetensors"), load_file(local / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -74,9 +78,7 @@ def test_secure_aggregation_in_the_simulation_prunes_the_same_channels(tmp_path,
 def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path, sites, local):
     out = tmp_path / "run"
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
-    with subprocess.Popen(
-        command(out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as first:
+    with start(command(out, *options)) as first:
         while first.poll() is None and finished(out) < 1:
             time.sleep(0.2)
         sites.kill("superlink")
@@ -96,6 +98,29 @@ def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(t
 def finished(out):
     path = out / "rounds.jsonl"
     return path.read_text().count('"phase": "train"') if path.exists() else 0
+
+
+def test_a_site_killed_in_the_middle_of_a_round_is_missed_and_comes_back(tmp_path, sites):
+    out = tmp_path / "run"
+    options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
+    options += ("--set", "federation.deadline=60")
+    with start(command(out, *options)) as process:
+        while process.poll() is None and finished(out) < 1:
+            time.sleep(0.1)
+        while process.poll() is None and not sites.busy(2):
+            time.sleep(0.05)
+        sites.kill("node-2")
+        _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    first, second = (json.loads(line)["entries"][0] for line in (out / "rounds.jsonl").read_text().splitlines()[1:3])
+    assert first["refused"] == {}
+    assert second["clients"] == ["client-0", "client-1"]
+    assert second["refused"]["client-2"] in (
+        "it is no longer connected",
+        "it gave no answer before its message expired",
+        "it gave no answer within 60 s",
+    )
+    sites.revive_node(2)
 
 
 def test_a_run_that_fails_on_the_server_says_why(tmp_path, sites):

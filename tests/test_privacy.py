@@ -246,3 +246,19 @@ def test_a_poisoner_weighs_no_more_than_the_cap():
         assert float(ratio.min()) > 1e4
         ratio = capped.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
         assert float(ratio.max()) < 2.0
+
+
+def test_a_run_measures_its_clients_once(tmp_path):
+    """The control with random channels ranks by nothing: a second measurement would only tell more of the clients."""
+    asked = []
+
+    class Counting(LocalEngine):
+        def run(self, job):
+            asked.append(type(job).__name__)
+            return super().run(job)
+
+    settings = ("federation.clients=3", "train.rounds=1", "audit.oracles=0", "evidence.feature_maps=false")
+    engine = lambda setting: Counting(setting.clients, validation=setting.validation)  # noqa: E731
+    result = run(load_recipe("digits", settings), tmp_path / "run", engine=engine)
+    assert asked.count("Measure") == 1
+    assert result["controls"]["random"]["cost"]["client_samples"] == result["cost"]["unlearn"]["client_samples"]

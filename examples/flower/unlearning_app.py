@@ -3,5 +3,6 @@
 from fedunlearn.federation.flower_client import client_app
 from fedunlearn.flower_app import recipe_images, recipe_model, recipe_rules, server_app
 
+# A recipe with privacy.secure = true needs secure=True here: whether a site answers in the clear is its own affair.
 client = client_app(recipe_model, recipe_images, rules=recipe_rules)
 server = server_app()
