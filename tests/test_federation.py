@@ -117,14 +117,14 @@ def test_one_failing_client_costs_its_reply_and_is_named_in_the_log(caplog, nan,
         replies, entry = collect(engine, make_train(Broken(make_net(), nan=nan)))
     assert [reply.client for reply in replies] == ["client-1", "client-2", "client-3"]
     assert text in entry.refused["client-0"]
-    assert "train, round 0: client-0 gave no usable reply" in caplog.text
+    assert "train, round 1: client-0 gave no usable reply" in caplog.text
 
 
 def test_a_round_stops_with_a_clear_error_when_too_few_remain():
     clients = partition(make_images(), by="iid", clients=2)
     for _ in range(2):
         clients = dict(reversed(with_marked_client(clients).items()))
-    with pytest.raises(FederationError, match=r"train, round 0: only 0 of 2 clients.*the sensor is unplugged.*run the"):
+    with pytest.raises(FederationError, match=r"train, round 1: only 0 of 2 clients.*the sensor is unplugged.*run the"):
         collect(LocalEngine(clients), make_train(Broken(make_net(), nan=False)))
 
 

@@ -67,7 +67,7 @@ def changed(**change):
         ({"kind": "shell"}, "expected a job of schema 1, but the message: Input tag 'shell'"),
         ({"run": "rm -rf"}, "expected a job of schema 1, but train.run: Extra inputs are not permitted"),
         ({"lr": -1.0}, "expected a job of schema 1, but train.lr: Input should be greater than 0"),
-        ({"spec": "0"}, "the train job of some-phase, round 3 does not fit the tensors it came with"),
+        ({"spec": "0"}, "the train job of some-phase, round 4, does not fit its tensors"),
         ({"plan": PruningPlan().to_json()}, "plan and weights are not of one model"),
     ],
 )
@@ -86,7 +86,7 @@ def test_what_is_no_job_at_all_is_refused():
 
 def test_weights_cut_by_another_plan_are_refused():
     tensors, text = encode_job(jobs()[0])
-    with pytest.raises(FederationError, match="does not fit the tensors"):
+    with pytest.raises(FederationError, match="does not fit its tensors"):
         decode_job(make_net().state_dict(), text)
     received = decode_job(tensors, text)
     with pytest.raises(PlanError, match="another architecture"):

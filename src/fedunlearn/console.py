@@ -31,9 +31,14 @@ _CONTROLS = ("head_only", "random", "finetune")  # those that are not elsewhere 
 
 
 class RunProgress:
-    """A bar per phase on standard error; a context manager."""
+    """A bar per phase on standard error; a context manager.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: a terminal; in a log there is a line for each finished phase.
+        every: in a log, a line for each step.
+    """
+
+    def __init__(self, console: Console, *, every: bool = False) -> None:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -45,6 +50,7 @@ class RunProgress:
         self._progress = Progress(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
         self._told: set[str] = set()
+        self._every = every
 
     def __enter__(self) -> RunProgress:
         return self
@@ -55,10 +61,11 @@ class RunProgress:
 
     def observe(self, phase: str, done: int, planned: int) -> None:
         """Show that ``done`` of ``planned`` steps of ``phase`` are finished."""
-        if not self._console.is_terminal:  # a log: a line when a phase is finished
-            if done == planned and phase not in self._told:
-                self._told.add(phase)
-                self._console.print(f"{_phase_text(phase)}: done", highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            line = f"{_phase_text(phase)}: {'done' if done == planned else f'{done} of {planned}'}"
+            if (done == planned or (self._every and done)) and line not in self._told:
+                self._told.add(line)
+                self._console.print(line, highlight=False, soft_wrap=True)
             return
         self._progress.start()  # not before there is something to show: an error then stands alone
         if phase not in self._tasks:

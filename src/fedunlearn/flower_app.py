@@ -167,7 +167,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
                 key=Path(key) if key else None,
                 engine=engine_on(grid),
                 prepared=lambda setting: console.print(describe(setting), highlight=False),
-                observe=RunProgress(console).observe,
+                observe=RunProgress(console, every=True).observe,
             )
 
     return app

@@ -28,14 +28,14 @@ def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
     expected = _expected(job)
     refused = {reply.client: why for reply in replies if (why := refusal(reply, job, expected)) is not None}
     for client, why in refused.items():
-        _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round, client, why)
+        _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round + 1, client, why)
     used = [reply for reply in replies if reply.client not in refused]
     asked = len(engine.clients if job.clients is None else job.clients)
     answered = sum(len(reply.members) or 1 for reply in used)
     if answered < max(1, QUORUM * asked):
         why = "; ".join(f"{client}: {reason}" for client, reason in refused.items())
         raise FederationError(
-            f"{job.phase}, round {job.round}: only {answered} of {asked} clients gave a usable reply, "
+            f"{job.phase}, round {job.round + 1}: only {answered} of {asked} clients gave a usable reply, "
             f"expected at least half ({why}); mend them and run the same command again"
         )
     return used, entry_for(job, engine.shape, asked, replies, refused)
@@ -47,7 +47,7 @@ def _one_of_each(replies: Sequence[Reply], asked: Sequence[str], job: Job) -> li
     for reply in replies:
         if reply.client in first or not {reply.client, *reply.members} - {SUM} <= set(asked):
             why = "answered twice: its first answer counts" if reply.client in first else "was not asked"
-            _logger.warning("%s, round %d: %s %s", job.phase, job.round, reply.client, why)
+            _logger.warning("%s, round %d: %s %s", job.phase, job.round + 1, reply.client, why)
         else:
             first[reply.client] = reply
     return list(first.values())

@@ -162,7 +162,7 @@ class FlowerEngine:
         if here < max(1, wanted / 2):
             raise FederationError(
                 f"only {here} of {wanted} clients were there after {patience:g} s, expected at least half{reasons}: "
-                "start their SuperNodes and run the same command again"
+                "start their SuperNodes, or ask for fewer (federation.clients in a recipe), and run the command again"
             )
         _logger.warning("%d of %d clients are there after %g s%s", here, wanted, patience, reasons)
 

@@ -129,7 +129,7 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
         raise FederationError(f"expected a job of schema {_SCHEMA}, but {where}: {first['msg']}") from error
     if message.spec != spec_of(message.plan, tensors):
         raise FederationError(
-            f"the {message.kind} job of {message.phase}, round {message.round} does not fit the tensors it came with: "
+            f"the {message.kind} job of {message.phase}, round {message.round + 1}, does not fit its tensors: "
             "plan and weights are not of one model; give the job the plan by which its model was pruned"
         )
     values = {name: getattr(message, name) for name in type(message).model_fields}
