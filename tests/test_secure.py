@@ -251,6 +251,15 @@ def test_statistics_that_do_not_fit_the_others_are_an_error_not_a_wrong_sum():
         collect(engine(Loopback(nodes(odd, 5))), job())
 
 
+def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
+    def mute(message, context):
+        own = "secaggplus_configs" in message.content.config_records
+        return Message(RecordDict(), reply_to=message) if own else APP(message, context)
+
+    with pytest.raises(FederationError, match="secure aggregation failed: a client's answer does not fit"):
+        collect(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), job())
+
+
 def test_nothing_but_measure_goes_under_secure_aggregation():
     chosen = engine()
     net = make_net()
