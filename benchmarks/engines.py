@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine_app.engine_app import time_rounds
 from fedunlearn.data.partition import partition
@@ -37,11 +38,11 @@ def main(engine: str, clients: int) -> None:
     own = _ENGINES[engine]
     with one_torch_thread():
         began = time.monotonic()
-        seconds, memory = own(recipe, clients)
+        times, memory = own(recipe, clients)
     line = {
         "engine": engine,
         "clients": clients,
-        "seconds": seconds,
+        **times,
         "memory_mb": round(memory),
         "total_seconds": round(time.monotonic() - began, 1),
     }
@@ -53,20 +54,20 @@ def main(engine: str, clients: int) -> None:
     _OUT.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
-def _local(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+def _local(recipe: Recipe, clients: int) -> tuple[dict[str, Any], float]:
     engine = LocalEngine(partition(read_data(recipe).train, by="iid", clients=clients, seed=0))
     with _memory(_below_this) as memory:
-        seconds = time_rounds(engine, recipe, 5)
-    return seconds, max(memory)
+        times = time_rounds(engine, recipe, 5)
+    return times, max(memory)
 
 
-def _simulation(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+def _simulation(recipe: Recipe, clients: int) -> tuple[dict[str, Any], float]:
     with _memory(_below_this) as memory, simulation(recipe) as grid:
-        seconds = time_rounds(FlowerEngine(grid, clients=clients, patience=300), recipe, 3)
-    return seconds, max(memory)
+        times = time_rounds(FlowerEngine(grid, clients=clients, patience=300), recipe, 3)
+    return times, max(memory)
 
 
-def _deployment(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], float]:
+def _deployment(recipe: Recipe, clients: int) -> tuple[dict[str, Any], float]:
     sys.path.insert(0, str(_ROOT.parent / "examples" / "flower-deployment"))
     from deployment import Deployment  # type: ignore[import-not-found]
 
@@ -78,8 +79,8 @@ def _deployment(recipe: Recipe, clients: int) -> tuple[dict[str, list[float]], f
             status, log = sites.run_app(_ROOT / "engine_app", out=str(out), set=changed, repeats=repeats)
         if status != "finished:completed":
             raise RuntimeError(log)
-        seconds: dict[str, list[float]] = json.loads(out.read_text())
-        return seconds, max(memory)
+        times: dict[str, Any] = json.loads(out.read_text())
+        return times, max(memory)
 
 
 @contextmanager
