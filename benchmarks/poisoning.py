@@ -13,7 +13,7 @@ Nothing is chosen by the test images: the cap is the one the documentation sugge
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,11 @@ class Liar(LocalEngine):
     attack: Attack
     factor: float
 
-    def run(self, job: Job) -> list[Reply]:
+    def run(self, job: Job) -> Iterator[Reply]:
         """Run ``job``; the liar's statistics are what the attack makes of them."""
-        replies = super().run(job)
-        if not isinstance(job, Measure):
-            return replies
-        return [self._lie(reply) if reply.client == LIAR else reply for reply in replies]
+        lies = isinstance(job, Measure)
+        for reply in super().run(job):
+            yield self._lie(reply) if lies and reply.client == LIAR else reply
 
     def _lie(self, reply: Reply) -> Reply:
         lies = {

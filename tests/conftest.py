@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.evidence.keys import make_keys
+from fedunlearn.federation.collect import Answers
+from fedunlearn.federation.jobs import Engine, Job, Reply
+from fedunlearn.federation.ledger import Entry
 from fedunlearn.recipe import load_recipe
 from fedunlearn.workflow import run
 
@@ -34,6 +37,12 @@ def make_images(count: int = 60, classes: int = 3, *, side: int = 8, colours: in
         images[labels == label] += 150 * patterns[label].to(torch.uint8)
     names = tuple(f"class {label}" for label in range(classes))
     return LabelledImages(images, labels, names, (0.3,) * colours, (0.25,) * colours)
+
+
+def collected(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
+    """Return all usable replies to ``job``, and what it cost."""
+    answers = Answers(engine, job)
+    return list(answers), answers.entry
 
 
 def make_net(classes: int = 3, colours: int = 1, *, seed: int = 0) -> nn.Sequential:
@@ -99,6 +108,9 @@ clients = 3
 
 [model]
 name = "small-cnn"
+
+[compute]
+precision = "float32"
 
 [train]
 rounds = 3

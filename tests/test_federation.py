@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import logits, make_images, make_net
+from conftest import collected, logits, make_images, make_net
+from fedunlearn.compute import Compute
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.federation.average import fedavg
 from fedunlearn.federation.client import count_correct, handle
-from fedunlearn.federation.collect import collect, refusal
+from fedunlearn.federation.collect import refusal
 from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
-from fedunlearn.federation.ledger import Cost, Entry, entry_for, flops_per_image, size_in_bytes
+from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds, validation_accuracy
 from fedunlearn.journal import Journal
@@ -31,7 +32,7 @@ EXAMPLE = torch.randn(2, 1, 8, 8)
 def make_engine(images=None, *, workers=None, validation=0.0, **options):
     options = {"by": "iid", "clients": 4} | options
     clients, held = hold_out(partition(images or make_images(), **options), validation)
-    return LocalEngine(clients, validation=held, workers=workers)
+    return LocalEngine(clients, validation=held, compute=workers and Compute(workers=workers))
 
 
 def make_train(net, **change):
@@ -70,7 +71,7 @@ def with_marked_client(engine_clients):
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(net):
-    one, two = make_engine(workers=1).run(make_train(net)), make_engine(workers=3).run(make_train(net))
+    one, two = (list(make_engine(workers=workers).run(make_train(net))) for workers in (1, 3))
     assert [reply.client for reply in one] == [reply.client for reply in two] == [f"client-{k}" for k in range(4)]
     for a, b in zip(one, two):
         assert states_equal(a.tensors, b.tensors)
@@ -78,14 +79,14 @@ def test_the_result_does_not_depend_on_the_number_of_workers(net):
 
 def test_clients_work_on_copies(net):
     before = copy.deepcopy(net.state_dict())
-    replies = make_engine().run(make_train(net))
+    replies = list(make_engine().run(make_train(net)))
     assert states_equal(net.state_dict(), before)
     assert not states_equal(replies[0].tensors, replies[1].tensors)
 
 
 def test_the_engine_restores_the_number_of_torch_threads(net):
     before = torch.get_num_threads()
-    make_engine().run(make_train(net))
+    list(make_engine().run(make_train(net)))
     assert torch.get_num_threads() == before
 
 
@@ -106,7 +107,7 @@ def test_one_model_copy_per_worker(net):
         def forward(self, images):
             return self.net(images)
 
-    make_engine(clients=12, workers=2).run(make_train(Counted()))
+    list(make_engine(clients=12, workers=2).run(make_train(Counted())))
     assert len(seen) <= 2
 
 
@@ -114,7 +115,7 @@ def test_one_model_copy_per_worker(net):
 def test_one_failing_client_costs_its_reply_and_is_named_in_the_log(caplog, nan, text):
     engine = LocalEngine(with_marked_client(partition(make_images(), by="iid", clients=4)))
     with caplog.at_level(logging.WARNING):
-        replies, entry = collect(engine, make_train(Broken(make_net(), nan=nan)))
+        replies, entry = collected(engine, make_train(Broken(make_net(), nan=nan)))
     assert [reply.client for reply in replies] == ["client-1", "client-2", "client-3"]
     assert text in entry.refused["client-0"]
     assert "train, round 1: client-0 gave no usable reply" in caplog.text
@@ -125,7 +126,7 @@ def test_a_round_stops_with_a_clear_error_when_too_few_remain():
     for _ in range(2):
         clients = dict(reversed(with_marked_client(clients).items()))
     with pytest.raises(FederationError, match=r"train, round 1: only 0 of 2 clients.*the sensor is unplugged.*run the"):
-        collect(LocalEngine(clients), make_train(Broken(make_net(), nan=False)))
+        collected(LocalEngine(clients), make_train(Broken(make_net(), nan=False)))
 
 
 def test_unusable_replies_are_refused_by_name_and_reason(net):
@@ -273,7 +274,7 @@ def test_a_client_refuses_a_job_it_does_not_know(net):
     reply = handle(Job(phase="x", model=net), net, ClientData("a", make_images()))
     assert "a client knows Measure, Reestimate, Train and Evaluate, got Job" in reply.error
     with pytest.raises(FederationError, match="the server knows Measure, Reestimate, Train and Evaluate, got Job"):
-        collect(make_engine(), Job(phase="x", model=net))
+        collected(make_engine(), Job(phase="x", model=net))
 
 
 def test_samples_are_drawn_at_random_but_repeat(net):
@@ -325,7 +326,7 @@ def test_impossible_federations_are_refused(clients, text):
 
 def test_unknown_clients_are_refused(net):
     with pytest.raises(FederationError, match="there is no client 'x'; the clients are client-0, client-1"):
-        make_engine().run(make_train(net, clients=("x",)))
+        list(make_engine().run(make_train(net, clients=("x",))))
 
 
 def test_reestimation_gives_the_statistics_of_the_images_and_uses_no_gradient():
@@ -398,7 +399,10 @@ def test_ledger_entries_count_what_was_asked_and_answered(net):
     job = make_train(net, clients=("a", "b", "c"))
     replies = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", {}, samples=1)]
     replies.append(Reply("c", {}, samples=7, error="late"))
-    entry = entry_for(job, (1, 8, 8), 3, replies, {"c": "late"})
+    meter = Meter(job, (1, 8, 8), 3)
+    for reply in replies:
+        meter.count(reply, refused=reply.error)
+    entry = meter.entry()
     assert entry.samples == 28
     assert entry.clients == ("a", "b")
     assert entry.flops == 28 * flops_per_image(net, (1, 8, 8))[1]
@@ -418,6 +422,6 @@ def test_the_four_jobs_answer_under_the_names_they_promise(net):
         make_train(net),
         Evaluate(phase="x", model=net),
     ):
-        replies, entry = collect(engine, job)  # refuses other names and shapes
+        replies, entry = collected(engine, job)  # refuses other names and shapes
         assert len(replies) == 4
         assert entry.refused == {}

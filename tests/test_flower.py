@@ -12,11 +12,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from conftest import make_images, make_net
+from conftest import collected, make_images, make_net
 from fedunlearn.data.batches import batches
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import handle
-from fedunlearn.federation.collect import collect
 from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.flower_client import client_app, unlearning_mod
 from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train
@@ -207,11 +206,11 @@ FAULTS = {
 def test_a_client_that_answers_wrongly_is_refused_by_name_and_the_round_goes_on(fault):
     make, change, reason = FAULTS[fault]
     grid = Loopback(nodes() | {100: (answering(change), 0)})
-    replies, entry = collect(engine(grid), make())
+    replies, entry = collected(engine(grid), make())
     assert entry.clients == ("client-1", "client-2", "client-3")
     assert list(entry.refused) == ["client-0"]
     assert reason in entry.refused["client-0"]
-    honest = collect(engine(), make(clients=("client-1", "client-2", "client-3")))[0]
+    honest = collected(engine(), make(clients=("client-1", "client-2", "client-3")))[0]
     assert len(entry.refused["client-0"]) < 400
     for reply, expected in zip(replies, honest):
         for name, tensor in reply.tensors.items():
@@ -225,18 +224,18 @@ def test_a_client_that_cannot_do_the_job_says_why():
             self.net = make_net()
 
     broken = client_app(lambda context: Dark(), load_images)
-    entry = collect(engine(Loopback(nodes() | {102: (broken, 2)})), train_job())[1]
+    entry = collected(engine(Loopback(nodes() | {102: (broken, 2)})), train_job())[1]
     assert "the weights do not fit this client's model after pruning by the plan" in entry.refused["client-2"]
     pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
     job = train_job(model=prune(make_net(), pruned), plan=pruned)
-    entry = collect(engine(Loopback(nodes() | {102: (broken, 2)})), job)[1]
+    entry = collected(engine(Loopback(nodes() | {102: (broken, 2)})), job)[1]
     assert "the plan is for" in entry.refused["client-2"]
 
 
 def test_the_plan_must_be_that_of_the_weights():
     pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
     with pytest.raises(FederationError, match=r"only 0 of 4 clients gave a usable reply.*the weights do not fit"):
-        collect(engine(), train_job(model=prune(make_net(), pruned)))  # forgot the plan
+        collected(engine(), train_job(model=prune(make_net(), pruned)))  # forgot the plan
 
 
 def test_with_all_clients_gone_the_error_comes_after_the_deadline_and_nothing_is_lost(tmp_path):
@@ -259,13 +258,13 @@ def test_a_client_that_joins_late_or_comes_back_takes_part_from_then_on():
     grid = Loopback(nodes(count=3))
     chosen = engine(grid, clients=tuple(CLIENTS))
     assert chosen.clients == tuple(CLIENTS)
-    assert collect(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
+    assert collected(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
     grid.nodes[999] = (APP, 3)
-    assert collect(chosen, train_job())[1].refused == {}
+    assert collected(chosen, train_job())[1].refused == {}
     del grid.nodes[101]
-    assert collect(chosen, train_job())[1].refused == {"client-1": "it is not connected"}
+    assert collected(chosen, train_job())[1].refused == {"client-1": "it is not connected"}
     grid.nodes[555] = (APP, 1)  # the restarted SuperNode has another number
-    assert collect(chosen, train_job())[1].refused == {}
+    assert collected(chosen, train_job())[1].refused == {}
 
 
 def test_a_federation_of_no_fixed_names_grows():
@@ -273,7 +272,7 @@ def test_a_federation_of_no_fixed_names_grows():
     chosen = engine(grid, clients=2)
     assert chosen.clients == ("client-0", "client-1", "client-2")
     grid.nodes[999] = (APP, 3)
-    collect(chosen, train_job())
+    collected(chosen, train_job())
     assert chosen.clients == tuple(CLIENTS)
     assert (chosen.shape, chosen.classes) == ((1, 8, 8), 3)
     with pytest.raises(FederationError, match="there is no client 'client-9'; the clients are client-0, client-1"):
@@ -299,7 +298,7 @@ def test_a_node_that_does_not_fit_is_not_asked(number, change, text, caplog):
     with caplog.at_level(logging.WARNING):
         chosen = engine(grid, clients=tuple(CLIENTS))
     assert f"node 500 is not asked: {text}" in caplog.text
-    assert collect(chosen, train_job())[1].refused == {}
+    assert collected(chosen, train_job())[1].refused == {}
 
 
 def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
@@ -311,7 +310,7 @@ def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
 
     chosen = engine(Loopback(nodes(count=3) | {700: (slow, 3)}), clients=tuple(CLIENTS))
     for _ in range(3):
-        refused = collect(chosen, train_job())[1].refused
+        refused = collected(chosen, train_job())[1].refused
     assert refused == {}
 
 
@@ -320,7 +319,7 @@ def test_the_first_to_answer_does_not_decide_what_images_are_like(caplog):
     grid = Loopback({1: (odd, 0)} | nodes())
     chosen = engine(grid, clients=tuple(CLIENTS), layout=((1, 8, 8), 3))
     assert "node 1 is not asked: it holds images of shape (1, 16, 16)" in caplog.text
-    assert collect(chosen, train_job())[1].refused == {}
+    assert collected(chosen, train_job())[1].refused == {}
 
 
 def test_of_two_answers_to_one_message_the_first_counts_and_late_ones_are_not_taken_for_others():
@@ -338,8 +337,8 @@ def test_of_two_answers_to_one_message_the_first_counts_and_late_ones_are_not_ta
     grid = Slow(nodes())
     chosen = engine(grid)
     for round in range(2):
-        replies, _ = collect(chosen, train_job(round=round, phase=f"phase-{round}"))
-        straight = {r.client: r for r in collect(engine(), train_job(round=round, phase=f"phase-{round}"))[0]}
+        replies, _ = collected(chosen, train_job(round=round, phase=f"phase-{round}"))
+        straight = {r.client: r for r in collected(engine(), train_job(round=round, phase=f"phase-{round}"))[0]}
         for reply in replies:
             for name, tensor in reply.tensors.items():
                 assert torch.equal(tensor, straight[reply.client].tensors[name])
@@ -349,11 +348,11 @@ def test_of_two_answers_to_one_message_the_first_counts_and_late_ones_are_not_ta
 def test_a_refused_node_may_be_mended_and_come_back():
     grid = Loopback(nodes(count=3) | {500: (client_app(build_model, lambda context: 1 / 0), 3)})
     chosen = engine(grid, clients=tuple(CLIENTS))
-    assert collect(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
+    assert collected(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
     del grid.nodes[500]
-    collect(chosen, train_job())
+    collected(chosen, train_job())
     grid.nodes[500] = (APP, 3)
-    assert collect(chosen, train_job())[1].refused == {}
+    assert collected(chosen, train_job())[1].refused == {}
 
 
 def test_a_node_that_speaks_something_else_is_not_asked(caplog):
@@ -388,10 +387,10 @@ def test_too_few_clients_at_the_start_are_an_error():
 def test_an_engine_that_brings_replies_twice_or_unasked_does_no_harm(caplog):
     class Double(LocalEngine):
         def run(self, job):
-            replies = super().run(job)
+            replies = list(super().run(job))
             return [*replies, Reply(replies[0].client, {}, error="again"), Reply("stranger", {}, images=1)]
 
-    replies, entry = collect(Double(CLIENTS), train_job())
+    replies, entry = collected(Double(CLIENTS), train_job())
     assert [reply.client for reply in replies] == list(CLIENTS)
     assert entry.refused == {}
     assert "client-0 answered twice: its first answer counts" in caplog.text
@@ -433,7 +432,7 @@ def app_with_mod(**options):
 def test_a_train_function_for_the_whole_model_trains_the_pruned_one():
     plan = plan_pruning(make_net(), {"0": torch.arange(6.0), "3": torch.arange(8.0)}, fraction=0.5, example=EXAMPLE)
     job = train_job(model=prune(make_net(), plan), plan=plan, exclude=(1,))
-    replies = collect(engine(Loopback(nodes(app_with_mod()))), job)[0]
+    replies = collected(engine(Loopback(nodes(app_with_mod()))), job)[0]
     for reply in replies:
         pruned = copy.deepcopy(job.model)
         sgd(pruned, CLIENTS[reply.client].without((1,)), 0.1)
@@ -472,7 +471,7 @@ def test_messages_of_others_pass_the_mod_untouched():
 
 
 def test_a_train_function_must_answer_as_flowers_strategies_ask():
-    entry = collect(engine(Loopback(nodes() | {100: (app_with_mod(key="count"), 0)})), train_job())[1]
+    entry = collected(engine(Loopback(nodes() | {100: (app_with_mod(key="count"), 0)})), train_job())[1]
     assert entry.refused["client-0"].startswith("the train function must answer with one ArrayRecord and one metric")
 
 
@@ -485,7 +484,7 @@ def test_a_train_function_that_answers_with_an_error_is_told():
     def _(message, context):
         return Message(Error(7, "no GPU left"), reply_to=message)
 
-    entry = collect(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
+    entry = collected(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
     assert entry.refused["client-0"] == "its train function failed: no GPU left"
 
 
@@ -503,5 +502,5 @@ def test_flowers_own_errors_are_told(code, text):
     def change(message, reply):
         return Message(Error(code, "Traceback ...\nOSError: no space left on device\n"), reply_to=message)
 
-    entry = collect(engine(Loopback(nodes() | {100: (answering(change), 0)})), train_job())[1]
+    entry = collected(engine(Loopback(nodes() | {100: (answering(change), 0)})), train_job())[1]
     assert entry.refused["client-0"] == text

@@ -231,7 +231,7 @@ def test_a_cap_never_raises_and_statistics_within_it_stay_as_they_are(seed, cap)
 def test_a_poisoner_weighs_no_more_than_the_cap():
     class Poisoned(LocalEngine):
         def run(self, job):
-            replies = super().run(job)
+            replies = list(super().run(job))
             loud = {
                 name: tensor * (1e6 if name.startswith("sums.") else 1) for name, tensor in replies[0].tensors.items()
             }

@@ -12,12 +12,11 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_images, make_net
+from conftest import collected, make_images, make_net
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError
 from fedunlearn.federation import secure
 from fedunlearn.federation.client import handle
-from fedunlearn.federation.collect import collect
 from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.flower_client import add_secure_measure, client_app, unlearning_mod
 from fedunlearn.federation.grid import to_arrays
@@ -89,7 +88,7 @@ def test_numbers_that_cannot_be_added_up_are_refused(value):
 
 
 def test_the_server_gets_the_sum():
-    replies, entry = collect(engine(), job())
+    replies, entry = collected(engine(), job())
     (reply,) = replies
     assert (reply.client, reply.members) == (SUM, tuple(CLIENTS))
     assert_is_sum(reply.tensors, tuple(CLIENTS))
@@ -203,7 +202,7 @@ def failing_at(stage, *, silent):
 @pytest.mark.parametrize("stage", STAGES)
 def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
     lost = {101: (failing_at(stage, silent=silent), 1), 104: (failing_at(stage, silent=silent), 4)}
-    replies, entry = collect(engine(Loopback(nodes(APP, 5) | lost)), job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 5) | lost)), job())
     # Who is lost after it sent its masked numbers is in the sum all the same: the others remove its mask.
     inside = tuple(CLIENTS) if stage == "unmask" else ("client-0", "client-2", "client-3")
     assert replies[0].members == inside
@@ -214,7 +213,7 @@ def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
 def test_with_most_clients_lost_there_is_no_sum():
     lost = {100 + k: (failing_at("collect_masked_vectors", silent=True), k) for k in range(3)}
     with pytest.raises(FederationError, match="fewer than 3 of 5 clients went through all its stages"):
-        collect(engine(Loopback(nodes(APP, 5) | lost)), job())
+        collected(engine(Loopback(nodes(APP, 5) | lost)), job())
 
 
 def test_a_client_whose_numbers_cannot_be_added_drops_out():
@@ -224,7 +223,7 @@ def test_a_client_whose_numbers_cannot_be_added_drops_out():
         return net
 
     bad = client_app(broken, load_images, secure=True)
-    replies, entry = collect(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), job())
     assert list(entry.refused) == ["client-2"]
     assert_is_sum(replies[0].tensors, replies[0].members)
 
@@ -246,9 +245,9 @@ def test_statistics_that_do_not_fit_the_others_are_an_error_not_a_wrong_sum():
     # Which of the two it is depends on the order in which the vectors are added up.
     either = r"secure aggregation (failed: a client's answer does not fit|gave 1 arrays, expected 4)"
     with pytest.raises(FederationError, match=either):
-        collect(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), job())
+        collected(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), job())
     with pytest.raises(FederationError, match="secure aggregation gave 1 arrays, expected 4"):
-        collect(engine(Loopback(nodes(odd, 5))), job())
+        collected(engine(Loopback(nodes(odd, 5))), job())
 
 
 def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
@@ -257,7 +256,7 @@ def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
         return Message(RecordDict(), reply_to=message) if own else APP(message, context)
 
     with pytest.raises(FederationError, match="secure aggregation failed: a client's answer does not fit"):
-        collect(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), job())
+        collected(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), job())
 
 
 def test_nothing_but_measure_goes_under_secure_aggregation():
@@ -271,20 +270,20 @@ def test_nothing_but_measure_goes_under_secure_aggregation():
 
 def test_fewer_than_three_clients_have_nothing_to_hide_behind():
     with pytest.raises(FederationError, match="secure aggregation needs at least 3 clients, got 2"):
-        collect(engine(Loopback(nodes(APP, 2)), clients=2), job())
+        collected(engine(Loopback(nodes(APP, 2)), clients=2), job())
 
 
 def test_a_client_under_secure_aggregation_answers_no_plain_measure():
     with pytest.raises(FederationError, match="this client reports statistics under secure aggregation only"):
-        collect(engine(secure=False), job())
-    assert collect(engine(), Train(phase="t", model=make_net(), training=Training(0.1), lr=0.1))[1].refused == {}
+        collected(engine(secure=False), job())
+    assert collected(engine(), Train(phase="t", model=make_net(), training=Training(0.1), lr=0.1))[1].refused == {}
 
 
 def test_an_app_with_the_mod_reports_under_secure_aggregation_too():
     app = ClientApp(mods=[unlearning_mod(build_model, load_images, secure=True)])
     app.train()(lambda message, context: None)
     add_secure_measure(app, build_model, load_images)
-    replies, _ = collect(engine(Loopback(nodes(app, 5))), job())
+    replies, _ = collected(engine(Loopback(nodes(app, 5))), job())
     assert_is_sum(replies[0].tensors, tuple(CLIENTS))
 
 
@@ -345,7 +344,7 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
 
     masks = secure._masks
     monkeypatch.setattr(secure, "_masks", recorded)
-    collect(engine(), job())
+    collected(engine(), job())
     assert theirs.pseudo_rand_gen is weak
     assert len(set(seeds)) >= 5 + 10  # a private one per client, one per pair
     assert min(len(seed) for seed in seeds) >= 32
@@ -356,7 +355,7 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
 
 def test_a_client_keeps_no_key_of_a_sum_that_is_over():
     grid = Loopback(nodes(APP, 5) | {101: (failing_at("unmask", silent=False), 1)})
-    collect(engine(grid), job())
+    collected(engine(grid), job())
     for node in (100, 102, 103, 104):
         assert "secaggplus_state" not in grid.contexts[node].state.config_records
 

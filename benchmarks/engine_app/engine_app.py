@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedunlearn.federation.collect import collect
+from fedunlearn.federation.collect import Answers
 from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.grid import Context, Grid, ServerApp
@@ -53,8 +53,10 @@ def time_rounds(engine: Engine, recipe: Recipe, repeats: int) -> dict[str, dict[
     for repeat in range(-1, repeats):
         for name, job in jobs.items():
             began = time.monotonic()
-            _, entry = collect(engine, job)
+            answers = Answers(engine, job)
+            for _ in answers:
+                pass
             if repeat >= 0:
                 seconds[name].append(time.monotonic() - began)
-                lost[name].append(len(entry.refused))
+                lost[name].append(len(answers.entry.refused))
     return {"seconds": seconds, "lost": lost}

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,13 +39,11 @@ class Attendance(LocalEngine):
 
     absent: dict[tuple[str, int, str], set[str]]
 
-    def run(self, job: Job) -> list[Reply]:
+    def run(self, job: Job) -> Iterator[Reply]:
         """Run ``job``; those absent from it give no answer."""
         away = self.absent.get((job.phase, job.round, type(job).__name__.lower()), set())
-        return [
-            Reply(reply.client, {}, error="it was absent") if reply.client in away else reply
-            for reply in super().run(job)
-        ]
+        for reply in super().run(job):
+            yield Reply(reply.client, {}, error="it was absent") if reply.client in away else reply
 
 
 def main(folder: Path) -> int:

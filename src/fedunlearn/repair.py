@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.federation.client import batch_norm_layers
-from fedunlearn.federation.collect import collect
+from fedunlearn.federation.collect import Answers
 from fedunlearn.federation.jobs import Engine, Reestimate
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.journal import Journal, Step
@@ -108,9 +108,9 @@ def reestimate(
         seed=seed,
     )
     journal.report(phase, 0, 1)
-    replies, entry = collect(engine, job)
-    fit_batch_norm(fitted, [reply.tensors for reply in replies])
-    journal.finish(Step(phase, 0, (entry,)), fitted.state_dict())
+    answers = Answers(engine, job)
+    fit_batch_norm(fitted, [reply.tensors for reply in answers])
+    journal.finish(Step(phase, 0, (answers.entry,)), fitted.state_dict())
     journal.report(phase, 1, 1)
     return fitted
 

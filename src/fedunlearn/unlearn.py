@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.errors import FederationError, ModelError
-from fedunlearn.federation.collect import collect
+from fedunlearn.federation.collect import Answers
 from fedunlearn.federation.influence import limit_influence
-from fedunlearn.federation.jobs import Engine, Measure
+from fedunlearn.federation.jobs import Engine, Measure, Reply
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.groups import head_layer, prunable_layers
 from fedunlearn.journal import Journal, Step
@@ -187,26 +188,35 @@ def measure(
     steps = journal.steps(job.phase)
     if steps:
         saved = journal.state(job.phase)
-        held = saved.pop("held")
-        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, held))
+        rows = saved.pop("held")
+        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, rows))
     journal.report(job.phase, 0, 1)
-    replies, entry = collect(engine, job)
-    single = [reply for reply in replies if not reply.members]
-    if len(single) < len(replies) and (mean_of_clients or influence is not None):
-        raise FederationError(
-            "under secure aggregation only the sum of the statistics is known: "
-            "unlearn.mean_of_clients and unlearn.influence need those of each client"
-        )
-    held = torch.stack([reply.tensors["held"] for reply in single]) if single else torch.zeros(0, job.classes)
-    parts = [
-        ChannelStats.from_tensors({name: tensor for name, tensor in reply.tensors.items() if name != "held"})
-        for reply in replies
-    ]
-    if influence is not None:
-        parts = limit_influence(parts, influence)
-    merged = parts[0].one_vote_per_class() if mean_of_clients else parts[0]
-    for part in parts[1:]:
-        merged = merged.merge(part.one_vote_per_class() if mean_of_clients else part)
-    journal.finish(Step(job.phase, 0, (entry,)), {**merged.tensors(), "held": held})
+    answers = Answers(engine, job)
+    held: dict[str, Tensor] = {}
+    merged = _merged(_parts(answers, held, each=mean_of_clients or influence is not None), mean_of_clients, influence)
+    known = torch.stack(list(held.values())) if held else torch.zeros(0, job.classes)
+    journal.finish(Step(job.phase, 0, (answers.entry,)), {**merged.tensors(), "held": known})
     journal.report(job.phase, 1, 1)
-    return merged, dict(zip((reply.client for reply in single), held))
+    return merged, held
+
+
+def _parts(answers: Iterable[Reply], held: dict[str, Tensor], *, each: bool) -> Iterator[ChannelStats]:
+    """Yield the statistics of replies and note in ``held`` what each client has; a sum is refused where ``each``."""
+    for reply in answers:
+        if reply.members and each:
+            raise FederationError(
+                "under secure aggregation only the sum of the statistics is known: "
+                "unlearn.mean_of_clients and unlearn.influence need those of each client"
+            )
+        if not reply.members:
+            held[reply.client] = reply.tensors["held"]
+        yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
+
+
+def _merged(parts: Iterable[ChannelStats], mean_of_clients: bool, influence: float | None) -> ChannelStats:
+    """Return all ``parts`` as one; they are added up as they come, unless each must be seen beside all others."""
+    if influence is not None:
+        parts = limit_influence(list(parts), influence)
+    if mean_of_clients:
+        parts = (part.one_vote_per_class() for part in parts)
+    return functools.reduce(ChannelStats.merge, parts)

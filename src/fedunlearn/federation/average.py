@@ -30,8 +30,9 @@ def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Ten
         for name, tensor in state.items():
             types[name] = tensor.dtype
             if tensor.is_floating_point():
-                term = tensor.double() * images
-                sums[name] = sums[name] + term if name in sums else term
+                if name not in sums:
+                    sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+                sums[name].add_(tensor, alpha=images)
             else:
                 sums[name] = torch.maximum(sums[name], tensor) if name in sums else tensor
     return {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.client import batch_norm_layers
 from fedunlearn.federation.jobs import MOST_IMAGES, SUM, Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
-from fedunlearn.federation.ledger import Entry, entry_for
+from fedunlearn.federation.ledger import Entry, Meter
 
 _logger = logging.getLogger(__name__)
 QUORUM = 0.5
@@ -18,39 +18,65 @@ QUORUM = 0.5
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name to shape and type
 
 
-def collect(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
-    """Run ``job`` and return the replies that can be used, in client-id order, with the ledger entry.
+class Answers:
+    """The replies to a job that can be used, in client-id order, and then what all of them cost.
 
-    Raises:
-        FederationError: less than half of the clients asked gave a usable reply.
+    They are read once, as clients give them, and not kept: iterate, then ask for ``entry``.
+
+    Args:
+        engine: who runs the job.
+        job: what the clients are asked.
     """
-    replies = _one_of_each(engine.run(job), engine.clients if job.clients is None else job.clients, job)
-    expected = _expected(job)
-    refused = {reply.client: why for reply in replies if (why := refusal(reply, job, expected)) is not None}
-    for client, why in refused.items():
-        _logger.warning("%s, round %d: %s gave no usable reply: %s", job.phase, job.round + 1, client, why)
-    used = [reply for reply in replies if reply.client not in refused]
-    asked = len(engine.clients if job.clients is None else job.clients)
-    answered = sum(len(reply.members) or 1 for reply in used)
-    if answered < max(1, QUORUM * asked):
-        why = "; ".join(f"{client}: {reason}" for client, reason in refused.items())
-        raise FederationError(
-            f"{job.phase}, round {job.round + 1}: only {answered} of {asked} clients gave a usable reply, "
-            f"expected at least half ({why}); mend them and run the same command again"
-        )
-    return used, entry_for(job, engine.shape, asked, replies, refused)
 
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine = engine
+        self._job = job
+        self._asked = engine.clients if job.clients is None else job.clients
+        self._meter = Meter(job, engine.shape, len(self._asked))
 
-def _one_of_each(replies: Sequence[Reply], asked: Sequence[str], job: Job) -> list[Reply]:
-    """Return the first reply of every client that was asked; engines of other hands may bring more."""
-    first: dict[str, Reply] = {}
-    for reply in replies:
-        if reply.client in first or not {reply.client, *reply.members} - {SUM} <= set(asked):
-            why = "answered twice: its first answer counts" if reply.client in first else "was not asked"
-            _logger.warning("%s, round %d: %s %s", job.phase, job.round + 1, reply.client, why)
-        else:
-            first[reply.client] = reply
-    return list(first.values())
+    def __iter__(self) -> Iterator[Reply]:
+        """Yield each usable reply.
+
+        Raises:
+            FederationError: at the end: less than half of the clients asked gave one.
+        """
+        expected = _expected(self._job)
+        answered, refused = 0, []
+        for reply in self._one_of_each():
+            why = refusal(reply, self._job, expected)
+            self._meter.count(reply, refused=why)
+            if why is None:
+                answered += len(reply.members) or 1
+                yield reply
+            else:
+                self._warn(f"{reply.client} gave no usable reply: {why}")
+                refused.append(f"{reply.client}: {why}")
+        if answered < max(1, QUORUM * len(self._asked)):
+            raise FederationError(
+                f"{self._job.phase}, round {self._job.round + 1}: only {answered} of {len(self._asked)} clients gave "
+                f"a usable reply, expected at least half ({'; '.join(refused)}); mend them and run the same command "
+                "again"
+            )
+
+    @property
+    def entry(self) -> Entry:
+        """The ledger entry of the replies read so far."""
+        return self._meter.entry()
+
+    def _one_of_each(self) -> Iterator[Reply]:
+        """Yield the first reply of every client that was asked; engines of other hands may bring more."""
+        asked, seen = {SUM, *self._asked}, set()
+        for reply in self._engine.run(self._job):
+            if reply.client in seen:
+                self._warn(f"{reply.client} answered twice: its first answer counts")
+            elif not asked.issuperset((reply.client, *reply.members)):
+                self._warn(f"{reply.client} was not asked")
+            else:
+                seen.add(reply.client)
+                yield reply
+
+    def _warn(self, text: str) -> None:
+        _logger.warning("%s, round %d: %s", self._job.phase, self._job.round + 1, text)
 
 
 def refusal(reply: Reply, job: Job, expected: Layout) -> str | None:

@@ -39,6 +39,7 @@ __all__ = [
 JOB = "train"
 ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
 POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
+_LONGEST_POLL = 3.0
 
 
 def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[int, Message]:
@@ -46,8 +47,8 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[i
     nodes = [message.metadata.dst_node_id for message in messages]
     sent = {number: node for number, node in zip(grid.push_messages(messages), nodes) if number}  # "": not sent
     answers: dict[int, Message] = {}
-    end = time.monotonic() + deadline
-    while len(answers) < len(sent) and time.monotonic() < end:
+    began = time.monotonic()
+    while len(answers) < len(sent) and (waited := time.monotonic() - began) < deadline:
         waiting = {number for number, node in sent.items() if node not in answers}
         for message in grid.pull_messages(waiting):
             # By what it answers: errors of the SuperLink come in its own name.
@@ -55,7 +56,8 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[i
             if node is not None:
                 answers.setdefault(node, message)
         if len(answers) < len(sent):
-            time.sleep(POLL)
+            # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
+            time.sleep(min(max(POLL, waited / 20), _LONGEST_POLL, deadline))
     return answers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -143,7 +143,7 @@ class ClientData:
 
 
 class Engine(Protocol):
-    """Runs one job on clients and returns a reply from each that was asked, in client-id order."""
+    """Runs one job on clients and gives a reply of each that was asked, in client-id order."""
 
     @property
     def clients(self) -> Sequence[str]:
@@ -157,5 +157,8 @@ class Engine(Protocol):
     def classes(self) -> int:
         """Number of classes that labels count."""
 
-    def run(self, job: Job) -> list[Reply]:
-        """Run ``job``; a client that fails gives a reply with ``error``, not an exception."""
+    def run(self, job: Job) -> Iterable[Reply]:
+        """Run ``job``; a client that fails gives a reply with ``error``, not an exception.
+
+        Replies may come while later clients still work: a server that adds them up never holds all of them.
+        """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedunlearn.federation.jobs import Job, Reply, Train
+
+# Model to its shapes when it was counted, and the operations of an image.
+_counted: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -86,29 +90,51 @@ class Cost:
         )
 
 
-def entry_for(
-    job: Job, shape: tuple[int, int, int], asked: int, replies: Sequence[Reply], refused: Mapping[str, str]
-) -> Entry:
-    """Return the ledger entry of ``job``, sent to ``asked`` clients that see images of ``shape``.
+class Meter:
+    """Adds up what the replies to a job cost, those that are refused too.
 
-    What refused replies report to have cost is counted too.
+    Args:
+        job: what was asked.
+        shape: ``(colours, height, width)`` of the images that clients see.
+        asked: to how many clients it was sent.
     """
-    samples = sum(reply.samples for reply in replies)
-    forward, training = flops_per_image(job.model, shape)
-    message = size_in_bytes(job.model.state_dict()) + len(job.plan.to_json())
-    return Entry(
-        job=type(job).__name__.lower(),
-        clients=tuple(
-            name for reply in replies if reply.client not in refused for name in reply.members or (reply.client,)
-        ),
-        refused=refused,
-        samples=samples,
-        flops=samples * (training if isinstance(job, Train) else forward),
-        seconds=sum(reply.seconds for reply in replies),
-        bytes_down=asked * message,
+
+    def __init__(self, job: Job, shape: tuple[int, int, int], asked: int) -> None:
+        self._job = job
+        self._shape = shape
+        self._asked = asked
+        self._clients: list[str] = []
+        self._refused: dict[str, str] = {}
+        self._samples = 0
+        self._seconds = 0.0
+        self._bytes = 0
+
+    def count(self, reply: Reply, *, refused: str | None) -> None:
+        """Count ``reply``, with the reason if it is refused."""
+        if refused is None:
+            self._clients += reply.members or (reply.client,)
+        else:
+            self._refused[reply.client] = refused
+        self._samples += reply.samples
+        self._seconds += reply.seconds
         # Under secure aggregation each client sends two masked numbers for one, without the keys and their shares.
-        bytes_up=sum(size_in_bytes(reply.tensors) * (2 * len(reply.members) or 1) for reply in replies),
-    )
+        self._bytes += size_in_bytes(reply.tensors) * (2 * len(reply.members) or 1)
+
+    def entry(self) -> Entry:
+        """Return the ledger entry of what was counted."""
+        state = self._job.model.state_dict()
+        forward, training = _flops(self._job.model, state, self._shape)
+        message = size_in_bytes(state) + len(self._job.plan.to_json())
+        return Entry(
+            job=type(self._job).__name__.lower(),
+            clients=tuple(self._clients),
+            refused=self._refused,
+            samples=self._samples,
+            flops=self._samples * (training if isinstance(self._job, Train) else forward),
+            seconds=self._seconds,
+            bytes_down=self._asked * message,
+            bytes_up=self._bytes,
+        )
 
 
 def size_in_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -120,8 +146,21 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int,
     """Count the operations of one image: forward pass, and forward plus backward pass.
 
     Counted by ``torch.utils.flop_counter`` on two blank images; one multiply-add is two operations, and only
-    convolutions and matrix products count, so the figure does not depend on the machine.
+    convolutions and matrix products count, so the figure does not depend on the machine. A model is counted once for
+    as long as its tensors keep their shapes: rounds of one phase ask again and again.
     """
+    return _flops(model, model.state_dict(), shape)
+
+
+def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[int, int]:
+    layout = (shape, *(tensor.shape for tensor in state.values()))
+    known = _counted.get(model)
+    if known is None or known[0] != layout:
+        known = _counted[model] = (layout, _count_flops(model, shape))
+    return known[1]
+
+
+def _count_flops(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
     copied = copy.deepcopy(model).cpu().train()
     images = torch.zeros((2, *shape))
     with FlopCounterMode(display=False) as counter:

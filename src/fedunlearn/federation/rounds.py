@@ -9,7 +9,7 @@ from torch import nn
 
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.average import fedavg
-from fedunlearn.federation.collect import collect
+from fedunlearn.federation.collect import Answers
 from fedunlearn.federation.jobs import Engine, Evaluate, Train
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.journal import Journal, Step
@@ -76,9 +76,9 @@ def train_rounds(
             lr=training.lr * schedule(round, rounds),
             exclude=exclude,
         )
-        replies, entry = collect(engine, job)
-        model.load_state_dict(fedavg((reply.tensors, reply.images) for reply in replies), strict=True)
-        entries = [entry]
+        answers = Answers(engine, job)
+        model.load_state_dict(fedavg((reply.tensors, reply.images) for reply in answers), strict=True)
+        entries = [answers.entry]
         validation = None
         if validate or target is not None:
             validation, evaluated = validation_accuracy(model, engine, phase=phase, exclude=exclude, plan=plan)
@@ -108,10 +108,12 @@ def validation_accuracy(
     class of each output row; row ``r`` is class ``r`` where it is None.
     """
     job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), exclude=exclude, labels=labels)
-    replies, entry = collect(engine, job)
-    correct = sum(int(reply.tensors["correct"]) for reply in replies)
-    counts = sum(int(reply.tensors["counts"]) for reply in replies)
-    return correct / counts if counts else None, entry
+    answers = Answers(engine, job)
+    correct = counts = 0
+    for reply in answers:
+        correct += int(reply.tensors["correct"])
+        counts += int(reply.tensors["counts"])
+    return correct / counts if counts else None, answers.entry
 
 
 def _drawn(able: Sequence[str], participation: float, seed: int, phase: str, round: int) -> tuple[str, ...]:
