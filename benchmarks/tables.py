@@ -3,7 +3,7 @@
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` by the table
 of ``benchmarks/results/NAME-*.json``, one row per file, and what stands between ``<!-- audits NAME -->`` and
 ``<!-- end -->`` by the figures in ``benchmarks/audits/NAME*.json``; ``--check`` only says whether the page is up to
-date. ``<!-- measured NAME -->``, in docs/privacy.md too, is made from ``benchmarks/NAME.json``.
+date. ``<!-- measured NAME -->``, in docs/privacy.md and docs/performance.md too, is made from ``benchmarks/NAME.json``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedunlearn.evidence.words import AUDITS, MODELS, clipped
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 PRIVACY = PAGE.with_name("privacy.md")
+PERFORMANCE = PAGE.with_name("performance.md")
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _MEASURED = re.compile(r"(<!-- measured ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 _AUDITS = re.compile(r"(<!-- audits ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -43,12 +44,17 @@ def measured(page: str) -> str:
     """Return ``page`` with the tables of single files made anew."""
     makers: dict[str, Callable[[Any], str]] = {
         "engines": engine_table,
+        "speed": speed_table,
+        "growth": growth_table,
+        "peak": peak_table,
+        "precision": precision_table,
         "poisoning": poisoning_table,
         "private": private_table,
     }
 
     def made(match: re.Match[str]) -> str:
-        value = json.loads((RESULTS.parent / f"{match[2]}.json").read_text("utf-8"))
+        file = {"growth": "speed", "peak": "speed"}.get(match[2], match[2])
+        value = json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8"))
         return match[1] + makers[match[2]](value) + match[3]
 
     return _MEASURED.sub(made, page)
@@ -64,6 +70,46 @@ def engine_table(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{median(own):.{digits}f} ({min(own):.{digits}f} to {max(own):.{digits}f})")
         lines.append(f"| {row['engine']} | {row['clients']} | {' | '.join(cells)} | {row['memory_mb']} |")
     return "\n".join(lines) + "\n"
+
+
+def speed_table(value: dict[str, Any]) -> str:
+    """Return the ratios of ``benchmarks.speed``, median and range over the turns, and images per second."""
+    lines = ["| comparison | ratio | theirs, images/s | ours, images/s |", "|---" * 4 + "|"]
+    for name, own in value["comparisons"].items():
+        rates = own["images_per_second"]
+        text = f"{own['ratio']:.2f} ({own['low']:.2f} to {own['high']:.2f})"
+        lines.append(f"| `{name}` | {text} | {rates['theirs']} | {rates['ours']} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth_table(value: dict[str, Any]) -> str:
+    """Return how cost grows with clients, classes and channels."""
+    lines = ["| clients | empty round, ms per client | training round, s | peak memory, MB |", "|---" * 4 + "|"]
+    for row in value["growth"]["clients"]:
+        cells = (row["clients"], row["empty_ms_per_client"], row["train_seconds"], row["peak_mb"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| model | statistics over bare passes | images/s |", "|---" * 3 + "|"]
+    for kind in ("classes", "channels"):
+        for row in value["growth"][kind]:
+            name = f"ResNet20, {row[kind]} classes" if kind == "classes" else f"three layers of {row[kind]} channels"
+            lines.append(f"| {name} | {row['statistics_vs_bare_forward']:.2f} | {row['images_per_second']} |")
+    return "\n".join(lines) + "\n"
+
+
+def peak_table(value: dict[str, Any]) -> str:
+    """Return which share of the speed of large matrix products is reached."""
+    own, precision = value["peak"], value["compute"]["precision"]
+    return (
+        "| | of the peak |\n|---|---|\n"
+        f"| large matrix products in {precision}, all cores: {own['gflops']:.0f} GFLOP/s | 100 % |\n"
+        f"| statistics | {100 * own['statistics']:.0f} % |\n| training | {100 * own['train']:.0f} % |\n"
+    )
+
+
+def precision_table(rows: list[dict[str, Any]]) -> str:
+    """Return accuracies in each precision, lowest to highest over seeds, in percent."""
+    figures = {"original U": "original_forget", "original R": "original_retain", "U": "forget", "R": "retain"}
+    return _by_setting(rows, {"precision": "precision"}, figures)
 
 
 def poisoning_table(rows: list[dict[str, Any]]) -> str:
@@ -156,7 +202,7 @@ def _accuracy(block: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Bring the pages up to date, or say that they are not."""
-    for path, fill in ((PAGE, filled), (PRIVACY, measured)):
+    for path, fill in ((PAGE, filled), (PRIVACY, measured), (PERFORMANCE, measured)):
         page = path.read_text("utf-8")
         if "--check" in sys.argv and fill(page) != page:
             sys.exit(f"{path}: run python -m benchmarks.tables")

@@ -5,6 +5,7 @@ from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.audits.measure import Figure
 from fedunlearn.audits.subject import Subject, without_rows
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.compute import Compute
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import (
@@ -35,6 +36,7 @@ from fedunlearn.groups import prunable_layers
 from fedunlearn.journal import Journal
 from fedunlearn.models import build_model
 from fedunlearn.plan import PruningPlan, plan_pruning
+from fedunlearn.probe import probe
 from fedunlearn.prune import prune
 from fedunlearn.repair import reestimate
 from fedunlearn.scores import ChannelScores, contrast, margin, random_scores, tf_idf
@@ -47,6 +49,7 @@ __all__ = [
     "AuditImages",
     "ChannelScores",
     "ChannelStats",
+    "Compute",
     "Cost",
     "DataError",
     "Engine",
@@ -86,6 +89,7 @@ __all__ = [
     "one_cycle",
     "partition",
     "plan_pruning",
+    "probe",
     "prunable_layers",
     "prune",
     "random_scores",

@@ -21,6 +21,7 @@ from fedunlearn.evidence.words import MODELS
 from fedunlearn.files import write_text
 from fedunlearn.groups import head_layer
 from fedunlearn.journal import Journal
+from fedunlearn.machine import settled
 from fedunlearn.oracles import retrained_models
 from fedunlearn.plan import plan_without_rows
 from fedunlearn.prune import prune
@@ -61,13 +62,13 @@ def audit_model(
 
     check_folder(out)
     weights = read_weights(model)
-    setting = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
+    setting, _ = settled(set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None), out)
     images = setting.audit_images() if client is None else _of_client(setting, client)
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     candidate = _subject(weights, setting)
     named = _retrained(oracles, setting, besides=model)
-    data, portable = fingerprint(setting.splits), portable_recipe(recipe, out)
+    data, portable = fingerprint(setting.splits), portable_recipe(setting.recipe, out)
     header = {"command": "audit", "version": __version__, "recipe": portable, "data": data, "client": client}
     files = {path.stem: sha256(path) for path in oracles}
     journal = Journal(out, header=header | {"model": sha256(model), "oracles": files}, observe=observe)

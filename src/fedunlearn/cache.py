@@ -50,7 +50,7 @@ class RetrainedCache:
         """
         if ":" in recipe.model.name:
             return None
-        parts = [recipe.digest("data", "federation", "train"), recipe.model.name, recipe.model.shortcut]
+        parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
         key = hashlib.sha256(json.dumps([__version__, *parts, sorted(forget), data, seed]).encode()).hexdigest()
         return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
 

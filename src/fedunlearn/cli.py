@@ -48,6 +48,10 @@ EngineOption = Annotated[
     str | None,
     typer.Option("--engine", help="Who runs the clients: local, flower-simulation, flower; sets federation.engine."),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="float32 everywhere, bfloat16, or auto: what is faster; sets compute.precision."),
+]
 SuperLinkOption = Annotated[
     str | None, typer.Option("--superlink", help="With --engine flower: ADDRESS:PORT of your SuperLink.")
 ]
@@ -85,6 +89,7 @@ def run(
     data: DataOption = None,
     weights: WeightsOption = None,
     overrides: SetOption = None,
+    precision: PrecisionOption = None,
     engine: EngineOption = None,
     superlink: SuperLinkOption = None,
     ca: CaOption = None,
@@ -94,8 +99,8 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
-    where = Where(engine, superlink, ca)
-    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, where, key=key)
+    clients = Clients(engine, superlink, ca, precision)
+    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, clients, key=key)
 
 
 @app.command()
@@ -104,6 +109,7 @@ def train(
     out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    precision: PrecisionOption = None,
     engine: EngineOption = None,
     superlink: SuperLinkOption = None,
     ca: CaOption = None,
@@ -112,7 +118,8 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train the original model by federated averaging."""
-    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug, Where(engine, superlink, ca))
+    clients = Clients(engine, superlink, ca, precision)
+    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug, clients)
 
 
 @app.command()
@@ -125,6 +132,7 @@ def unlearn(
     out: OutOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
+    precision: PrecisionOption = None,
     engine: EngineOption = None,
     superlink: SuperLinkOption = None,
     ca: CaOption = None,
@@ -133,7 +141,8 @@ def unlearn(
     debug: DebugOption = False,
 ) -> None:
     """Make a model forget, without comparisons."""
-    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug, Where(engine, superlink, ca))
+    clients = Clients(engine, superlink, ca, precision)
+    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug, clients)
 
 
 @app.command()
@@ -163,13 +172,14 @@ def audit(
     ] = None,
     client: Annotated[str | None, typer.Option("--client", help="Audit with this client's images alone.")] = None,
     overrides: SetOption = None,
+    precision: PrecisionOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
     with _told(debug):
-        chosen = load_recipe(recipe, _overrides(data, None, overrides))
+        chosen = load_recipe(recipe, _overrides(data, None, overrides, precision=precision))
         folder = out or Path("runs") / f"{Path(recipe).stem}-audit"
         with _progress(quiet) as (console, observe):
             result = audit_model(
@@ -230,12 +240,13 @@ def recipes() -> None:
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where the clients are: the engine, and for Flower's deployment the SuperLink and the certificate of its CA."""
+class Clients:
+    """Where the clients are, for Flower's deployment with SuperLink and certificate of its CA, and how they compute."""
 
     engine: str | None
     superlink: str | None
     ca: Path | None
+    precision: str | None
 
 
 def _do(
@@ -248,17 +259,18 @@ def _do(
     quiet: bool,
     as_json: bool,
     debug: bool,
-    where: Where,
+    clients: Clients,
     key: Path | None = None,
 ) -> None:
     with _told(debug):
-        chosen = load_recipe(recipe, _overrides(data, weights, overrides, where.engine))
-        if (where.superlink is not None) != (chosen.federation.engine == "flower"):
+        named = _overrides(data, weights, overrides, engine=clients.engine, precision=clients.precision)
+        chosen = load_recipe(recipe, named)
+        if (clients.superlink is not None) != (chosen.federation.engine == "flower"):
             raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
         stem = Path(recipe).stem
         folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
         with _progress(quiet) as (console, observe):
-            result = _work(command, chosen, folder, key, where, console, observe)
+            result = _work(command, chosen, folder, key, clients, console, observe)
         if result is None:
             typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
             return
@@ -273,7 +285,7 @@ def _work(
     recipe: Recipe,
     folder: Path,
     key: Path | None,
-    where: Where,
+    clients: Clients,
     console: Console,
     observe: Callable[[str, int, int], None],
 ) -> dict[str, Any] | None:
@@ -297,9 +309,9 @@ def _work(
         case "flower":
             with _flower_installed():
                 from fedunlearn.deployment import run_on
-            assert where.superlink is not None  # _do checked it
+            assert clients.superlink is not None  # _do checked it
             tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-            return run_on(where.superlink, recipe, folder, command=command, key=key, ca=where.ca, tell=tell)
+            return run_on(clients.superlink, recipe, folder, command=command, key=key, ca=clients.ca, tell=tell)
         case _:
             return work()
 
@@ -327,11 +339,23 @@ def _silent(phase: str, done: int, planned: int) -> None:
     """Show nothing."""
 
 
-def _overrides(data: str | None, weights: str | None, more: list[str] | None, engine: str | None = None) -> list[str]:
-    named = [("data.path", data), ("model.weights", weights), ("federation.engine", engine)]
+def _overrides(
+    data: str | None,
+    weights: str | None,
+    more: list[str] | None,
+    *,
+    engine: str | None = None,
+    precision: str | None = None,
+) -> list[str]:
+    named = {
+        "data.path": data,
+        "model.weights": weights,
+        "federation.engine": engine,
+        "compute.precision": precision,
+    }
     return [
         *(more or []),
-        *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named if value is not None),
+        *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None),
     ]
 
 

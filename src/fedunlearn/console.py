@@ -93,7 +93,8 @@ def describe(setting: Setting) -> str:
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
         f"{per_class[-1]} per class\n"
-        f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients"
+        f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients; they compute in "
+        f"{setting.recipe.compute.precision}"
     )
 
 

@@ -179,6 +179,15 @@ class Journal:
             )
 
 
+def header_of(folder: Path) -> dict[str, Any]:
+    """Return what identifies the run in ``folder``; empty where there is none."""
+    try:
+        header: dict[str, Any] = json.loads((folder / _ROUNDS).read_bytes().splitlines()[0])
+        return header
+    except (OSError, ValueError, IndexError):  # Journal says what is wrong with it
+        return {}
+
+
 def _append(path: Path, line: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")

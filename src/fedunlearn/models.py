@@ -122,7 +122,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape ``(images, classes)``."""
-        maps = F.relu(self.bn1(self.conv1(images)))
+        maps = F.relu(self.bn1(self.conv1(images)), inplace=True)
         maps = self.layer3(self.layer2(self.layer1(maps)))
         logits: Tensor = self.linear(maps.mean((2, 3)))
         return logits
@@ -143,8 +143,8 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, maps: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(maps)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(maps))
+        inner = F.relu(self.bn1(self.conv1(maps)), inplace=True)
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(maps), inplace=True)
 
 
 class ZeroPad(nn.Module):

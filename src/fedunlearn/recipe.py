@@ -117,6 +117,17 @@ class PrivacyTable(_Table):
     secure: bool = False
 
 
+class ComputeTable(_Table):
+    """How clients of this process compute, see ``Compute``; ``auto``: all three as a probe of the machine finds best.
+
+    ``workers = 0``: one per core.
+    """
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
 class AuditTable(_Table):
     """How forgetting is judged: retrained models, images of each class for probes, rate of relearning."""
 
@@ -142,6 +153,7 @@ class Recipe(_Table):
     train: TrainTable
     unlearn: UnlearnTable
     privacy: PrivacyTable = PrivacyTable()
+    compute: ComputeTable = ComputeTable()
     audit: AuditTable = AuditTable()
     evidence: EvidenceTable = EvidenceTable()
 
@@ -165,6 +177,7 @@ class Recipe(_Table):
         value["data"].pop("path")
         for name in ("engine", "deadline"):  # who runs the clients does not change what they do
             value["federation"].pop(name)
+        value["compute"].pop("workers")  # nor does how many work at the same time
         chosen = {table: value[table] for table in tables or value}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
@@ -198,6 +211,11 @@ def check(recipe: Recipe) -> None:
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
     recipe.rules()
+    compute = recipe.compute
+    if compute.precision == "auto" and compute != ComputeTable():
+        raise RecipeError("compute.memory_format and compute.workers need a compute.precision that is not auto")
+    if compute.precision == "bfloat16" and recipe.federation.engine != "local":
+        raise RecipeError("compute.precision = bfloat16 needs the engine local: Flower clients compute in float32")
     if recipe.privacy.secure and recipe.federation.engine == "local":
         raise RecipeError(
             "privacy.secure needs --engine flower or flower-simulation: clients of one process hide nothing"

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.checkpoint import Weights, load_weights, read_weights
+from fedunlearn.compute import Compute
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
@@ -22,9 +23,10 @@ from fedunlearn.federation.jobs import ClientData, Engine
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.groups import find_groups, head_layer
 from fedunlearn.models import build_model
-from fedunlearn.recipe import Recipe
+from fedunlearn.recipe import ComputeTable, Recipe
 from fedunlearn.scores import CRITERIA, Criterion, forget_classes
 from fedunlearn.seeding import generator
+from fedunlearn.threads import cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +100,27 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
     head_layer(model, example)
     find_groups(model, example)
     clients, validation = share_out(recipe, train)
-    engine = LocalEngine(clients, validation=validation, rules=recipe.rules())
+    engine = _local_engine(recipe, clients, validation)
     table = class_table(clients)
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     return Setting(recipe, splits, engine, model, weights, forget, table, clients, validation)
+
+
+def computing(setting: Setting, table: ComputeTable) -> Setting:
+    """Return ``setting`` with a recipe and clients that compute as ``table`` says."""
+    recipe = setting.recipe.model_copy(update={"compute": table})
+    return replace(setting, recipe=recipe, engine=_local_engine(recipe, setting.clients, setting.validation))
+
+
+def _local_engine(
+    recipe: Recipe, clients: Mapping[str, LabelledImages], validation: Mapping[str, LabelledImages]
+) -> LocalEngine:
+    table = recipe.compute
+    precision = "float32" if table.precision == "auto" else table.precision
+    compute = Compute(precision, table.memory_format, table.workers or cores())
+    return LocalEngine(clients, validation=validation, rules=recipe.rules(), compute=compute)
 
 
 def share_out(recipe: Recipe, train: LabelledImages) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:

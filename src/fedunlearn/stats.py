@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedunlearn.errors import DataError
 from fedunlearn.files import write_tensors
-from fedunlearn.taps import Tap, find_taps
+from fedunlearn.taps import Tap, channel_means, find_taps, reading
 
 _COUNTS = "counts"
 
@@ -117,9 +117,12 @@ def measure_channels(
         DataError: a label is not in ``0 .. num_classes - 1``, or names are given and there is no batch.
         ModelError: a layer is no convolution of the model.
     """
-    sums: dict[str, Tensor] = {}
+    if not isinstance(layers, Mapping):
+        first, batches = _first(batches)
+        layers = find_taps(model, tuple(layers), first, hook=hook)
+    widths = [int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in layers]
+    sums = torch.zeros(num_classes, sum(widths), dtype=torch.float64)
     counts = torch.zeros(num_classes, dtype=torch.int64)
-    taps = layers if isinstance(layers, Mapping) else None
     training = model.training
     model.eval()
     try:
@@ -128,68 +131,30 @@ def measure_channels(
                 raise DataError(
                     f"labels must lie in 0 .. {num_classes - 1}, got {int(labels.min())} .. {int(labels.max())}"
                 )
-            if taps is None:
-                taps = find_taps(model, tuple(layers), images, hook=hook)
-            with reading(model, taps) as maps, torch.inference_mode():
-                output = model(images)
+            with reading(model, layers) as maps, torch.inference_mode():
+                model(images)
+                means = [channel_means(maps[name], tap, width) for (name, tap), width in zip(layers.items(), widths)]
+                everything = torch.cat(means, dim=1).double().cpu()  # one row per image: all layers in one addition
+            if clip:
+                everything = _clipped(everything, clip)
+            sums.index_add_(0, labels.cpu(), everything)
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
-            means = {
-                layer: channel_means(output if tap.module == "" else maps[layer], tap, _width(model, layer))
-                .double()
-                .cpu()
-                for layer, tap in taps.items()
-            }
-            if clip:  # weights that give NaN for one image would tell of it through any noise
-                means = {layer: own.nan_to_num(0.0, 0.0, 0.0) for layer, own in means.items()}
-            share = _share_within(means, clip)
-            for layer, own in means.items():
-                sums.setdefault(layer, torch.zeros(num_classes, own.shape[1], dtype=torch.float64))
-                sums[layer].index_add_(0, labels.cpu(), own * share[:, None])
     finally:
         model.train(training)
-    if taps is None:
+    return ChannelStats({name: own.contiguous() for name, own in zip(layers, torch.split(sums, widths, dim=1))}, counts)
+
+
+def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
+    """Return the images of the first batch, and all batches again."""
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
         raise DataError("there is no batch to measure: expected at least one pair (images, labels)")
-    for layer in taps:
-        sums.setdefault(layer, torch.zeros(num_classes, _width(model, layer), dtype=torch.float64))
-    return ChannelStats(sums, counts)
+    return first[0], itertools.chain([first], rest)
 
 
-def _share_within(means: Mapping[str, Tensor], clip: float) -> Tensor:
-    """Return the factor of each image that brings all its layers' means together to the norm ``clip`` at most."""
-    norms = torch.cat(list(means.values()), dim=1).norm(dim=1)
-    return (clip / norms.clamp_min(clip)) if clip else torch.ones_like(norms)
-
-
-@contextmanager
-def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
-    """Collect what passes each tap while the context lasts; the hooks are gone after it, also on failure."""
-    maps: dict[str, Tensor] = {}
-    handles = []
-    for layer, tap in taps.items():
-        module = model.get_submodule(tap.module)
-        if tap.side == "input":
-
-            def before(_module: nn.Module, inputs: tuple[Tensor, ...], layer: str = layer) -> None:
-                maps[layer] = inputs[0]
-
-            handles.append(module.register_forward_pre_hook(before))
-        else:
-
-            def after(_module: nn.Module, _inputs: object, output: Tensor, layer: str = layer) -> None:
-                maps[layer] = output
-
-            handles.append(module.register_forward_hook(after))
-    try:
-        yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _width(model: nn.Module, layer: str) -> int:
-    return int(model.get_submodule(layer).get_parameter("weight").shape[0])
-
-
-def channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
-    """Return the mean positive value per channel, shape ``(images, width)``, of the maps ``z``, flattened or not."""
-    return z[:, tap.start : tap.stop].clamp_min(0).reshape(len(z), width, -1).mean(2)
+def _clipped(means: Tensor, clip: float) -> Tensor:
+    """Return the rows of ``means`` scaled down to the norm ``clip`` where they are longer."""
+    means = means.nan_to_num(0.0, 0.0, 0.0)  # weights that give NaN for one image would tell of it through any noise
+    norms: Tensor = torch.linalg.vector_norm(means, dim=1, keepdim=True)
+    return means * (clip / norms.clamp_min(clip))

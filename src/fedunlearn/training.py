@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedunlearn.compute import FLOAT32, Compute
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, RecipeError
@@ -74,6 +75,7 @@ def train_locally(
     *,
     lr: float,
     draw: torch.Generator,
+    compute: Compute = FLOAT32,
 ) -> int:
     """Train ``model`` in place on one client's images and return how many images it saw, repeats counted.
 
@@ -83,6 +85,7 @@ def train_locally(
         training: all settings but the learning rate of this round.
         lr: learning rate of this round.
         draw: owner of the shuffle and the augmentation.
+        compute: precision and memory format; the model is in that format already.
 
     Raises:
         FederationError: the loss became NaN or infinite.
@@ -94,19 +97,29 @@ def train_locally(
         momentum=training.momentum,
         nesterov=training.momentum > 0,
         weight_decay=training.weight_decay,
+        fused=True,
     )
     model.train()
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:
         for batch, labels in batches(
-            images, training.batch_size, limit=wanted - seen, draw=draw, augment=training.augment, device=device
+            images,
+            training.batch_size,
+            limit=wanted - seen,
+            draw=draw,
+            augment=training.augment,
+            device=device,
+            memory_format=compute.layout,
         ):
-            loss = F.cross_entropy(model(batch), labels)
+            with compute.autocast(device):
+                logits = model(batch)
+            loss = F.cross_entropy(logits.float(), labels)
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()
             seen += len(labels)
+    optimiser.zero_grad(set_to_none=True)  # the model waits for its next client without gradients
     return seen

@@ -27,6 +27,7 @@ from fedunlearn.evidence.maps import save_feature_maps
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.journal import Journal
+from fedunlearn.machine import settled
 from fedunlearn.oracles import Oracle, retrained_models
 from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
@@ -74,9 +75,9 @@ def run(
     """
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
-    setting = prepare(recipe)
+    setting, rates = settled(prepare(recipe), out)
     data = fingerprint(setting.splits)
-    portable = portable_recipe(recipe, out)
+    portable = portable_recipe(setting.recipe, out)
     header = {"command": command, "version": __version__, "recipe": portable, "data": data}
     if setting.weights is not None:
         header["weights"] = hashlib.sha256(setting.weights.path.read_bytes()).hexdigest()
@@ -89,7 +90,9 @@ def run(
     if not (out / RESULT).exists():
         if engine is not None:
             setting = replace(setting, engine=engine(setting))
-        events.once("run started", version=__version__, recipe=recipe.digest(), data=data)
+        events.once("run started", version=__version__, recipe=setting.recipe.digest(), data=data)
+        if rates:
+            events.once("machine probed", images_per_second=rates)
         about = {"schema": SCHEMA, "version": __version__, "versions": versions(), "recipe": portable}
         result = about | _work(out, setting, journal, events, command=command, data=data, observe=observe)
         write_text(out / RESULT, json.dumps(result, indent=2) + "\n")

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.groups import head_layer, prunable_layers
-from fedunlearn.stats import channel_means, reading
-from fedunlearn.taps import Tap, find_taps
+from fedunlearn.taps import Tap, channel_means, find_taps, reading
 from fedunlearn.threads import cores, one_torch_thread
 
 _BATCH = 256

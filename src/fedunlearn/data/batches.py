@@ -58,6 +58,7 @@ def batches(
     draw: torch.Generator | None = None,
     augment: Sequence[str] = (),
     device: torch.device | str = "cpu",
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ``(float images, labels)``: in order without ``draw``, shuffled (and augmented) with it.
 
@@ -69,6 +70,7 @@ def batches(
         draw: the owner of the shuffle and of the augmentation.
         augment: names in ``AUGMENTATIONS``, applied in this order; needs ``draw``.
         device: where the batches go.
+        memory_format: how they lie there.
 
     Raises:
         DataError: an unknown augmentation, or one without ``draw``.
@@ -92,5 +94,5 @@ def batches(
         for name in augment:
             assert draw is not None  # checked above
             batch = AUGMENTATIONS[name](batch, draw)
-        yield batch.to(device, memory_format=torch.channels_last), images.labels[rows].to(device)
+        yield batch.to(device, memory_format=memory_format), images.labels[rows].to(device)
         start = stop

@@ -18,8 +18,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
 from fedunlearn.files import write_tensors
 from fedunlearn.groups import prunable_layers
-from fedunlearn.stats import reading
-from fedunlearn.taps import find_taps
+from fedunlearn.taps import find_taps, reading
 
 _EACH = 4  # channels of each end, images of forgotten and of kept classes
 _FEWEST_PIXELS = 16

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.compute import FLOAT32, Compute
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
@@ -17,20 +18,33 @@ from fedunlearn.seeding import generator
 from fedunlearn.stats import measure_channels
 from fedunlearn.training import train_locally
 
-_BATCH = 256
+_BATCH = 128  # of forward passes: larger ones leave the cache of a core, smaller ones cost tiny models more calls
+_NORM_BATCH = 256
 
 
-def handle(job: Job, model: nn.Module, data: ClientData, rules: Privacy = NO_RULES) -> Reply:
-    """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error."""
+def handle(
+    job: Job, model: nn.Module, data: ClientData, rules: Privacy = NO_RULES, compute: Compute = FLOAT32
+) -> Reply:
+    """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error.
+
+    Args:
+        job: what is asked.
+        model: the global model, in the memory format of ``compute``.
+        data: what this client holds.
+        rules: what it does to its statistics before they leave it.
+        compute: precision and memory format.
+    """
     started = time.perf_counter()
     try:
-        tensors, images, samples = _answer(job, model, data, rules)
+        tensors, images, samples = _answer(job, model, data, rules, compute)
     except Exception as error:  # one client's failure must not end the round
         return Reply(data.client, {}, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
     return Reply(data.client, tensors, images, samples, time.perf_counter() - started)
 
 
-def _answer(job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> tuple[Mapping[str, Tensor], int, int]:
+def _answer(
+    job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute
+) -> tuple[Mapping[str, Tensor], int, int]:
     """Return the tensors, the images they stand for and the images processed."""
     match job:
         case Measure():
@@ -40,45 +54,54 @@ def _answer(job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> tup
                 )
             # Noise is for sums in which one image more is one image more: another sample would be another sum.
             images = data.train if rules.noise else _sampled(job, data, data.train, job.sample)
-            stats = measure_channels(
-                model, _in_order(images, model), layers=job.taps, num_classes=job.classes, clip=rules.clip
-            )
+            with compute.autocast(_device(model)):
+                stats = measure_channels(
+                    model, _in_order(images, model, compute), layers=job.taps, num_classes=job.classes, clip=rules.clip
+                )
             answer = protect({**stats.tensors(), "held": data.train.counts()}, rules)
             reported = int(answer["counts"].sum())
             return answer, reported, reported
         case Reestimate():
             images = _sampled(job, data, _kept(data, job.exclude), job.sample)
             draw = generator(job.seed, job.phase, "order", data.client)
-            return batch_norm_sums(model, images, draw), len(images), len(images)
+            return batch_norm_sums(model, images, draw, compute), len(images), len(images)
         case Train():
             images = _kept(data, job.exclude)
             draw = generator(job.seed, job.phase, job.round, data.client)
-            samples = train_locally(model, images, job.training, lr=job.lr, draw=draw)
+            samples = train_locally(model, images, job.training, lr=job.lr, draw=draw, compute=compute)
             # A copy: the engine goes on to use the model for its next client.
             state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             return state, len(images), samples
         case Evaluate():
             images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(job.exclude)
-            correct, counts = count_correct(model, images, len(images.classes), labels=job.labels)
+            correct, counts = count_correct(model, images, len(images.classes), labels=job.labels, compute=compute)
             return {"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images)
     raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
 
 
 def count_correct(
-    model: nn.Module, images: LabelledImages, classes: int, *, labels: Sequence[int] | None = None
+    model: nn.Module,
+    images: LabelledImages,
+    classes: int,
+    *,
+    labels: Sequence[int] | None = None,
+    compute: Compute = FLOAT32,
 ) -> tuple[Tensor, Tensor]:
     """Return right answers and images per class, int64, shape ``(classes,)`` each.
 
     Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
     """
+    counts = torch.bincount(images.labels, minlength=classes)
+    correct = torch.zeros_like(counts)
+    if len(images) == 0:
+        return correct, counts
     named = torch.tensor(list(range(classes) if labels is None else labels))
-    correct = torch.zeros(classes, dtype=torch.int64)
     model.eval()
-    with torch.inference_mode():
-        for batch, truth in _in_order(images, model):
+    with torch.inference_mode(), compute.autocast(_device(model)):
+        for batch, truth in _in_order(images, model, compute):
             right = truth.cpu()[named[model(batch).argmax(1).cpu()] == truth.cpu()]
             correct += torch.bincount(right, minlength=classes)
-    return correct, torch.bincount(images.labels, minlength=classes)
+    return correct, counts
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm1d | nn.BatchNorm2d]:
@@ -90,7 +113,9 @@ def batch_norm_layers(model: nn.Module) -> dict[str, nn.BatchNorm1d | nn.BatchNo
     }
 
 
-def batch_norm_sums(model: nn.Module, images: LabelledImages, draw: torch.Generator) -> dict[str, Tensor]:
+def batch_norm_sums(
+    model: nn.Module, images: LabelledImages, draw: torch.Generator, compute: Compute = FLOAT32
+) -> dict[str, Tensor]:
     """Return the sums that ``Reestimate`` describes; each layer normalises by the batch, as in training.
 
     Batches are drawn at random: images in the order of their classes would give batches unlike those of training.
@@ -102,23 +127,31 @@ def batch_norm_sums(model: nn.Module, images: LabelledImages, draw: torch.Genera
         for name, layer in layers.items()
         for kind in ("mean", "square")
     }
+    momenta = {name: layer.momentum for name, layer in layers.items()}
     model.eval()
     for layer in layers.values():
         layer.momentum = 1.0
         layer.train()
-    with torch.inference_mode():
-        for batch, _ in batches(images, _BATCH, draw=draw, device=next(model.parameters()).device):
+    device = _device(model)
+    with torch.inference_mode(), compute.autocast(device):
+        for batch, _ in batches(images, _NORM_BATCH, draw=draw, device=device, memory_format=compute.layout):
             model(batch)
             for name, layer in layers.items():
                 assert layer.running_mean is not None and layer.running_var is not None  # track_running_stats
                 mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
                 sums[f"mean:{name}"] += len(batch) * mean
                 sums[f"square:{name}"] += len(batch) * (variance + mean**2)
+    for name, layer in layers.items():
+        layer.momentum = momenta[name]
     return {"images": torch.tensor(float(len(images)), dtype=torch.float64), **sums}
 
 
-def _in_order(images: LabelledImages, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    return batches(images, _BATCH, device=next(model.parameters()).device)
+def _in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
+    return batches(images, _BATCH, device=_device(model), memory_format=compute.layout)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:

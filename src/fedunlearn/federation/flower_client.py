@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from fedunlearn.compute import FLOAT32
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.client import handle
 from fedunlearn.federation.grid import (
@@ -161,9 +161,8 @@ def _handled(
     """Return the reply of this client's own model with the weights that came."""
     tensors = to_tensors(message.content.array_records[ARRAYS])
     model = rebuild(received, tensors, lambda: build_model(context))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with one_torch_thread():
-        return handle(received.job(model), model, data, rules)
+        return handle(received.job(model), FLOAT32.placed(model), data, rules)
 
 
 def _trained(

@@ -1,0 +1,96 @@
+"""How cost grows with clients, classes and channels."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from benchmarks.baselines import Bare
+from benchmarks.inputs import averaged, done, measure_job, random_images, shares, train_job
+from benchmarks.turns import overhead, timed
+from fedunlearn.compute import one_worker_per_core
+from fedunlearn.data.partition import partition
+from fedunlearn.data.readers import read_digits
+from fedunlearn.federation.jobs import Evaluate
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.models import SmallCNN, build_model
+from fedunlearn.threads import cores
+
+
+def growth() -> dict[str, Any]:
+    """Return how cost grows with clients, classes and channels."""
+    return {"clients": clients_growth(), "classes": classes_growth(), "channels": channels_growth()}
+
+
+def clients_growth() -> list[dict[str, Any]]:
+    """Return seconds of an empty round and of a training round and the peak memory, 1,000 digits over clients."""
+    rows = []
+    for clients in (2, 10, 100, 1000):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: memory never shrinks
+            rows.append(pool.apply(clients_row, (clients,)))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def clients_row(clients: int) -> dict[str, Any]:
+    """Return the row of so many clients."""
+    images = read_digits().train
+    model = SmallCNN(10, 1)
+    engine = LocalEngine(partition(images, by="iid", clients=clients, seed=0))
+    empty, train = Evaluate(phase="empty", model=model), train_job(model)
+    averaged(engine, train)
+    return {
+        "clients": clients,
+        "empty_ms_per_client": round(1e3 * median(timed(lambda: done(engine, empty), 5)) / clients, 3),
+        "train_seconds": round(median(timed(lambda: averaged(engine, train), 3)), 3),
+        "peak_mb": peak_mb(),
+    }
+
+
+def peak_mb() -> int | None:
+    """Return the most memory this process ever held; None where /proc does not tell (getrusage counts the parent's)."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((round(int(line.split()[1]) / 1e3) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def classes_growth() -> list[dict[str, Any]]:
+    """Return the time of the statistics over that of bare forward passes, by classes."""
+    rows = []
+    for classes in (10, 100):
+        model = build_model("resnet20", classes=classes, colours=3)
+        rows.append({"classes": classes} | statistics_overhead(model, classes))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def channels_growth() -> list[dict[str, Any]]:
+    """Return the time of the statistics over that of bare forward passes, by channels per layer."""
+    rows = []
+    for width in (16, 64, 256):
+        model = nn.Sequential(
+            *layer(3, width), nn.MaxPool2d(2), *layer(width, width), nn.MaxPool2d(2), *layer(width, width)
+        )
+        model.extend((nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)))
+        rows.append({"channels": width} | statistics_overhead(model, 10))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def layer(before: int, after: int) -> list[nn.Module]:
+    """Return a convolution with batch normalisation and ReLU."""
+    return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+
+
+def statistics_overhead(model: nn.Module, classes: int) -> dict[str, Any]:
+    """Return the time of the statistics over that of bare passes over 512 images, and images per second."""
+    compute = one_worker_per_core()
+    clients = shares(random_images(512, classes), cores())
+    engine, bare = LocalEngine(clients, compute=compute), Bare(model, clients, compute)
+    job = measure_job(model, classes)
+    own = overhead(bare, lambda: done(engine, job), images=512, repeats=3)
+    return {"statistics_vs_bare_forward": own["ratio"], "images_per_second": own["images_per_second"]["ours"]}

@@ -1,0 +1,46 @@
+"""What bfloat16 changes: python -m benchmarks.precision runs digits in both precisions and writes precision.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedunlearn.evaluate import evaluate
+from fedunlearn.journal import Journal
+from fedunlearn.phases import original_model, unlearned_model
+from fedunlearn.recipe import load_recipe
+from fedunlearn.setting import prepare
+from fedunlearn.threads import one_torch_thread
+
+SEEDS = (0, 1, 2)
+_OUT = Path(__file__).with_suffix(".json")
+
+
+def main() -> None:
+    """Train and unlearn with each seed in each precision and write the rows."""
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        for precision in ("float32", "bfloat16"):
+            setting = prepare(load_recipe("digits", (f"federation.seed={seed}", f"compute.precision={precision}")))
+            test, forget = setting.splits.test, setting.forget
+            with one_torch_thread():
+                original, plan = original_model(setting, Journal())
+                unlearned = unlearned_model(setting, original, plan, Journal())
+            before = evaluate(original, test, forget=forget)["accuracy"]
+            after = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired)
+            row = {
+                "seed": seed,
+                "precision": precision,
+                "original_forget": before["forget"],
+                "original_retain": before["retain"],
+                "forget": after["accuracy"]["forget_row_kept"],
+                "retain": after["accuracy"]["retain"],
+            }
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    _OUT.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

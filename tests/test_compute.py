@@ -1,0 +1,297 @@
+"""Precision, memory format, workers: what they change, what they must not change, and how they are chosen."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import collected, make_images, make_net
+from fedunlearn.cache import RetrainedCache
+from fedunlearn.compute import FLOAT32, Compute, one_worker_per_core
+from fedunlearn.data.batches import batches
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import RecipeError
+from fedunlearn.federation import local
+from fedunlearn.federation.client import handle
+from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reestimate, Train
+from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.groups import prunable_layers
+from fedunlearn.journal import header_of
+from fedunlearn.machine import settled
+from fedunlearn.models import MODELS, build_model
+from fedunlearn.probe import _fastest, probe
+from fedunlearn.recipe import ComputeTable, load_recipe
+from fedunlearn.setting import prepare
+from fedunlearn.stats import measure_channels
+from fedunlearn.taps import find_taps
+from fedunlearn.threads import cores
+from fedunlearn.training import Training
+from fedunlearn.workflow import run
+
+EXAMPLE = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+BFLOAT16 = Compute("bfloat16")
+CONTIGUOUS = Compute(memory_format="contiguous")
+TRAINING = Training(lr=0.1, batch_size=8)
+SMALL = ("federation.clients=3", "train.rounds=1", "train.local_epochs=0.2", "evidence.feature_maps=false")
+
+
+def jobs(net):
+    taps = find_taps(net, prunable_layers(net, EXAMPLE), EXAMPLE, hook="activation")
+    return {
+        "measure": Measure(phase="m", model=net, taps=taps, classes=3),
+        "reestimate": Reestimate(phase="r", model=net),
+        "train": Train(phase="t", model=net, training=TRAINING, lr=0.1),
+        "evaluate": Evaluate(phase="e", model=net),
+    }
+
+
+def answer(job, compute, images=None):
+    images = images or make_images(120)
+    data = ClientData("a", images, images.take(slice(0, 60)))
+    reply = handle(job, compute.placed(copy.deepcopy(job.model)), data, compute=compute)
+    assert reply.error is None
+    return reply.tensors
+
+
+@pytest.mark.parametrize("change", [{"precision": "float16"}, {"memory_format": "nhwc"}, {"workers": 0}])
+def test_settings_that_do_not_exist_are_refused(change):
+    with pytest.raises(RecipeError, match="expected a precision among float32, bfloat16, a memory format among"):
+        Compute(**change)
+
+
+@pytest.mark.parametrize("kind", ["measure", "reestimate", "train", "evaluate"])
+def test_memory_format_changes_no_answer_but_by_rounding(net, kind):
+    job = jobs(net)[kind]
+    one, other = answer(job, FLOAT32), answer(job, CONTIGUOUS)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["measure", "reestimate"])
+def test_bfloat16_sums_are_those_of_float32_to_its_eight_bits(net, kind):
+    job = jobs(net)[kind]
+    exact, rough = answer(job, FLOAT32), answer(job, BFLOAT16)
+    assert {name: tensor.dtype for name, tensor in rough.items()} == {name: t.dtype for name, t in exact.items()}
+    for name, tensor in exact.items():
+        if tensor.is_floating_point() and tensor.ndim:
+            error = (rough[name] - tensor).abs().max() / tensor.abs().max()
+            assert 0 < float(error) < 2**-6, name  # and not 0: it is another computation
+
+
+def test_bfloat16_trains_float32_weights():
+    net = make_net(seed=3)
+    images = make_images(120)
+    state = answer(replace(jobs(net)["train"], training=Training(lr=0.1, batch_size=8, local_epochs=6)), BFLOAT16)
+    assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
+    trained = copy.deepcopy(net)
+    trained.load_state_dict(state)
+    right = answer(Evaluate(phase="e", model=trained), FLOAT32, images)
+    assert int(right["correct"]) >= 0.95 * int(right["counts"])
+    assert (
+        abs(int(answer(Evaluate(phase="e", model=trained), BFLOAT16, images)["correct"]) - int(right["correct"])) <= 1
+    )
+
+
+def test_autocast_is_what_a_pass_runs_in(net):
+    batch, _ = next(batches(make_images(), 8))
+    for compute, expected in ((FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)):
+        with compute.autocast(), torch.inference_mode():
+            assert net(batch).dtype == expected
+
+
+def test_batches_and_models_lie_as_the_memory_format_says():
+    images = make_images(colours=3)
+    for compute in (FLOAT32, CONTIGUOUS):
+        batch, _ = next(batches(images, 8, memory_format=compute.layout))
+        weight = compute.placed(nn.Conv2d(3, 4, 3)).weight
+        assert batch.is_contiguous(memory_format=compute.layout)
+        assert weight.is_contiguous(memory_format=compute.layout)
+    assert not batch.is_contiguous(memory_format=torch.channels_last)
+
+
+# The engine
+
+
+def engine(compute=None, clients=12):
+    shares, held = hold_out(partition(make_images(240), by="iid", clients=clients), 0.2)
+    return LocalEngine(shares, validation=held, compute=compute)
+
+
+def test_clients_are_not_far_ahead_of_the_reply_that_is_read(net, monkeypatch):
+    started = []
+
+    def spy(job, model, data, rules, compute):
+        started.append(data.client)
+        return handle(job, model, data, rules, compute)
+
+    monkeypatch.setattr(local, "handle", spy)
+    replies = engine(Compute(workers=2)).run(jobs(net)["train"])
+    assert next(iter(replies)).client == "client-00"
+    assert len(started) <= 5
+    replies.close()  # nobody wants the rest
+    assert len(started) <= 7
+
+
+def test_copies_are_made_once_per_worker_and_follow_the_model(net):
+    own = engine(Compute(workers=2))
+    evaluate, train = jobs(net)["evaluate"], jobs(net)["train"]
+    before = sum(int(reply.tensors["correct"]) for reply in own.run(evaluate))
+    list(own.run(train))  # changes the copies
+    assert sum(int(reply.tensors["correct"]) for reply in own.run(evaluate)) == before
+    copies = {id(idle.model) for idle in own._copies._idle}
+    assert len(copies) <= 2
+    with torch.no_grad():
+        net[8].weight.zero_()
+        net[8].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    counts = [reply.tensors for reply in own.run(evaluate)]
+    firsts = sum(int((data.validation.labels == 0).sum()) for data in own._data.values())
+    assert sum(int(t["correct"]) for t in counts) == firsts
+    assert {id(idle.model) for idle in own._copies._idle} == copies
+    net[8] = nn.Linear(8, 4)  # the same object in other shapes
+    assert all(reply.error is None for reply in own.run(evaluate))
+    assert not {id(idle.model) for idle in own._copies._idle} & copies
+
+
+def test_a_round_is_the_same_whatever_the_copies_did_before(net):
+    used, fresh = engine(), engine()
+    list(used.run(jobs(net)["reestimate"]))
+    list(used.run(jobs(net)["measure"]))
+    for one, other in zip(used.run(jobs(net)["train"]), fresh.run(jobs(net)["train"])):
+        assert all(tensor.equal(other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_operations_are_counted_again_when_shapes_change(net):
+    before = flops_per_image(net, (1, 8, 8))
+    assert flops_per_image(net, (1, 8, 8)) == before
+    net[8] = nn.Linear(8, 5)
+    assert flops_per_image(net, (1, 8, 8))[0] == before[0] + 2 * 8 * 2
+
+
+def test_an_empty_round_costs_nothing_but_the_asking(net):
+    _, entry = collected(LocalEngine(partition(make_images(), by="iid", clients=4)), jobs(net)["evaluate"])
+    assert (entry.samples, entry.flops, len(entry.clients)) == (0, 0, 4)
+
+
+# Where channels are read
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_shipped_model_hands_on_is_known_to_be_rectified(name):
+    model = build_model(name, classes=3, colours=3)
+    example = torch.randn(2, 3, 32, 32)
+    layers = prunable_layers(model, example)
+    assert all(tap.rectified for tap in find_taps(model, layers, example, hook="activation").values())
+    assert not any(tap.rectified for tap in find_taps(model, layers, example, hook="convolution").values())
+
+
+@pytest.mark.parametrize(
+    ("between", "rectified"),
+    [
+        ([nn.ReLU()], True),
+        ([nn.ReLU(inplace=True), nn.MaxPool2d(2)], True),
+        ([nn.ReLU(), nn.AvgPool2d(2)], True),
+        ([nn.LeakyReLU()], False),
+        ([nn.GELU()], False),
+        ([nn.ReLU(), nn.BatchNorm2d(4)], False),
+        ([], False),
+    ],
+)
+def test_only_what_a_relu_made_goes_without_a_clamp(between, rectified):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 4, 3), *between, nn.Conv2d(4, 2, 1), nn.ReLU())
+    net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)).eval()
+    (tap,) = find_taps(net, ["1"], EXAMPLE, hook="activation").values()
+    assert tap.rectified is rectified
+    images = make_images(20)
+    found = measure_channels(net, batches(images, 7), layers={"1": tap}, num_classes=3).sums["1"]
+    batch, labels = next(batches(images, 20))
+    with torch.no_grad():
+        read = net[: 2 + len(between)](batch.clone()).clamp_min(0).double().mean((2, 3))
+    expected = torch.stack([read[labels == label].sum(0) for label in range(3)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# The choice
+
+
+def test_the_probe_tries_what_there_is_and_leaves_the_model_and_the_draws_alone(net):
+    before, draws = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    best, tried = probe(net, (1, 8, 8), batch_size=8)
+    assert best in dict(tried)
+    assert tried[0][0] == one_worker_per_core()
+    assert all(rate > 0 for _, rate in tried)
+    assert {own.memory_format for own, _ in tried} == {"channels_last", "contiguous"}
+    assert (cores() == 1) == ({own.workers for own, _ in tried} == {cores()})
+    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+    assert torch.get_rng_state().equal(draws)
+
+
+def test_only_what_is_clearly_faster_takes_the_place_of_the_first():
+    assert _fastest([(FLOAT32, 100.0), (CONTIGUOUS, 110.0), (BFLOAT16, 90.0)]) == FLOAT32
+    assert _fastest([(FLOAT32, 100.0), (CONTIGUOUS, 110.0), (BFLOAT16, 250.0)]) == BFLOAT16
+
+
+def test_a_run_records_what_the_probe_chose_and_goes_on_with_it(tmp_path):
+    recipe = load_recipe("digits", (*SMALL, "compute.precision=auto"))
+    out = tmp_path / "run"
+    result = run(recipe, out, command="train")
+    chosen = result["recipe"]["compute"]
+    assert chosen["precision"] in ("float32", "bfloat16")
+    assert chosen["workers"] >= 1
+    assert header_of(out)["recipe"]["compute"] == chosen
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    (probed,) = [event["facts"] for event in events if event["event"] == "machine probed"]
+    assert len(probed["images_per_second"]) >= 2
+    again = run(recipe, tmp_path / "again", command="train")  # timings waver, the machine's choice does not
+    assert again["recipe"]["compute"] == chosen
+    assert again["original"] == result["original"]
+    # A run on a machine of another kind goes on as it began.
+    other = {"precision": "float32", "memory_format": "contiguous", "workers": 1}
+    header = header_of(out)
+    header["recipe"]["compute"] = other
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "rounds.jsonl").write_text(json.dumps(header) + "\n")
+    setting, rates = settled(prepare(recipe), elsewhere)
+    assert setting.recipe.compute == ComputeTable.model_validate(other)
+    assert setting.engine._compute == Compute("float32", "contiguous", 1)
+    assert rates == {}
+
+
+def test_nothing_is_probed_where_the_recipe_says_it_or_flower_runs_the_clients(tmp_path):
+    said = prepare(load_recipe("digits", SMALL))
+    assert settled(said, tmp_path) == (said, {})
+    recipe = load_recipe("digits", (*SMALL, "compute.precision=auto", "federation.engine=flower-simulation"))
+    setting, rates = settled(prepare(recipe), tmp_path)
+    assert (setting.recipe.compute, rates) == (ComputeTable(precision="float32"), {})
+    assert header_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (("compute.precision=auto", "compute.workers=2"), "compute.memory_format and compute.workers need a"),
+        (("compute.precision=bfloat16", "federation.engine=flower-simulation"), "bfloat16 needs the engine local"),
+    ],
+)
+def test_contradictions_are_refused(overrides, text):
+    with pytest.raises(RecipeError, match=text):
+        load_recipe("digits", overrides)
+
+
+def test_retrained_models_are_kept_by_precision_and_not_by_workers():
+    paths = {
+        key: RetrainedCache.of(load_recipe("digits", overrides), (9,), "data", 1).path
+        for key, overrides in {
+            "plain": (),
+            "bfloat16": ("compute.precision=bfloat16",),
+            "contiguous": ("compute.memory_format=contiguous",),
+            "workers": ("compute.workers=7",),
+        }.items()
+    }
+    assert paths["plain"] == paths["workers"]
+    assert len(set(paths.values())) == 3
