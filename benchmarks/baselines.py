@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.inputs import BATCH, example, taps_of
 from fedunlearn.compute import Compute
-from fedunlearn.data.batches import batches
+from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.groups import prunable_layers
 from fedunlearn.stats import measure_channels
@@ -53,11 +53,10 @@ class Default:
 class Bare:
     """Forward passes over the same batches with the same settings as clients, and nothing else."""
 
-    def __init__(self, model: nn.Module, clients: Mapping[str, LabelledImages], compute: Compute, size: int = BATCH):
+    def __init__(self, model: nn.Module, clients: Mapping[str, LabelledImages], compute: Compute) -> None:
         self._compute = compute
         self._models = [compute.placed(copy.deepcopy(model)).eval() for _ in range(compute.workers)]
         self._parts = [list(clients.values())[k :: compute.workers] for k in range(compute.workers)]
-        self._size = size
 
     def __call__(self) -> None:
         """Compute the logits of all images."""
@@ -67,7 +66,7 @@ class Bare:
     def _pass(self, model: nn.Module, parts: Sequence[LabelledImages]) -> None:
         with torch.inference_mode(), self._compute.autocast():
             for images in parts:
-                for batch, _ in batches(images, self._size, memory_format=self._compute.layout):
+                for batch, _ in batches(images, FORWARD_BATCH, memory_format=self._compute.layout):
                     model(batch)
 
 
@@ -112,7 +111,8 @@ def image_loop(model: nn.Module, images: LabelledImages) -> Callable[[], None]:
             for name in layers
         ]
         with one_torch_thread(), torch.inference_mode():
-            for batch, labels in batches(images, 1):
+            for row in range(len(images)):
+                ((batch, labels),) = batches(images.take(slice(row, row + 1)), 1)
                 model(batch)
                 for name, z in maps.items():
                     for channel in range(z.shape[1]):

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.baselines import Bare
 from benchmarks.inputs import averaged, done, measure_job, random_images, shares, train_job
 from benchmarks.turns import overhead, timed
-from fedunlearn.compute import one_worker_per_core
+from fedunlearn.compute import Compute
 from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.jobs import Evaluate
@@ -27,7 +27,7 @@ def growth() -> dict[str, Any]:
 
 
 def clients_growth() -> list[dict[str, Any]]:
-    """Return seconds of an empty round and of a training round and the peak memory, 1,000 digits over clients."""
+    """Return the cost of an empty and of a training round, and the peak memory: digits over 2 clients and more."""
     rows = []
     for clients in (2, 10, 100, 1000):
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: memory never shrinks
@@ -88,9 +88,9 @@ def layer(before: int, after: int) -> list[nn.Module]:
 
 def statistics_overhead(model: nn.Module, classes: int) -> dict[str, Any]:
     """Return the time of the statistics over that of bare passes over 512 images, and images per second."""
-    compute = one_worker_per_core()
+    compute = Compute(workers=cores())
     clients = shares(random_images(512, classes), cores())
     engine, bare = LocalEngine(clients, compute=compute), Bare(model, clients, compute)
     job = measure_job(model, classes)
-    own = overhead(bare, lambda: done(engine, job), images=512, repeats=3)
+    own = overhead("statistics over bare passes", bare, lambda: done(engine, job), images=512, repeats=3)
     return {"statistics_vs_bare_forward": own["ratio"], "images_per_second": own["images_per_second"]["ours"]}

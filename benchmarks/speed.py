@@ -11,6 +11,7 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +25,7 @@ from benchmarks.baselines import Bare, Default, PlainLoop, image_batch, image_lo
 from benchmarks.growth import growth
 from benchmarks.inputs import BATCH, SHAPE, averaged, done, measure_job, random_images, shares, train_job, write_npz
 from benchmarks.turns import compared, overhead, timed
-from fedunlearn.compute import Compute
+from fedunlearn.compute import Compute, has_bfloat16
 from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.jobs import Train
 from fedunlearn.federation.ledger import flops_per_image
@@ -37,6 +38,8 @@ from fedunlearn.setting import prepare
 from fedunlearn.simulation import simulation
 from fedunlearn.threads import cores, one_torch_thread
 
+Work = Callable[[], None]
+Compare = Callable[..., dict[str, Any]]
 _SIDE = 1536  # of the matrices whose product shows what the cores can do
 
 
@@ -77,7 +80,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bfloat16": has_bfloat16(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -92,16 +95,15 @@ def comparisons(model: nn.Module, compute: Compute) -> dict[str, Any]:
     bare, plain = Bare(model, halves, compute), PlainLoop(model, ten, compute)
     default = Default(model, images)
     measure, train = measure_job(model), train_job(model)
-    found = {
-        "train_vs_default": compared(default.train, lambda: done(engine, train), images=len(images)),
-        "statistics_vs_default_forward": compared(default.forward, lambda: done(engine, measure), images=len(images)),
-        "statistics_vs_bare_forward": overhead(bare, lambda: done(engine, measure), images=len(images)),
-        "statistics_vs_image_loop": compared(image_loop(model, images), image_batch(model, images), images=32),
-        "round_vs_plain_loop": overhead(plain, lambda: averaged(many, train), images=10 * BATCH),
+    pairs: dict[str, tuple[Compare, Work, Work, int]] = {
+        "train_vs_default": (compared, default.train, lambda: averaged(engine, train), len(images)),
+        "statistics_vs_default_forward": (compared, default.forward, lambda: done(engine, measure), len(images)),
+        "statistics_vs_bare_forward": (overhead, bare, lambda: done(engine, measure), len(images)),
+        "statistics_vs_image_loop": (compared, image_loop(model, images), image_batch(model, images), 32),
+        "round_vs_plain_loop": (overhead, plain, lambda: averaged(many, train), 10 * BATCH),
     }
-    for name, own in flower_comparisons().items():
-        found[name] = own
-    return found
+    found = {name: how(name, theirs, ours, images=count) for name, (how, theirs, ours, count) in pairs.items()}
+    return found | flower_comparisons()
 
 
 def flower_comparisons() -> dict[str, Any]:
@@ -125,7 +127,7 @@ def flower_comparisons() -> dict[str, Any]:
                 flower = FlowerEngine(grid, clients=tuple(setting.clients), patience=300)
                 used = int(setting.table.sum())
                 ours, theirs = (partial(averaged, engine, job) for engine in (setting.engine, flower))
-                found[name] = compared(theirs, ours, images=used, repeats=3)
+                found[name] = compared(name, theirs, ours, images=used, repeats=3)
     return found
 
 

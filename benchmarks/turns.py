@@ -10,17 +10,22 @@ from typing import Any
 REPEATS = 5
 
 
-def compared(theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS) -> Any:
-    """Return how many times faster ours is."""
-    return _comparison(theirs, ours, images, repeats, lambda other, own: other / own)
+def compared(
+    name: str, theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Return how many times faster ours is, and print it under ``name``."""
+    return _comparison(name, theirs, ours, images, repeats, lambda other, own: other / own)
 
 
-def overhead(theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS) -> Any:
-    """Return how many times the other's time ours takes."""
-    return _comparison(theirs, ours, images, repeats, lambda other, own: own / other)
+def overhead(
+    name: str, theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Return how many times the other's time ours takes, and print it under ``name``."""
+    return _comparison(name, theirs, ours, images, repeats, lambda other, own: own / other)
 
 
 def _comparison(
+    name: str,
     theirs: Callable[[], None],
     ours: Callable[[], None],
     images: int,
@@ -29,19 +34,20 @@ def _comparison(
 ) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
     for repeat in range(-1, repeats):
-        for name, work in (("theirs", theirs), ("ours", ours)):
+        for who, work in (("theirs", theirs), ("ours", ours)):
             (own,) = timed(work, 1)
             if repeat >= 0:
-                seconds[name].append(own)
+                seconds[who].append(own)
     ratios = [ratio(other, own) for other, own in zip(seconds["theirs"], seconds["ours"])]
-    value = {
+    value: dict[str, Any] = {
         "ratio": round(median(ratios), 3),
         "low": round(min(ratios), 3),
         "high": round(max(ratios), 3),
-        "seconds": {name: [round(own, 4) for own in values] for name, values in seconds.items()},
-        "images_per_second": {name: round(images / median(values)) for name, values in seconds.items()},
+        "seconds": {who: [round(own, 4) for own in values] for who, values in seconds.items()},
+        "images_per_second": {who: round(images / median(values)) for who, values in seconds.items()},
     }
-    print({key: value[key] for key in ("ratio", "low", "high", "images_per_second")}, flush=True)
+    rates = ", ".join(f"{who} {rate} images/s" for who, rate in value["images_per_second"].items())
+    print(f"{name}: {value['ratio']} ({value['low']} to {value['high']}); {rates}", flush=True)
     return value
 
 

@@ -71,6 +71,24 @@ def test_the_single_steps_lead_from_data_to_an_unlearned_model(recipe, tmp_path)
     assert measured["parameters"] == unlearned["parameters"]
 
 
+def test_precision_is_one_flag_for_a_whole_run(recipe, tmp_path):
+    short = ("--set", "train.rounds=1", "--set", "unlearn.rounds=1", "--json")
+    for precision in ("bfloat16", "float32"):
+        done = fedunlearn(
+            "unlearn", "--recipe", recipe, "--precision", precision, "--out", tmp_path / precision, *short
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["recipe"]["compute"]["precision"] == precision
+        assert f"they compute in {precision}" in done.stderr
+        assert result["unlearned"]["accuracy"]["forget"] == 0
+    models = [(tmp_path / precision / "model.safetensors").read_bytes() for precision in ("bfloat16", "float32")]
+    assert models[0] != models[1]
+    done = fedunlearn("train", "--recipe", recipe, "--precision", "half", "--out", tmp_path / "no")
+    assert done.returncode == 2
+    assert "recipe key compute.precision: Input should be 'auto', 'float32' or 'bfloat16', got 'half'" in done.stderr
+
+
 def test_weights_trained_elsewhere_and_a_path_with_spaces_and_letters_beyond_ascii(recipe, tmp_path):
     place = tmp_path / "Möhren und Rüben"
     place.mkdir()

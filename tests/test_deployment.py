@@ -95,6 +95,19 @@ def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(t
     assert rounds == ["train", "train", "measure-0", "reestimate", "repair"]
 
 
+def test_secure_aggregation_over_real_sites_prunes_the_same_channels(tmp_path, sites, local):
+    out = tmp_path / "run"
+    options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
+    options += ("--set", "privacy.secure=true", "--precision", "auto")
+    done = subprocess.run(command(out, *options), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"]["compute"]["precision"] == "float32"
+    assert_same_run(out, local)
+    rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()[1:]]
+    (measured,) = [row["entries"][0] for row in rows if row["phase"] == "measure-0"]
+    assert (measured["clients"], measured["refused"]) == (["client-0", "client-1", "client-2"], {})
+
+
 def finished(out):
     path = out / "rounds.jsonl"
     return path.read_text().count('"phase": "train"') if path.exists() else 0

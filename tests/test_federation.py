@@ -84,12 +84,6 @@ def test_clients_work_on_copies(net):
     assert not states_equal(replies[0].tensors, replies[1].tensors)
 
 
-def test_the_engine_restores_the_number_of_torch_threads(net):
-    before = torch.get_num_threads()
-    list(make_engine().run(make_train(net)))
-    assert torch.get_num_threads() == before
-
-
 def test_one_model_copy_per_worker(net):
     seen = []
 

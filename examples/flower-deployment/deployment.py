@@ -30,6 +30,8 @@ HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
 _TAG = "FEDUNLEARN_DEPLOYMENT"  # an environment variable that every process of it inherits
 _CONNECTION = "local"
+# Sites have machines of their own; here the SuperLink comes first, or its database is locked for longer than it waits.
+_BEHIND = ("nice", "-n", "10")
 
 
 class Deployment:
@@ -112,6 +114,7 @@ class Deployment:
         """Start SuperNode ``number``; with another key or CA, to see it refused."""
         self._start(
             f"node-{number}",
+            *_BEHIND,
             "flower-supernode",
             *("--superlink", self.address, "--root-certificates", str(ca or self.ca)),
             *("--auth-supernode-private-key", str(key or self.folder / f"node-{number}")),
@@ -216,10 +219,10 @@ class Deployment:
                 pass  # it ended meanwhile
         return found
 
-    def _start(self, name: str, command: str, *arguments: str) -> None:
+    def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [str(_BIN / command), *arguments],
+                command,
                 env=self._environment(f"home-{name}"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

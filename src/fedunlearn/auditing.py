@@ -27,7 +27,7 @@ from fedunlearn.plan import plan_without_rows
 from fedunlearn.prune import prune
 from fedunlearn.recipe import Recipe
 from fedunlearn.result import engine_block, judged
-from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, sha256, versions
+from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, run_header, sha256, versions
 from fedunlearn.setting import Setting, fingerprint, new_model, normalised_for, read_data, set_up
 from fedunlearn.version import __version__
 
@@ -62,16 +62,20 @@ def audit_model(
 
     check_folder(out)
     weights = read_weights(model)
-    setting, _ = settled(set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None), out)
+    setting = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
     images = setting.audit_images() if client is None else _of_client(setting, client)
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     candidate = _subject(weights, setting)
     named = _retrained(oracles, setting, besides=model)
+    rates: dict[str, float] = {}
+    if not oracles:
+        setting, rates = settled(setting, out)
     data, portable = fingerprint(setting.splits), portable_recipe(setting.recipe, out)
-    header = {"command": "audit", "version": __version__, "recipe": portable, "data": data, "client": client}
-    files = {path.stem: sha256(path) for path in oracles}
-    journal = Journal(out, header=header | {"model": sha256(model), "oracles": files}, observe=observe)
+    about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
+    journal = Journal(out, header=run_header("audit", portable, data) | about, observe=observe)
+    if rates:
+        EventLog(out / EVENTS).once("machine probed", images_per_second=rates)
     prepared(setting)
     if not (out / RESULT).exists():
         result = _audited(setting, out, candidate, named, images, journal, observe, data=data) | {

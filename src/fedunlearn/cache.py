@@ -37,7 +37,7 @@ class RetrainedCache:
 
     @staticmethod
     def of(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> RetrainedCache | None:
-        """Return the place for a recipe's data, federation, architecture and training, without ``forget``.
+        """Return the place for a recipe's data, federation, architecture, training and precision, without ``forget``.
 
         Args:
             recipe: the recipe; how it unlearns does not matter here.

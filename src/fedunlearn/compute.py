@@ -55,14 +55,25 @@ class Compute:
             cache_enabled=False,
         )
 
-    def placed(self, model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-        """Return ``model``, moved to ``device`` and brought into the memory format, in place."""
-        return model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+    def placed(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
+        """Return ``model`` in the memory format, and on ``device`` where one is given; it is changed in place."""
+        return model.to(device=device).to(memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
 
 
 FLOAT32 = Compute()
 
 
-def one_worker_per_core() -> Compute:
-    """Return what every machine can do: float32, channels_last, a worker per core."""
-    return Compute(workers=cores())
+def own_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def workers_on(device: torch.device) -> int:
+    """Return how many clients work side by side: one per core, one on a GPU."""
+    return cores() if device.type == "cpu" else 1
+
+
+def has_bfloat16() -> bool:
+    """Return whether torch has convolutions in bfloat16 for this CPU."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

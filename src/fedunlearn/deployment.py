@@ -15,7 +15,7 @@ from typing import Any
 from fedunlearn.errors import FederationError
 from fedunlearn.evidence.folder import RESULT
 from fedunlearn.flower_app import PREFIX
-from fedunlearn.recipe import Recipe
+from fedunlearn.recipe import ON_FLOWER, Recipe
 
 _NAME = "fedunlearn"
 _AGAIN = 3.0
@@ -87,6 +87,7 @@ def run_on(
     Raises:
         FederationError: the SuperLink cannot be reached, or the run failed there.
     """
+    recipe = recipe.model_copy(update={"compute": ON_FLOWER})
     with tempfile.TemporaryDirectory(prefix="fedunlearn-") as name:
         home = Path(name)
         flwr = _Flwr(home, superlink, ca)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,36 @@ import torch
 from pydantic import ValidationError
 
 from fedunlearn.cache import cache_folder
+from fedunlearn.compute import own_device
 from fedunlearn.files import write_text
 from fedunlearn.journal import header_of
 from fedunlearn.probe import probe
-from fedunlearn.recipe import ComputeTable
+from fedunlearn.recipe import ON_FLOWER, ComputeTable
 from fedunlearn.setting import Setting, computing
 from fedunlearn.threads import cores
 from fedunlearn.version import __version__
 
 
-def settled(setting: Setting, out: Path) -> tuple[Setting, dict[str, float]]:
+def settled(setting: Setting, out: Path, *, elsewhere: bool = False) -> tuple[Setting, dict[str, float]]:
     """Return ``setting`` without ``auto`` in ``compute``, and the images per second of what a probe tried.
 
     A run goes on in ``out`` as it began. What a probe found is kept in the cache folder, so that a machine computes the
-    same recipe in the same way each time. Clients on Flower compute in float32.
+    same recipe in the same way each time.
+
+    Args:
+        setting: the run.
+        out: its folder.
+        elsewhere: whether the clients are not in this process; they compute in float32 then, as on a GPU.
     """
     recipe = setting.recipe
     if recipe.compute.precision != "auto":
         return setting, {}
-    if recipe.federation.engine != "local" or torch.cuda.is_available():
-        return computing(setting, ComputeTable(precision="float32")), {}
+    if elsewhere or recipe.federation.engine != "local":
+        return computing(setting, ON_FLOWER), {}
     try:
         return computing(setting, ComputeTable.model_validate(header_of(out)["recipe"]["compute"])), {}
     except (KeyError, TypeError, ValidationError):  # a new run; of a damaged one, Journal says what is wrong
-        table, rates = _probed(setting)
+        table, rates = _probed(setting) if own_device().type == "cpu" else (ComputeTable(precision="float32"), {})
         return computing(setting, table), rates
 
 
@@ -53,8 +60,9 @@ def _probed(setting: Setting) -> tuple[ComputeTable, dict[str, float]]:
         best, tried = probe(setting.model, shape, batch_size=batch_size)
     table = ComputeTable.model_validate(asdict(best))
     rates = {f"{own.precision}, {own.memory_format}, {own.workers} workers": round(rate, 1) for own, rate in tried}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, json.dumps({"compute": table.model_dump(), "images_per_second": rates}) + "\n")
+    with suppress(OSError):  # a cache that cannot be written costs the next run a probe
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps({"compute": table.model_dump(), "images_per_second": rates}) + "\n")
     return table, rates
 
 

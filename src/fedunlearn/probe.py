@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fedunlearn.compute import Compute, one_worker_per_core
+from fedunlearn.compute import Compute, has_bfloat16
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.threads import cores, one_torch_thread
 from fedunlearn.training import Training, train_locally
 
 _REPEATS = 3
@@ -42,9 +42,9 @@ def probe(
         >>> best in dict(tried)
         True
     """
-    first = one_worker_per_core()
+    first = Compute(workers=cores())
     formats = [first, replace(first, memory_format="contiguous")]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if has_bfloat16():
         formats.append(replace(first, precision="bfloat16"))
     tried = _rates(formats, model, shape, batch_size)
     best = _fastest(tried)

@@ -128,6 +128,9 @@ class ComputeTable(_Table):
     workers: Annotated[int, Field(ge=0)] = 0
 
 
+ON_FLOWER = ComputeTable(precision="float32")
+
+
 class AuditTable(_Table):
     """How forgetting is judged: retrained models, images of each class for probes, rate of relearning."""
 
@@ -172,7 +175,10 @@ class Recipe(_Table):
         return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise)
 
     def digest(self, *tables: str) -> str:
-        """Return the SHA-256 of these tables (all where none is named), without path and engine, for a cache."""
+        """Return the SHA-256 of these tables (all where none is named), for a cache.
+
+        Left out is what does not change the result: path, engine, deadline, workers.
+        """
         value = self.model_dump(mode="json")
         value["data"].pop("path")
         for name in ("engine", "deadline"):  # who runs the clients does not change what they do
@@ -214,8 +220,11 @@ def check(recipe: Recipe) -> None:
     compute = recipe.compute
     if compute.precision == "auto" and compute != ComputeTable():
         raise RecipeError("compute.memory_format and compute.workers need a compute.precision that is not auto")
-    if compute.precision == "bfloat16" and recipe.federation.engine != "local":
-        raise RecipeError("compute.precision = bfloat16 needs the engine local: Flower clients compute in float32")
+    if recipe.federation.engine != "local" and compute not in (ComputeTable(), ON_FLOWER):
+        raise RecipeError(
+            "compute holds for the engine local: clients on Flower compute in float32, so leave it out, or set "
+            "compute.precision = float32 and nothing else there"
+        )
     if recipe.privacy.secure and recipe.federation.engine == "local":
         raise RecipeError(
             "privacy.secure needs --engine flower or flower-simulation: clients of one process hide nothing"

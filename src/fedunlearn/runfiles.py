@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedunlearn.errors import RunError
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
 from fedunlearn.setting import Setting
+from fedunlearn.version import __version__
 
 SCHEMA = 1
 
@@ -32,6 +33,12 @@ def check_folder(out: Path) -> None:
     there = next(path for path in (out, *out.resolve().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
+
+
+def run_header(command: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Return what identifies a run in its journal; how many clients work side by side does not."""
+    compute = {key: value for key, value in recipe["compute"].items() if key != "workers"}
+    return {"command": command, "version": __version__, "recipe": {**recipe, "compute": compute}, "data": data}
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.checkpoint import Weights, load_weights, read_weights
-from fedunlearn.compute import Compute
+from fedunlearn.compute import Compute, own_device, workers_on
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
@@ -26,7 +26,6 @@ from fedunlearn.models import build_model
 from fedunlearn.recipe import ComputeTable, Recipe
 from fedunlearn.scores import CRITERIA, Criterion, forget_classes
 from fedunlearn.seeding import generator
-from fedunlearn.threads import cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +118,7 @@ def _local_engine(
 ) -> LocalEngine:
     table = recipe.compute
     precision = "float32" if table.precision == "auto" else table.precision
-    compute = Compute(precision, table.memory_format, table.workers or cores())
+    compute = Compute(precision, table.memory_format, table.workers or workers_on(own_device()))
     return LocalEngine(clients, validation=validation, rules=recipe.rules(), compute=compute)
 
 

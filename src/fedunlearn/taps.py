@@ -35,7 +35,7 @@ class Tap:
         side: ``"input"`` or ``"output"`` of the module.
         start: first channel that belongs to the layer.
         stop: one past the last; ``stop - start`` is a multiple of the layer's channels where maps were flattened.
-        rectified: no value is below 0, by what computes them.
+        rectified: no value is below 0, by what autograd records of a pass; it does not see changes of ``tensor.data``.
     """
 
     module: str
@@ -88,9 +88,13 @@ def find_taps(model: nn.Module, layers: Sequence[str], example: Tensor, *, hook:
 
 
 def _rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dict[str, Tap]:
-    """Return ``taps``, marked where autograd's record of a pass says that a ReLU made what is read."""
+    """Return ``taps``, marked where autograd's record of a pass says that a ReLU made what is read.
+
+    ``model`` may be changed.
+    """
+    model.requires_grad_(True)  # the model, not its input: a model may change that in place
     with torch.enable_grad(), reading(model, taps) as maps:
-        model(example.clone().requires_grad_() * 1)  # times 1: a model may change its input in place, but no leaf
+        model(example.clone())
     found = {}
     for layer, tap in taps.items():
         made_by = maps[layer].grad_fn
@@ -135,4 +139,5 @@ def channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
     own = z[:, tap.start : tap.stop]
     if not tap.rectified:
         own = own.clamp_min(0)  # a copy of all maps: a tenth of the pass
-    return own.reshape(len(z), width, -1).mean(2)
+    # At least float32: maps may be bfloat16, sums of them must not.
+    return own.reshape(len(z), width, -1).mean(2, dtype=torch.promote_types(own.dtype, torch.float32))

@@ -33,7 +33,7 @@ from fedunlearn.phases import original_model, unlearned_model
 from fedunlearn.plan import PruningPlan
 from fedunlearn.recipe import Recipe
 from fedunlearn.result import audit_blocks, cost_blocks, engine_block, privacy_block, unlearned_blocks
-from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, save_model, sha256, versions
+from fedunlearn.runfiles import SCHEMA, check_folder, portable_recipe, run_header, save_model, sha256, versions
 from fedunlearn.scores import forget_classes
 from fedunlearn.setting import (
     Setting,
@@ -75,10 +75,10 @@ def run(
     """
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
-    setting, rates = settled(prepare(recipe), out)
+    setting, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
     data = fingerprint(setting.splits)
     portable = portable_recipe(setting.recipe, out)
-    header = {"command": command, "version": __version__, "recipe": portable, "data": data}
+    header = run_header(command, portable, data)
     if setting.weights is not None:
         header["weights"] = hashlib.sha256(setting.weights.path.read_bytes()).hexdigest()
     journal = Journal(out, header=header, observe=observe)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.data.batches import batches
+from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.groups import head_layer, prunable_layers
 from fedunlearn.taps import Tap, channel_means, find_taps, reading
 from fedunlearn.threads import cores, one_torch_thread
 
-_BATCH = 256
 _HEAD = ""  # no convolution has this name
 
 
@@ -63,7 +62,7 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
     seen = []
     device = next(model.parameters()).device
     with reading(model, taps) as maps, torch.inference_mode():
-        for batch, _ in batches(images, _BATCH, device=device):
+        for batch, _ in batches(images, FORWARD_BATCH, device=device):
             logits = model(batch).float().cpu()
             means = {
                 name: channel_means(maps[name], tap, model.get_submodule(name).get_parameter("weight").shape[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.compute import FLOAT32, Compute
-from fedunlearn.data.batches import batches
+from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
@@ -18,8 +18,7 @@ from fedunlearn.seeding import generator
 from fedunlearn.stats import measure_channels
 from fedunlearn.training import train_locally
 
-_BATCH = 128  # of forward passes: larger ones leave the cache of a core, smaller ones cost tiny models more calls
-_NORM_BATCH = 256
+_NORM_BATCH = 256  # not for speed: what batch normalisation is estimated from
 
 
 def handle(
@@ -133,21 +132,23 @@ def batch_norm_sums(
         layer.momentum = 1.0
         layer.train()
     device = _device(model)
-    with torch.inference_mode(), compute.autocast(device):
-        for batch, _ in batches(images, _NORM_BATCH, draw=draw, device=device, memory_format=compute.layout):
-            model(batch)
-            for name, layer in layers.items():
-                assert layer.running_mean is not None and layer.running_var is not None  # track_running_stats
-                mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
-                sums[f"mean:{name}"] += len(batch) * mean
-                sums[f"square:{name}"] += len(batch) * (variance + mean**2)
-    for name, layer in layers.items():
-        layer.momentum = momenta[name]
+    try:
+        with torch.inference_mode(), compute.autocast(device):
+            for batch, _ in batches(images, _NORM_BATCH, draw=draw, device=device, memory_format=compute.layout):
+                model(batch)
+                for name, layer in layers.items():
+                    assert layer.running_mean is not None and layer.running_var is not None  # track_running_stats
+                    mean, variance = layer.running_mean.double().cpu(), layer.running_var.double().cpu()
+                    sums[f"mean:{name}"] += len(batch) * mean
+                    sums[f"square:{name}"] += len(batch) * (variance + mean**2)
+    finally:  # the model may serve other jobs after this one
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
     return {"images": torch.tensor(float(len(images)), dtype=torch.float64), **sums}
 
 
 def _in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
-    return batches(images, _BATCH, device=_device(model), memory_format=compute.layout)
+    return batches(images, FORWARD_BATCH, device=_device(model), memory_format=compute.layout)
 
 
 def _device(model: nn.Module) -> torch.device:

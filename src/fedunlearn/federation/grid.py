@@ -48,17 +48,18 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[i
     sent = {number: node for number, node in zip(grid.push_messages(messages), nodes) if number}  # "": not sent
     answers: dict[int, Message] = {}
     began = time.monotonic()
-    while len(answers) < len(sent) and (waited := time.monotonic() - began) < deadline:
+    while True:
         waiting = {number for number, node in sent.items() if node not in answers}
-        for message in grid.pull_messages(waiting):
+        for message in grid.pull_messages(waiting) if waiting else ():
             # By what it answers: errors of the SuperLink come in its own name.
             node = sent.get(message.metadata.reply_to_message_id)
             if node is not None:
                 answers.setdefault(node, message)
-        if len(answers) < len(sent):
-            # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
-            time.sleep(min(max(POLL, waited / 20), _LONGEST_POLL, deadline))
-    return answers
+        left = deadline - (time.monotonic() - began)
+        if len(answers) == len(sent) or left <= 0:
+            return answers
+        # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
+        time.sleep(min(max(POLL, (deadline - left) / 20), _LONGEST_POLL, left))
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
