@@ -87,10 +87,10 @@ def layer(before: int, after: int) -> list[nn.Module]:
 
 
 def statistics_overhead(model: nn.Module, classes: int) -> dict[str, Any]:
-    """Return the time of the statistics over that of bare passes over 512 images, and images per second."""
+    """Return the time of the statistics over that of bare passes over 1,024 images, and images per second."""
     compute = Compute(workers=cores())
-    clients = shares(random_images(512, classes), cores())
+    clients = shares(random_images(1024, classes), cores())
     engine, bare = LocalEngine(clients, compute=compute), Bare(model, clients, compute)
     job = measure_job(model, classes)
-    own = overhead("statistics over bare passes", bare, lambda: done(engine, job), images=512, repeats=3)
+    own = overhead("statistics over bare passes", bare, lambda: done(engine, job), images=1024)
     return {"statistics_vs_bare_forward": own["ratio"], "images_per_second": own["images_per_second"]["ours"]}

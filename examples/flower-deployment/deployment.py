@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
 _TAG = "FEDUNLEARN_DEPLOYMENT"  # an environment variable that every process of it inherits
 _CONNECTION = "local"
-# Sites have machines of their own; here the SuperLink comes first, or its database is locked for longer than it waits.
+# Sites have machines of their own: on this one they leave the processor to the SuperLink first.
 _BEHIND = ("nice", "-n", "10")
 
 
