@@ -51,7 +51,7 @@ def measure_job(**change):
 
 def forget(chosen, journal=None):
     net = make_net()
-    steps = train_rounds(net, chosen, training=TRAINING, rounds=2, validate=True, journal=journal)
+    steps = train_rounds(net, chosen, training=TRAINING, rounds=2, validate=1, journal=journal)
     done = unlearn(
         net, chosen, forget=1, fraction=0.4, training=TRAINING, rounds=2, criterion=contrast, journal=journal
     )

@@ -61,7 +61,7 @@ def _retrained(setting: Setting, journal: Journal, *, data: str, seed: int) -> O
         forget=setting.forget,
         clients=setting.holders(),
         participation=recipe.federation.participation,
-        validate=recipe.data.validation > 0,
+        validate=recipe.train.validate_every if recipe.data.validation else 0,
         seed=seed,
         journal=journal,
     )

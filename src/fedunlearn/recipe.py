@@ -82,6 +82,8 @@ class TrainTable(_Table):
     lr: Positive = 0.1
     momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    label_smoothing: Share = 0.0
+    validate_every: Count = 1
     augment: tuple[str, ...] = ()
 
 
@@ -163,12 +165,23 @@ class Recipe(_Table):
     def training(self) -> Training:
         """Return the local settings of training from fresh weights."""
         t = self.train
-        return Training(t.lr, t.batch_size, t.local_epochs, t.momentum, t.weight_decay, t.augment)
+        return self._local(t.lr, t.local_epochs)
 
     def repair(self) -> Training:
         """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
-        t, u = self.train, self.unlearn
-        return Training(u.lr, t.batch_size, u.local_epochs, t.momentum, t.weight_decay, t.augment)
+        return self._local(self.unlearn.lr, self.unlearn.local_epochs)
+
+    def _local(self, lr: float, local_epochs: float) -> Training:
+        t = self.train
+        return Training(
+            lr,
+            t.batch_size,
+            local_epochs,
+            t.momentum,
+            t.weight_decay,
+            label_smoothing=t.label_smoothing,
+            augment=t.augment,
+        )
 
     def rules(self) -> Privacy:
         """Return what clients do to their statistics before they leave."""

@@ -27,6 +27,10 @@ class Training:
         local_epochs: passes over the client's images in a round; 0.25 is a random quarter of them.
         momentum: kept within a round, not across rounds.
         weight_decay: L2 coefficient.
+        label_smoothing: share ``s`` of the target that is spread evenly over the classes (Szegedy et al., 2016)::
+
+            target[k] = (1 - s) [k = label] + s / classes
+
         augment: names of augmentations, in order.
 
     Raises:
@@ -38,6 +42,7 @@ class Training:
     local_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
     augment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,6 +52,7 @@ class Training:
             "local_epochs": self.local_epochs > 0,
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
         }.items():
             if not valid:
                 raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)}")
@@ -114,7 +120,7 @@ def train_locally(
         ):
             with compute.autocast(device):
                 logits = model(batch)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.zero_grad(set_to_none=True)

@@ -19,8 +19,18 @@ _CUTOUT = 16
 
 def crop(images: Tensor, draw: torch.Generator) -> Tensor:
     """Pad each image by 4 pixels of the mean colour and cut out its old size at a place of its own."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, (_PADDING,) * 4)
+    return _shifted(F.pad(images, (_PADDING,) * 4), draw)
+
+
+def translate(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Shift each image by up to 4 pixels either way; what comes in over an edge mirrors what is beside it."""
+    return _shifted(F.pad(images, (_PADDING,) * 4, mode="reflect"), draw)
+
+
+def _shifted(padded: Tensor, draw: torch.Generator) -> Tensor:
+    """Return of each image in ``padded`` a part without the width of the padding, at a place of its own."""
+    n, _, height, width = padded.shape
+    height, width = height - 2 * _PADDING, width - 2 * _PADDING
     top, left = torch.randint(0, 2 * _PADDING + 1, (2, n), generator=draw)
     rows = top[:, None] + torch.arange(height)
     columns = left[:, None] + torch.arange(width)
@@ -47,6 +57,7 @@ def cutout(images: Tensor, draw: torch.Generator) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "crop": crop,
+    "translate": translate,
     "flip": flip,
     "cutout": cutout,
 }

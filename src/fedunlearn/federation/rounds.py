@@ -32,7 +32,7 @@ def train_rounds(
     participation: float = 1.0,
     seed: int = 0,
     plan: PruningPlan | None = None,
-    validate: bool = False,
+    validate: int = 0,
     target: float | None = None,
 ) -> list[Step]:
     """Train ``model`` in place by rounds of federated averaging and return the steps.
@@ -50,8 +50,8 @@ def train_rounds(
         participation: share of them drawn in each round, at least one.
         seed: owner of the draws.
         plan: how the model's shapes came about.
-        validate: measure the accuracy on validation images after each round.
-        target: stop when that accuracy is reached (implies ``validate``).
+        validate: measure the accuracy on validation images after every so many rounds and the last; never where 0.
+        target: stop when that accuracy is reached (it is then measured after each round).
 
     Raises:
         FederationError: too few usable replies, or no validation images where they are needed.
@@ -80,7 +80,7 @@ def train_rounds(
         model.load_state_dict(fedavg((reply.tensors, reply.images) for reply in answers), strict=True)
         entries = [answers.entry]
         validation = None
-        if validate or target is not None:
+        if target is not None or (validate and ((round + 1) % validate == 0 or round + 1 == rounds)):
             validation, evaluated = validation_accuracy(model, engine, phase=phase, exclude=exclude, plan=plan)
             if validation is None:
                 raise FederationError(

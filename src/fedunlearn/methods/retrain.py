@@ -22,7 +22,7 @@ def retrain(
     clients: Sequence[str],
     journal: Journal,
     participation: float = 1.0,
-    validate: bool = True,
+    validate: int = 1,
     seed: int = 0,
 ) -> list[Step]:
     """Train ``model``, which has fresh weights, in place on the kept classes, as the original was trained.
@@ -36,7 +36,7 @@ def retrain(
         clients: those that hold images of other classes.
         journal: where each round is recorded.
         participation: share of the clients drawn in each round.
-        validate: measure the accuracy on validation images after each round.
+        validate: measure the accuracy on validation images after every so many rounds; never where 0.
         seed: owner of all draws.
     """
     return train_rounds(
