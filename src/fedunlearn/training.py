@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 
 from fedunlearn.compute import FLOAT32, Compute
 from fedunlearn.data.batches import batches
@@ -74,6 +76,64 @@ def constant(round: int, rounds: int) -> float:
     return 1.0
 
 
+class Sgd:
+    """The steps of ``torch.optim.SGD``, to the bit, without its class.
+
+    The class imports ``torch._dynamo`` when it is made: 800 modules and more CPU time than a small run takes to train.
+
+    Args:
+        parameters: what is trained; those without a gradient stay as they are in a step.
+        lr: learning rate.
+        momentum: 0 for none.
+        nesterov: Nesterov's momentum.
+        weight_decay: L2 coefficient.
+        fused: the fused kernel; torch's choice where None.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        fused: bool | None = None,
+    ) -> None:
+        self._parameters = list(parameters)
+        self._velocities: list[Tensor | None] = [None] * len(self._parameters)
+        self._lr = lr
+        self._momentum = momentum
+        self._nesterov = nesterov
+        self._weight_decay = weight_decay
+        self._fused = fused
+
+    def step(self) -> None:
+        """Move the parameters along their gradients."""
+        moved = [(i, parameter) for i, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        velocities = [self._velocities[i] for i, _ in moved] if self._momentum else []
+        with torch.no_grad():
+            sgd(
+                [parameter for _, parameter in moved],
+                [parameter.grad for _, parameter in moved if parameter.grad is not None],
+                velocities,
+                fused=self._fused,
+                weight_decay=self._weight_decay,
+                momentum=self._momentum,
+                lr=self._lr,
+                dampening=0.0,
+                nesterov=self._nesterov,
+                maximize=False,
+            )
+        for (i, _), velocity in zip(moved, velocities):
+            self._velocities[i] = velocity
+
+    def forget_gradients(self) -> None:
+        """Drop all gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
 def train_locally(
     model: nn.Module,
     images: LabelledImages,
@@ -97,7 +157,7 @@ def train_locally(
         FederationError: the loss became NaN or infinite.
     """
     device = next(model.parameters()).device
-    optimiser = torch.optim.SGD(
+    optimiser = Sgd(
         model.parameters(),
         lr=lr,
         momentum=training.momentum,
@@ -123,9 +183,9 @@ def train_locally(
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.forget_gradients()
             torch.autograd.backward(loss)
             optimiser.step()
             seen += len(labels)
-    optimiser.zero_grad(set_to_none=True)  # the model waits for its next client without gradients
+    optimiser.forget_gradients()  # the model waits for its next client without gradients
     return seen

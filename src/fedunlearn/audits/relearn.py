@@ -14,6 +14,7 @@ from fedunlearn.audits.observe import observe
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.groups import head_layer
+from fedunlearn.training import Sgd
 
 _BATCH = 64
 
@@ -72,14 +73,14 @@ def relearn(
     learner = with_all_rows(model, labels, classes, train.shape)
     row_of = torch.empty(classes, dtype=torch.int64)
     row_of[torch.tensor(_all_labels(labels, classes))] = torch.arange(classes)
-    optimiser = torch.optim.SGD(learner.parameters(), lr=lr, momentum=0.9)
+    optimiser = Sgd(learner.parameters(), lr=lr, momentum=0.9)
     samples, forget, seen = [0], [_accuracy(learner, test, row_of)], 0
     points = [_BATCH * 2**k for k in range(doublings + 1)]
     while points:
         for images, truth in batches(train, _BATCH, draw=draw):
             learner.train()
             loss = F.cross_entropy(learner(images), row_of[truth])
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.forget_gradients()
             torch.autograd.backward(loss)
             optimiser.step()
             seen += len(truth)

@@ -1,0 +1,110 @@
+"""Local training and the count of its operations: torch's own results, without what torch imports for them."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import make_net
+from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.models import MODELS, build_model
+from fedunlearn.training import Sgd
+
+
+class Unusual(nn.Module):
+    """A user's model: functional layers, matrix products of all kinds, a part without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 1, 3, 3))
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4, stride=2)
+        self.upwards = nn.ConvTranspose2d(8, 4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.weight = nn.Parameter(torch.randn(5, 4))
+        self.bias = nn.Parameter(torch.zeros(5))
+        self.fixed = nn.Linear(5, 5).requires_grad_(False)
+
+    def forward(self, images):
+        maps = self.upwards(self.grouped(F.relu(F.conv2d(images, self.kernel, padding=1, dilation=2))))
+        rows = maps.flatten(2).transpose(1, 2)
+        rows = self.attention(rows, rows, rows, need_weights=False)[0]
+        rows = rows + F.scaled_dot_product_attention(rows, rows, rows)
+        rows = torch.einsum("bnc,bmc->bnm", rows, rows) @ rows
+        pooled = F.linear(rows.mean(1), self.weight, self.bias)
+        with torch.inference_mode():
+            known = self.fixed(pooled.detach())
+        return pooled + pooled @ (pooled.T @ pooled) + self.fixed(pooled) + known.clone().sum().item()
+
+
+def counted_by_torch(model, shape):
+    """Return the oracle's count for an image: forward, and forward with backward."""
+    copied, images = copy.deepcopy(model).train(), torch.zeros((2, *shape))
+    with FlopCounterMode(display=False) as counter:
+        logits = copied(images)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
+    return forward // 2, (forward + counter.get_total_flops()) // 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_counted_as_torch_counts_them(name):
+    model = build_model(name, classes=10, colours=3)
+    counts = flops_per_image(model, (3, 32, 32))
+    assert counts == counted_by_torch(model, (3, 32, 32))
+    assert 0 < counts[0] < counts[1] < 3.01 * counts[0]
+
+
+def test_operations_of_functional_layers_and_matrix_products_are_counted_too():
+    model = Unusual()
+    assert flops_per_image(model, (1, 8, 8)) == counted_by_torch(model, (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True},
+        {"momentum": 0.0, "weight_decay": 5e-4, "fused": True},
+        {"momentum": 0.9},
+    ],
+    ids=["as clients train", "without momentum", "as relearning trains"],
+)
+def test_steps_are_those_of_torchs_sgd_to_the_bit(settings):
+    ours, theirs = make_net(seed=1), make_net(seed=1)
+    for net in (ours, theirs):
+        net[0].bias.requires_grad_(False)
+    mine, other = Sgd(ours.parameters(), lr=0.1, **settings), torch.optim.SGD(theirs.parameters(), lr=0.1, **settings)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        images, labels = torch.randn(8, 1, 8, 8, generator=draw), torch.randint(0, 3, (8,), generator=draw)
+        for net, optimiser in ((ours, mine), (theirs, other)):
+            F.cross_entropy(net.train()(images), labels).backward()
+            optimiser.step()
+        mine.forget_gradients()
+        other.zero_grad()
+        assert all(parameter.grad is None for parameter in ours.parameters())
+        for name, tensor in theirs.state_dict().items():
+            assert ours.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+FRUGAL = """
+import sys, torch
+from conftest import make_images, make_net
+from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.training import Training, train_locally
+assert train_locally(make_net(), make_images(9), Training(0.1, 8), lr=0.1, draw=torch.Generator()) == 9
+assert flops_per_image(make_net(), (1, 8, 8))[0] > 0
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+
+
+def test_training_and_counting_import_none_of_what_they_do_not_use():
+    here = Path(__file__).parent  # of conftest, which makes the inputs
+    done = subprocess.run([sys.executable, "-c", FRUGAL], cwd=here, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
