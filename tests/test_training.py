@@ -1,17 +1,20 @@
-"""Local training and the count of its operations: torch's own results, without what torch imports for them."""
+"""What training takes from torch and scikit-learn: their own results, without all that they import for them."""
 
 import copy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_net
+from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.training import Sgd
@@ -93,14 +96,24 @@ def test_steps_are_those_of_torchs_sgd_to_the_bit(settings):
             assert ours.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
 
 
+def test_the_digits_are_those_of_scikit_learn():
+    theirs, mine = load_digits(), read_digits()
+    images = np.round(theirs.images * (255 / 16)).astype(np.uint8)
+    found = [(bytes(image), label) for part in mine for image, label in zip(part.images.numpy(), part.labels.tolist())]
+    assert sorted(found) == sorted((bytes(image), label) for image, label in zip(images, theirs.target.tolist()))
+    assert mine.train.classes == tuple(str(name) for name in theirs.target_names)
+
+
 FRUGAL = """
 import sys, torch
 from conftest import make_images, make_net
+from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.training import Training, train_locally
 assert train_locally(make_net(), make_images(9), Training(0.1, 8), lr=0.1, draw=torch.Generator()) == 9
 assert flops_per_image(make_net(), (1, 8, 8))[0] > 0
-print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+assert len(read_digits().train) > 0
+print([name for name in ("torch._dynamo", "torch_pruning", "scipy", "sklearn") if name in sys.modules])
 """
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, cast
 
 from pydantic import ValidationError
-from rich.console import Console
 from torch import nn
 
 from fedunlearn.errors import RecipeError
@@ -146,6 +145,8 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         # Clients import this file too, in a new process for each message, and need none of these.
+        from rich.console import Console
+
         from fedunlearn.console import RunProgress, describe
         from fedunlearn.workflow import run
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from fedunlearn.errors import ModelError
@@ -150,6 +149,8 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
 
 def trace(model: nn.Module, example: Tensor) -> list[Group]:
     """Return every group of the model as Torch-Pruning sees it, whether it can be pruned or not."""
+    import torch_pruning  # slow to import, and a client never traces
+
     names = {module: name for name, module in model.named_modules()}
     called = outputs_of(model, example, (nn.Conv2d,))[0]
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)

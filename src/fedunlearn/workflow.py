@@ -18,7 +18,6 @@ from fedunlearn.audits.subject import Subject, without_rows
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.controls import Control, controls
 from fedunlearn.evaluate import evaluate
-from fedunlearn.evidence.card import write_card
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import REPORT, RESULT
@@ -138,7 +137,8 @@ def _work(
 def _show(out: Path, signer: Ed25519PrivateKey | None) -> None:
     """Write what is missing of report, model card and, with a key, dossier."""
     if not (out / REPORT).exists():
-        from fedunlearn.evidence.report import write_report  # slow to import
+        from fedunlearn.evidence.card import write_card  # slow to import
+        from fedunlearn.evidence.report import write_report
 
         write_card(out)
         write_report(out)

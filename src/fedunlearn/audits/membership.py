@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy import special
 from torch import Tensor
 
 _FALSE_POSITIVES = 0.01
@@ -36,6 +35,8 @@ class Membership:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, with the 95 % interval of the AUC."""
+        from scipy import special  # slow to import
+
         half = float(special.ndtri((1 + _LEVEL) / 2)) * self.auc_error
         return asdict(self) | {"auc_interval": [max(0.0, self.auc - half), min(1.0, self.auc + half)]}
 
@@ -114,6 +115,8 @@ def membership(members: Tensor, others: Tensor) -> Membership:
 
 
 def _exact_interval(found: int, total: int) -> tuple[float, float]:
+    from scipy import special  # slow to import
+
     tail = (1 - _LEVEL) / 2
     low = float(special.betaincinv(found, total - found + 1, tail)) if found else 0.0
     high = float(special.betaincinv(found + 1, total - found, 1 - tail)) if found < total else 1.0

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy import special
-
 from fedunlearn.audits.measure import Figure
 
 INDISTINGUISHABLE = "indistinguishable from retraining"
@@ -80,6 +78,8 @@ def factor(oracles: int) -> float:
         >>> [round(factor(n), 2) for n in (3, 4, 5, 10)]
         [4.97, 3.56, 3.04, 2.37]
     """
+    from scipy import special  # slow to import
+
     quantile = float(special.stdtrit(oracles - 1, (1 + _LEVEL) / 2))
     return quantile * math.sqrt(1 + 1 / oracles)
 
