@@ -58,6 +58,7 @@ def assert_same_run(out, local):
         assert results[0][name] == results[1][name]
 
 
+@pytest.mark.sites
 def test_the_simulation_makes_the_same_model_as_one_process(tmp_path, local):
     out = tmp_path / "run"
     done = subprocess.run(command(out, "--engine", "flower-simulation"), capture_output=True, text=True)
@@ -66,6 +67,7 @@ def test_the_simulation_makes_the_same_model_as_one_process(tmp_path, local):
     assert_same_run(out, local)
 
 
+@pytest.mark.sites
 def test_secure_aggregation_in_the_simulation_prunes_the_same_channels(tmp_path, local):
     out = tmp_path / "run"
     secure = ("--engine", "flower-simulation", "--set", "privacy.secure=true")
@@ -95,6 +97,7 @@ def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(t
     assert rounds == ["train", "train", "measure-0", "reestimate", "repair"]
 
 
+@pytest.mark.sites
 def test_secure_aggregation_over_real_sites_prunes_the_same_channels(tmp_path, sites, local):
     out = tmp_path / "run"
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
@@ -113,6 +116,21 @@ def finished(out):
     return path.read_text().count('"phase": "train"') if path.exists() else 0
 
 
+@pytest.mark.sites
+def test_a_simulation_whose_ray_fails_is_told_at_once(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run(
+        command(tmp_path / "run", "--engine", "flower-simulation"),
+        env=os.environ | {"RAY_TMPDIR": "/proc/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "fedunlearn: Flower's simulation failed: FileNotFoundError: " in done.stderr
+    assert time.monotonic() - began < 120  # imports; the patience with Ray is 300
+
+
+@pytest.mark.sites
 def test_a_site_killed_in_the_middle_of_a_round_is_missed_and_comes_back(tmp_path, sites):
     out = tmp_path / "run"
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
@@ -136,17 +154,19 @@ def test_a_site_killed_in_the_middle_of_a_round_is_missed_and_comes_back(tmp_pat
     sites.revive_node(2)
 
 
+@pytest.mark.sites
 def test_a_run_that_fails_on_the_server_says_why(tmp_path, sites):
     recipe = load_recipe("digits", (*SETTINGS, "federation.clients=7", "federation.engine=flower"))
     said = []
     with pytest.raises(FederationError) as error:
-        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=sites.ca, tell=said.append)
-    assert "ended as finished:failed: only 3 of 7 clients were there after 60 s, expected at least half" in str(
+        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=sites.ca, patience=1.0, tell=said.append)
+    assert "ended as finished:failed: only 3 of 7 clients were there after 1 s, expected at least half" in str(
         error.value
     )
     assert any("7 clients" in line for line in said)
 
 
+@pytest.mark.sites
 def test_the_example_app_runs_as_its_readme_says(tmp_path, sites):
     out = tmp_path / "run"
     status, log = sites.run_app(ROOT / "examples" / "flower", out=str(out), command="train", set=SMALLEST)
@@ -155,6 +175,7 @@ def test_the_example_app_runs_as_its_readme_says(tmp_path, sites):
     assert "training the original: done" in log
 
 
+@pytest.mark.sites
 def test_an_app_that_was_there_forgets_with_a_mod_and_one_call(tmp_path, sites):
     status, log = sites.run_app(ROOT / "examples" / "flower-existing-app", **{"out": str(tmp_path), "num-rounds": 2})
     assert status == "finished:completed", log
@@ -165,29 +186,7 @@ def test_an_app_that_was_there_forgets_with_a_mod_and_one_call(tmp_path, sites):
     assert unlearned["8.weight"].shape[0] == 9
 
 
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        ({"out": "runs/x"}, "out of the run configuration must be an absolute path on the server, got 'runs/x'"),
-        (
-            {"out": "/nowhere", "command": "forget"},
-            "command of the run configuration must be one of train, unlearn, run",
-        ),
-        ({"out": "/nowhere", "recipe": "digit"}, "there is no shipped recipe 'digit', did you mean 'digits'?"),
-    ],
-)
-def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
-    from flwr.app import Context, RecordDict
-
-    from fedunlearn.errors import RecipeError
-    from fedunlearn.flower_app import server_app
-
-    context = Context(1, 0, {}, RecordDict(), {"recipe": "digits", "command": "train"} | config)
-    with pytest.raises(RecipeError) as error:
-        server_app()(None, context)
-    assert text in str(error.value)
-
-
+@pytest.mark.sites
 def test_nodes_with_a_wrong_ca_or_a_key_nobody_registered_are_refused(tmp_path, sites):
     make_certificates(tmp_path)
     sites.start_node(3, key=sites.folder / "node-0", ca=tmp_path / "ca.crt")
@@ -199,19 +198,11 @@ def test_nodes_with_a_wrong_ca_or_a_key_nobody_registered_are_refused(tmp_path, 
     assert "Failed to activate SuperNode" in sites.log("node-3")
 
 
-def test_the_command_line_refuses_a_wrong_ca_and_a_missing_superlink(tmp_path, sites):
+@pytest.mark.sites
+def test_the_command_line_refuses_a_wrong_ca(tmp_path, sites):
     make_certificates(tmp_path)
     recipe = load_recipe("digits", ("federation.engine=flower",))
     with pytest.raises(
         FederationError, match=r"flwr run on .* failed: .*; check that the SuperLink runs there, and --ca"
     ):
         run_on(sites.address, recipe, tmp_path / "run", command="train", ca=tmp_path / "ca.crt")
-    with pytest.raises(FederationError, match=r"nobody.crt: there is no such certificate"):
-        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=tmp_path / "nobody.crt")
-
-
-def test_engine_and_superlink_go_together(tmp_path):
-    for options in (("--engine", "flower"), ("--superlink", "127.0.0.1:1")):
-        done = subprocess.run(command(tmp_path / "run", *options), capture_output=True, text=True, env=dict(os.environ))
-        assert done.returncode == 2
-        assert "the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it" in done.stderr

@@ -415,12 +415,14 @@ def own_train(leave_out=True, key="num-examples"):
 
 def sgd(net, images, lr):
     net.train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    velocities = {}
     for _ in range(2):
         for batch, labels in batches(images, 8):
-            optimizer.zero_grad()
+            net.zero_grad()
             torch.nn.functional.cross_entropy(net(batch), labels).backward()
-            optimizer.step()
+            for name, parameter in net.named_parameters():
+                velocities[name] = 0.9 * velocities.get(name, 0.0) + parameter.grad + 5e-4 * parameter.detach()
+                parameter.data -= lr * velocities[name]
 
 
 def app_with_mod(**options):

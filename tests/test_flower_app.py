@@ -1,18 +1,26 @@
-"""The Flower app of a recipe: where a client finds its recipe, its images and its model; and the simulation's start."""
+"""The Flower app of a recipe: what a client finds by it, and what fails at the start or later."""
 
-import os
-import subprocess
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from typer.testing import CliRunner
 
-from fedunlearn.errors import RecipeError
+from fedunlearn import cli
+from fedunlearn.deployment import run_on
+from fedunlearn.errors import FederationError, RecipeError
+from fedunlearn.federation.flower_client import client_app
+from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.flower_app import recipe_images, recipe_model, recipe_of, recipe_rules
+from fedunlearn.flower_app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
 from fedunlearn.recipe import PrivacyTable, load_recipe
 from fedunlearn.setting import prepare
+from fedunlearn.simulation import simulation
+from loopback import Loopback, nodes
 
 
 def context(number=1, node=(), **config):
@@ -63,30 +71,106 @@ def test_what_a_client_cannot_use_is_refused(find, own, text):
     assert text in str(error.value)
 
 
-START = """
-from fedunlearn import simulation
-from fedunlearn.errors import FederationError
-from fedunlearn.federation.flower import FlowerEngine
-from fedunlearn.recipe import load_recipe
-simulation._START = {patience}
-try:
-    with simulation.simulation(load_recipe("digits", ("federation.clients=2",))) as grid:
-        FlowerEngine(grid, clients=2, patience=10)
-except FederationError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize(
-    ("patience", "environment", "text"),
+    ("config", "text"),
     [
-        (0.0, {}, "Flower's simulation did not start within 0 s"),
-        (120.0, {"RAY_TMPDIR": "/proc/nowhere"}, "Flower's simulation failed: FileNotFoundError: "),
+        ({"out": "runs/x"}, "out of the run configuration must be an absolute path on the server, got 'runs/x'"),
+        (
+            {"out": "/nowhere", "command": "forget"},
+            "command of the run configuration must be one of train, unlearn, run",
+        ),
+        ({"out": "/nowhere", "recipe": "digit"}, "there is no shipped recipe 'digit', did you mean 'digits'?"),
     ],
 )
-def test_a_simulation_that_does_not_start_is_an_error(patience, environment, text):
-    code = START.format(patience=patience)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=200
-    )
-    assert text in done.stdout, done.stderr
+def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
+    own = Context(1, 0, {}, RecordDict(), {"recipe": "digits", "command": "train"} | config)
+    with pytest.raises(RecipeError) as error:
+        server_app()(None, own)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("options", [("--engine", "flower"), ("--superlink", "127.0.0.1:1")])
+def test_engine_and_superlink_go_together(options, tmp_path):
+    done = CliRunner().invoke(cli.app, ["train", "--recipe", "digits", "--out", str(tmp_path / "run"), *options])
+    assert done.exit_code == 2
+    assert "the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it" in done.stderr
+
+
+def test_a_certificate_that_is_not_there_is_named(tmp_path):
+    recipe = load_recipe("digits", ("federation.engine=flower",))
+    with pytest.raises(FederationError, match=r"nobody.crt: there is no such certificate; give the one of the SuperL"):
+        run_on("127.0.0.1:1", recipe, tmp_path / "run", command="train", ca=tmp_path / "nobody.crt")
+
+
+TWO = load_recipe("digits", ("federation.clients=2",))
+
+
+def test_a_client_app_that_fails_is_told_at_once():
+    def unreadable(context):
+        raise OSError("the disk is full")
+
+    began = time.monotonic()
+    broken = client_app(recipe_model, unreadable)
+    with pytest.raises(FederationError, match=r"only 0 of 2 clients .*its images cannot be read: OSError: the disk is"):
+        engine_on(Loopback(nodes(broken, 2)), patience=0.0, hello=60.0)(prepare(TWO))
+    assert time.monotonic() - began < 20
+
+
+def simulated_by(monkeypatch, simulate):
+    """Put ``simulate`` in the place of Flower's function of its signature."""
+    stand_in = SimpleNamespace(run_simulation=lambda server, app, number, backend_config: simulate(server, app, number))
+    monkeypatch.setitem(sys.modules, "flwr.simulation", stand_in)
+
+
+def test_a_simulation_that_fails_before_its_server_starts_is_told_at_once(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("crashed") from OSError("no disk")
+
+    simulated_by(monkeypatch, fail)
+    began = time.monotonic()
+    with pytest.raises(FederationError, match="Flower's simulation failed: OSError: no disk"), simulation(TWO):
+        pytest.fail("there is no grid")
+    assert time.monotonic() - began < 20
+
+
+def test_a_simulation_that_fails_in_the_middle_is_told_at_once(monkeypatch):
+    crash = threading.Event()
+
+    def fail_later(server, app, number):
+        def hang(message, context):
+            if "hello" in message.content["fedunlearn"]:
+                return app(message, context)
+            return crash.set()  # and no answer
+
+        threading.Thread(target=server, args=(Loopback(nodes(hang, number)), context()), daemon=True).start()
+        crash.wait(60)
+        raise RuntimeError("Ray is gone")
+
+    simulated_by(monkeypatch, fail_later)
+    began = time.monotonic()
+    job = Evaluate(phase="test", model=recipe_model(context(0)))
+    with simulation(TWO) as grid:
+        engine = engine_on(grid, patience=0.0, hello=60.0)(prepare(TWO))
+        assert engine.clients == ("client-0", "client-1")
+        with pytest.raises(FederationError, match="Flower's simulation failed: RuntimeError: Ray is gone"):
+            engine.run(job)
+    assert time.monotonic() - began < 20
+
+
+def test_a_simulation_that_does_not_start_is_an_error(monkeypatch):
+    simulated_by(monkeypatch, lambda *_: time.sleep(0.5))
+    late = pytest.raises(FederationError, match=r"Flower's simulation did not start within 0\.05 s")
+    with late, simulation(TWO, start=0.05):
+        pytest.fail("there is no grid")
+
+
+def test_the_grid_of_a_simulation_is_that_of_flower(monkeypatch):
+    def simulate(server, app, number):
+        server(Loopback(nodes(app, number)), context())
+
+    simulated_by(monkeypatch, simulate)
+    with simulation(TWO) as grid:
+        message = Message(RecordDict({"fedunlearn": ConfigRecord({"hello": 1})}), 101, "train")
+        (answer,) = grid.send_and_receive([message], timeout=5.0)
+        assert answer.content["fedunlearn"]["client"] == "client-1"
+        assert grid.create_message() is grid.run is grid.set_run(None) is None  # as the loopback gives them

@@ -52,7 +52,7 @@ def job(**change):
 
 def engine(grid=None, **options):
     grid = grid or Loopback(nodes(APP, 5))
-    return FlowerEngine(grid, **({"clients": 5, "deadline": 1.0, "patience": 0.1, "secure": True} | options))
+    return FlowerEngine(grid, **({"clients": 5, "deadline": 0.5, "patience": 0.1, "secure": True} | options))
 
 
 def in_the_clear(names=tuple(CLIENTS)):

@@ -303,9 +303,10 @@ def _work(
         case "flower-simulation":
             with _flower_installed():
                 from fedunlearn.flower_app import engine_on
-                from fedunlearn.simulation import simulation
+                from fedunlearn.simulation import START, simulation
             with simulation(recipe) as grid:
-                return work(engine=engine_on(grid))
+                # All clients are there from the start, and answer when Ray has started.
+                return work(engine=engine_on(grid, patience=0.0, hello=START))
         case "flower":
             with _flower_installed():
                 from fedunlearn.deployment import run_on

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedunlearn.errors import FederationError
 from fedunlearn.evidence.folder import RESULT
-from fedunlearn.flower_app import PREFIX
+from fedunlearn.flower_app import PATIENCE, PREFIX
 from fedunlearn.recipe import ON_FLOWER, Recipe
 
 _NAME = "fedunlearn"
@@ -46,6 +46,7 @@ recipe = {recipe}
 command = {command}
 out = {out}
 key = {key}
+patience = {patience}
 """
 _CONNECTION = """\
 [superlink]
@@ -65,6 +66,7 @@ def run_on(
     command: str,
     ca: Path | None,
     key: Path | None = None,
+    patience: float = PATIENCE,
     tell: Callable[[str], object] = print,
 ) -> dict[str, Any] | None:
     """Have a Flower deployment do what ``command`` asks, and return the content of result.json.
@@ -79,6 +81,7 @@ def run_on(
         command: ``"train"``, ``"unlearn"`` or ``"run"``.
         ca: certificate of the authority that signed the SuperLink's; those the system trusts where None.
         key: the operator's private key, on the machine of the SuperLink.
+        patience: seconds that the server's part waits for clients at the start; half of them must be there then.
         tell: shown each line that the server's part has to say.
 
     Returns:
@@ -91,7 +94,7 @@ def run_on(
     with tempfile.TemporaryDirectory(prefix="fedunlearn-") as name:
         home = Path(name)
         flwr = _Flwr(home, superlink, ca)
-        number = flwr.start(_bundle(home / "app", recipe, out.absolute(), command, key))
+        number = flwr.start(_bundle(home / "app", recipe, out.absolute(), command, key, patience))
         tell(f"run {number} on {superlink}")
         try:
             while True:
@@ -121,7 +124,7 @@ def _result(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     return result if Recipe.model_validate(result["recipe"]).digest() == recipe.digest() else None
 
 
-def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | None) -> Path:
+def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | None, patience: float) -> Path:
     """Write the Flower app of the run."""
     value = recipe.model_dump(mode="json")
     for table, name in (("data", "path"), ("model", "weights")):
@@ -135,7 +138,8 @@ def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | N
     }
     folder.mkdir()
     (folder / "fedunlearn_run.py").write_text(_APP.format(secure=recipe.privacy.secure))
-    project = _PROJECT.format(**{name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
+    config = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+    project = _PROJECT.format(**config, patience=float(patience))
     (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     return folder
 

@@ -23,6 +23,7 @@ from fedunlearn.threads import one_torch_thread
 
 PREFIX = "fedunlearn: "  # of what the server says, among the lines of Flower's log
 COMMANDS = ("train", "unlearn", "run")
+PATIENCE = 60.0  # seconds that a server waits for its clients at the start
 
 
 def recipe_of(context: Context) -> Recipe:
@@ -111,12 +112,22 @@ def _held(recipe: str, number: int) -> ClientData:
     return client_data(Recipe.model_validate_json(recipe), number)
 
 
-def engine_on(grid: Grid) -> Callable[[Setting], FlowerEngine]:
-    """Return what makes the engine of a run whose clients are behind ``grid``."""
+def engine_on(
+    grid: Grid, *, patience: float = PATIENCE, hello: float | None = None
+) -> Callable[[Setting], FlowerEngine]:
+    """Return what makes the engine of a run whose clients are behind ``grid``.
+
+    Args:
+        grid: of the server.
+        patience: seconds to wait for clients at the start.
+        hello: seconds that a client may take to introduce itself; 60 where None, or the recipe's deadline if shorter.
+    """
     return lambda setting: FlowerEngine(
         grid,
         clients=tuple(setting.clients),
         deadline=setting.recipe.federation.deadline,
+        patience=patience,
+        hello=min(setting.recipe.federation.deadline, PATIENCE) if hello is None else hello,
         secure=setting.recipe.privacy.secure,
         layout=(setting.splits.train.shape, len(setting.splits.train.classes)),
     )
@@ -135,7 +146,8 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
     """Return a complete Flower server: it does what ``command`` of the run configuration asks.
 
     ``command`` is ``train``, ``unlearn`` or ``run``, as for the command line; ``out`` the folder of the run on this
-    machine, absolute; the same folder goes on where a run was cut off. ``key`` names the operator's private key.
+    machine, absolute; the same folder goes on where a run was cut off. ``key`` names the operator's private key;
+    ``patience`` is for how many seconds clients are waited for at the start, 60 where it is not given.
 
     Args:
         recipe: finds the recipe of a run.
@@ -166,7 +178,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
                 out,
                 command=command,
                 key=Path(key) if key else None,
-                engine=engine_on(grid),
+                engine=engine_on(grid, patience=float(config.get("patience", PATIENCE))),
                 prepared=lambda setting: console.print(describe(setting), highlight=False),
                 observe=RunProgress(console, every=True).observe,
             )

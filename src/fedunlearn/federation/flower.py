@@ -57,6 +57,7 @@ class FlowerEngine:
         clients: names of the clients, or how many to wait for and take whatever their names are.
         deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
         patience: seconds to wait for clients at the start; half of them must be there then.
+        hello: seconds that a client may take to introduce itself; the shorter of deadline and patience where None.
         layout: shape of the images and number of classes that clients must have; those of the first where None.
         secure: ask for statistics under secure aggregation: ``run`` then returns their sum as one reply.
 
@@ -71,6 +72,7 @@ class FlowerEngine:
         clients: Sequence[str] | int,
         deadline: float = 600.0,
         patience: float = 60.0,
+        hello: float | None = None,
         secure: bool = False,
         layout: tuple[tuple[int, int, int], int] | None = None,
     ) -> None:
@@ -80,7 +82,7 @@ class FlowerEngine:
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
         self._layout = layout
-        self._hello = min(deadline, patience)
+        self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
         self._wait(clients if isinstance(clients, int) else len(clients), patience)
 
