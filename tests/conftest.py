@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,21 @@ from fedunlearn.recipe import load_recipe
 from fedunlearn.workflow import run
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two workers share the tests (``--dist loadgroup``), let what is dear to make be made once, and first."""
+    groups = [_group(item) for item in items]
+    for item, group in zip(items, groups):
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = [group for group in ("test_deployment", "signed") if group in groups]
+    places = {group: place for place, group in enumerate(dict.fromkeys([*first, *groups]))}
+    items.sort(key=lambda item: places[_group(item)])
+
+
+def _group(item: pytest.Item) -> str:
+    """Return what must not be torn apart: the tests that use the signed run, and otherwise those of a file."""
+    return "signed" if "signed" in getattr(item, "fixturenames", ()) else item.path.stem
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +123,7 @@ validation = 0.2
 clients = 3
 
 [model]
-name = "small-cnn"
+name = {model}
 
 [compute]
 precision = "float32"
@@ -129,25 +145,27 @@ oracles = {oracles}
 """
 
 
-def write_set(folder: Path, *, oracles: int = 1, names: tuple[str, ...] | None = None) -> Path:
+def write_set(
+    folder: Path, *, oracles: int = 1, names: tuple[str, ...] | None = None, model: str = "nets:tiny"
+) -> Path:
     """Write an npz of striped images and the recipe that reads it, and return the recipe."""
     train, test = make_images(120, 4), make_images(60, 4, seed=1)
     arrays = {} if names is None else {"classes": np.array(names)}
     for split, images in (("train", train), ("test", test)):
         arrays |= {f"x_{split}": images.images[:, 0].numpy(), f"y_{split}": images.labels.numpy()}
     np.savez(folder / "set.npz", **arrays)
-    text = TINY.format(data=json.dumps(str(folder / "set.npz")), oracles=oracles)
+    text = TINY.format(data=json.dumps(str(folder / "set.npz")), oracles=oracles, model=json.dumps(model))
     (folder / "tiny.toml").write_text(text, "utf-8")
     return folder / "tiny.toml"
 
 
 @pytest.fixture(scope="session")
 def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a key, its public key, and ``run``: an audited and signed run; tests change copies of it."""
+    """A folder with an audited run as ``plain``, the same signed as ``run``, and the keys; tests change copies."""
     folder = tmp_path_factory.mktemp("signed")
     recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"'])
     make_keys(folder / "operator")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "FEDUNLEARN_CACHE", str(folder / "cache"))
-        run(recipe, folder / "run", key=folder / "operator")
+    run(recipe, folder / "run")
+    shutil.copytree(folder / "run", folder / "plain")
+    run(recipe, folder / "run", key=folder / "operator")  # a finished run is signed later
     return folder
