@@ -1,9 +1,9 @@
-# make demo: the main job on real digits.  make demo-flower: the same over Flower, one site killed.  make test: all that CI runs.  make docs: the documentation in site/.
+# make demo: the main job on real digits.  make demo-flower: the same over Flower, one site killed.  make test: what a change must pass, in minutes.  make test-all: all that CI runs.  make docs: the documentation in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-flower test lint docs clean
+.PHONY: demo demo-flower test test-all lint docs clean
 
 demo: $(VENV)/.core
 	rm -rf runs/demo runs/demo-cache runs/demo.key runs/demo.key.pub
@@ -15,13 +15,22 @@ demo: $(VENV)/.core
 demo-flower: $(VENV)/.flower
 	$(BIN)/python examples/flower-deployment/demo.py
 
+# Two workers; what is dear to make, such as an audited run, is made by one of them for all who use it.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: lint docs
-	$(BIN)/pytest
+	$(PYTEST) -m "not slow and not sites"
+
+# Then the deeper networks, and the real Flower processes one after another: each of them takes both cores.
+test-all: lint docs
+	$(PYTEST) -m "not sites"
+	$(BIN)/pytest -m sites
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry src
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

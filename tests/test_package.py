@@ -1,14 +1,16 @@
 """The package as others get it: names, version, documentation that runs, a wheel that installs."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
-import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+from benchmarks import tables
 
 import fedunlearn
 
@@ -28,9 +30,14 @@ def test_every_public_name_has_a_docstring():
     assert undocumented == []
 
 
-def test_the_changelog_speaks_of_this_version_or_of_what_comes():
-    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    assert "## [Unreleased]" in changelog or f"## [{fedunlearn.__version__}]" in changelog
+def test_the_changelog_begins_with_this_version_or_what_is_unreleased_and_tells_something_of_each():
+    parts = re.split(r"^## \[(.*?)\].*$", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.M)
+    names, texts = parts[1::2], parts[2::2]
+    assert names[0] in ("Unreleased", fedunlearn.__version__)
+    assert all(re.search(r"^- \w", text, re.M) for text in texts)
+    versions = [tuple(map(int, name.split("."))) for name in (*names, fedunlearn.__version__) if name != "Unreleased"]
+    assert max(versions) == versions[-1]  # nothing is told of a version still to come
+    assert versions[:-1] == sorted(set(versions[:-1]), reverse=True)
 
 
 def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, capsys):
@@ -41,8 +48,8 @@ def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, caps
     shown = capsys.readouterr().out
     assert "channels removed" in shown
     accuracy = ast.literal_eval(shown[shown.index("{'forget'") :])
-    assert accuracy["forget"] == 0
     assert accuracy["retain"] > 0.8
+    assert accuracy["forget_row_kept"] < 0.5
 
 
 def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
@@ -68,27 +75,31 @@ def test_documented_commands_and_options_exist(capsys):
         assert all(word in shown for word in rest if word.startswith("--"))
 
 
-@pytest.mark.timeout(600)
-def test_the_wheel_installs_into_an_empty_environment_and_works(tmp_path):
+def test_the_wheel_holds_the_whole_package_and_its_program_works_without_the_sources(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
         check=True,
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "empty", with_pip=True)
-    python = tmp_path / "empty" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
-    for wanted in ("torch", wheel):  # torch first, as in the Makefile
-        subprocess.run([*pip, wanted], check=True, capture_output=True, cwd=tmp_path)
-    program = tmp_path / "empty" / "bin" / "fedunlearn"
-    listed = subprocess.run([program, "recipes"], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "cifar100-vgg19" in listed.stdout
-    quick = ("--set", "train.rounds=1", "--set", "unlearn.rounds=1", "--quiet")
-    subprocess.run([program, "run", "digits", "--out", tmp_path / "out", *quick], check=True, cwd=tmp_path)
+    package = ROOT / "src" / "fedunlearn"
+    files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == {name for name in files if not name.endswith(".pyc")}
+    assert "fedunlearn/py.typed" in packed
+    site = tmp_path / "site"  # beside what is installed here; that it is all declared, deptry checks: make lint
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(pip, check=True, capture_output=True)
+    settings = ("train.rounds=1", "train.local_epochs=0.1", "unlearn.rounds=1", "unlearn.local_epochs=0.1")
+    command = [site / "bin" / "fedunlearn", "unlearn", "--recipe", "digits", "--out", tmp_path / "out", "--quiet"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
-    typed = "import fedunlearn, pathlib; print((pathlib.Path(fedunlearn.__file__).parent / 'py.typed').exists())"
-    assert subprocess.run([python, "-c", typed], capture_output=True, text=True).stdout.strip() == "True"
+    where = [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('fedunlearn').origin)"]
+    found = subprocess.run(where, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert Path(found.stdout.strip()) == site / "fedunlearn" / "__init__.py"
 
 
 def test_the_constraints_pin_every_dependency_of_the_project():
@@ -103,8 +114,6 @@ def test_the_constraints_pin_every_dependency_of_the_project():
     assert {re.match(r"[\w-]+", name)[0].lower() for name in wanted} - {project["name"]} <= pinned
 
 
-def test_the_tables_of_the_results_page_are_those_of_the_measured_files():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_tables_of_the_results_page_are_those_of_the_measured_files(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.tables", "--check"])
+    tables.main()
