@@ -1,5 +1,6 @@
 """Images, batches and partitions."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ def test_other_bad_arguments_are_refused(images):
         partition(images, by="group")
     with pytest.raises(DataError, match=r"validation share must lie in \[0, 1\), got 1"):
         hold_out({"a": images}, 1.0)
-    with pytest.raises(DataError, match="augmentations must be among crop, flip, cutout, got 'blur'"):
+    with pytest.raises(DataError, match="augmentations must be among crop, translate, flip, cutout, got 'blur'"):
         next(batches(images, 4, augment=("blur",)))
     with pytest.raises(DataError, match="give the generator that owns the draw"):
         next(batches(images, 4, augment=("flip",)))
@@ -199,3 +200,11 @@ def test_cutout_blanks_at_most_sixteen_by_sixteen_pixels():
 
 def test_images_print_what_they_are(images):
     assert repr(images) == "LabelledImages(60 images 1x8x8, 3 classes)"
+
+
+def test_a_translated_image_mirrors_what_is_beside_its_edge():
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    mirrored = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    for image, source in zip(AUGMENTATIONS["translate"](images, torch.Generator().manual_seed(0)), mirrored):
+        windows = np.lib.stride_tricks.sliding_window_view(source[0], (8, 8))
+        assert (windows == image[0].numpy()).all((2, 3)).sum() >= 1

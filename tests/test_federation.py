@@ -365,7 +365,15 @@ def test_reestimation_does_not_depend_on_the_order_of_the_images_and_leaves_drop
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": 0}, {"batch_size": 0}, {"local_epochs": 0}, {"momentum": 1}, {"weight_decay": -1}, {"lr": float("nan")}],
+    [
+        {"lr": 0},
+        {"batch_size": 0},
+        {"local_epochs": 0},
+        {"momentum": 1},
+        {"weight_decay": -1},
+        {"lr": float("nan")},
+        {"label_smoothing": 1},
+    ],
 )
 def test_training_settings_out_of_range_are_refused(change):
     (name,) = change

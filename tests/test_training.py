@@ -13,11 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import make_net
+from conftest import make_images, make_net, normalised
+from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.training import Sgd
+from fedunlearn.training import Sgd, Training, train_locally
 
 
 class Unusual(nn.Module):
@@ -109,6 +112,8 @@ import sys, torch
 from conftest import make_images, make_net
 from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.training import Training, train_locally
 assert train_locally(make_net(), make_images(9), Training(0.1, 8), lr=0.1, draw=torch.Generator()) == 9
 assert flops_per_image(make_net(), (1, 8, 8))[0] > 0
@@ -123,3 +128,24 @@ def test_training_and_counting_import_none_of_what_they_do_not_use():
     here = Path(__file__).parent  # of conftest, which makes the inputs
     done = subprocess.run([sys.executable, "-c", FRUGAL], cwd=here, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_step_with_smoothed_labels_is_that_of_the_formula():
+    net, smoothing, lr = make_net(), 0.3, 0.1
+    images = make_images(6)
+    slow = copy.deepcopy(net).train()
+    training = Training(lr=lr, batch_size=6, momentum=0.0, weight_decay=0.0, label_smoothing=smoothing)
+    train_locally(net, images, training, lr=lr, draw=torch.Generator())
+    log_p = slow(normalised(images)).log_softmax(1)
+    target = (1 - smoothing) * F.one_hot(images.labels, 3) + smoothing / 3
+    gradients = torch.autograd.grad(-(target * log_p).sum(1).mean(), list(slow.parameters()))
+    for trained, before, gradient in zip(net.parameters(), slow.parameters(), gradients, strict=True):
+        torch.testing.assert_close(trained, before - lr * gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("every", "rounds", "measured"), [(0, 3, []), (1, 3, [0, 1, 2]), (2, 5, [1, 3, 4])])
+def test_validation_accuracy_is_measured_every_so_many_rounds_and_at_the_last(every, rounds, measured):
+    shares, held = hold_out(partition(make_images(30), by="iid", clients=2, seed=0), 0.2, seed=0)
+    engine = LocalEngine(shares, validation=held)
+    steps = train_rounds(make_net(), engine, training=Training(lr=0.01), rounds=rounds, validate=every)
+    assert [step.round for step in steps if step.validation is not None] == measured
