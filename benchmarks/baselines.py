@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.inputs import BATCH, example, taps_of
-from fedunlearn.compute import Compute
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.groups import prunable_layers
-from fedunlearn.stats import measure_channels
-from fedunlearn.threads import cores, one_torch_thread
+from fedunlearn.training.compute import Compute, cores, one_torch_thread
 
 
 class Default:

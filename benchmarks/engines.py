@@ -20,12 +20,12 @@ from typing import Any
 
 from benchmarks.engine_app.engine_app import time_rounds
 from fedunlearn.data.partition import partition
-from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.recipe import Recipe, load_recipe
-from fedunlearn.setting import read_data
-from fedunlearn.simulation import simulation
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.launch import simulation
+from fedunlearn.run.experiment import read_data
+from fedunlearn.run.recipe import Recipe, load_recipe
+from fedunlearn.training.compute import one_torch_thread
 
 _ROOT = Path(__file__).parent
 _OUT = _ROOT / "engines.json"

@@ -12,13 +12,12 @@ from torch import nn
 from benchmarks.baselines import Bare
 from benchmarks.inputs import averaged, done, measure_job, random_images, shares, train_job
 from benchmarks.turns import overhead, timed
-from fedunlearn.compute import Compute
 from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.models import SmallCNN, build_model
-from fedunlearn.threads import cores
+from fedunlearn.training.compute import Compute, cores
 
 
 def growth() -> dict[str, Any]:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.taps import Tap, find_taps
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import partition
-from fedunlearn.federation.average import fedavg
-from fedunlearn.federation.collect import Answers
+from fedunlearn.federation.ask import Answers
 from fedunlearn.federation.jobs import Engine, Job, Measure, Train
-from fedunlearn.groups import prunable_layers
-from fedunlearn.taps import Tap, find_taps
-from fedunlearn.training import Training
+from fedunlearn.federation.rounds import fedavg
+from fedunlearn.training.sgd import Training
 
 BATCH = 128
 SHAPE = (3, 32, 32)

@@ -21,14 +21,13 @@ from typing import Any
 from torch import Tensor
 
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.jobs import Job, Measure, Reply
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.journal import Journal
-from fedunlearn.phases import original_model, unlearned_model
-from fedunlearn.recipe import load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.result import evaluate
+from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.unlearn import Unlearned
 
 OUT = Path(__file__).parent / "poisoning.json"

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.evaluate import evaluate
-from fedunlearn.journal import Journal
-from fedunlearn.phases import original_model, unlearned_model
-from fedunlearn.recipe import load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.federation.journal import Journal
+from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.result import evaluate
+from fedunlearn.training.compute import one_torch_thread
 
 SEEDS = (0, 1, 2)
 _OUT = Path(__file__).with_suffix(".json")

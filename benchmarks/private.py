@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.poisoning import FORGET, SEEDS, figures
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import NO_RULES, Privacy, epsilon
-from fedunlearn.journal import Journal
-from fedunlearn.phases import original_model, unlearned_model
-from fedunlearn.recipe import load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.training.compute import one_torch_thread
 
 OUT = Path(__file__).parent / "private.json"
 DELTA = 1e-5

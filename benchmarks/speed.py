@@ -25,18 +25,16 @@ from benchmarks.baselines import Bare, Default, PlainLoop, image_batch, image_lo
 from benchmarks.growth import growth
 from benchmarks.inputs import BATCH, SHAPE, averaged, done, measure_job, random_images, shares, train_job, write_npz
 from benchmarks.turns import compared, overhead, timed
-from fedunlearn.compute import Compute, has_bfloat16
-from fedunlearn.federation.flower import FlowerEngine
 from fedunlearn.federation.jobs import Train
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.machine import processor
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.launch import simulation
 from fedunlearn.models import build_model
-from fedunlearn.probe import probe
-from fedunlearn.recipe import load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.simulation import simulation
-from fedunlearn.threads import cores, one_torch_thread
+from fedunlearn.run.experiment import prepare, processor
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.training.compute import Compute, cores, has_bfloat16, one_torch_thread
+from fedunlearn.training.speed import probe
 
 Work = Callable[[], None]
 Compare = Callable[..., dict[str, Any]]

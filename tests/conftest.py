@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.federation.collect import Answers
+from fedunlearn.federation.ask import Answers
 from fedunlearn.federation.jobs import Engine, Job, Reply
 from fedunlearn.federation.ledger import Entry
-from fedunlearn.recipe import load_recipe
-from fedunlearn.workflow import run
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 
 torch.set_num_threads(1)
 

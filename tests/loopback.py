@@ -10,8 +10,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import make_images, make_net
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.jobs import ClientData
+from fedunlearn.flower.client import client_app
 
 CLIENTS, VALIDATION = hold_out(partition(make_images(80), by="iid", clients=4), 0.2)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedunlearn.auditing import audit_model
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.errors import DataError, EvidenceError, ModelError
-from fedunlearn.recipe import load_recipe
+from fedunlearn.run.commands import audit_model
+from fedunlearn.run.recipe import load_recipe
 
 
 @pytest.fixture

@@ -15,25 +15,22 @@ from conftest import logits, make_images, make_net, normalised
 from fedunlearn.audits import verdict
 from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.audit import audit
-from fedunlearn.audits.confusion import confusion
-from fedunlearn.audits.images import audit_images
-from fedunlearn.audits.measure import Figure, measure_audits, share, view
+from fedunlearn.audits.linear_probe import linear_probe
+from fedunlearn.audits.measure import Figure, confusion, measure_audits, share, view
 from fedunlearn.audits.membership import membership, rmia, signal
 from fedunlearn.audits.neighbours import jensen_shannon, mean_output, total_variation
 from fedunlearn.audits.observe import observe
-from fedunlearn.audits.precision import rounded
-from fedunlearn.audits.probe import linear_probe
 from fedunlearn.audits.prototypes import prototype_accuracy
 from fedunlearn.audits.reestimation import reestimated
 from fedunlearn.audits.relearn import relearn, with_all_rows
 from fedunlearn.audits.representation import linear_cka, procrustes
-from fedunlearn.audits.subject import Subject, without_rows
+from fedunlearn.audits.rounding import rounded
+from fedunlearn.audits.subject import Subject, audit_images, without_rows
+from fedunlearn.channels.plan import plan_pruning, plan_without_rows, prune
+from fedunlearn.channels.scores import ChannelScores
 from fedunlearn.checkpoint import save_checkpoint
 from fedunlearn.errors import DataError, EvidenceError, ModelError, RunError
-from fedunlearn.plan import plan_pruning, plan_without_rows
-from fedunlearn.prune import prune
-from fedunlearn.scores import ChannelScores
-from fedunlearn.training import Training, train_locally
+from fedunlearn.training.sgd import Training, train_locally
 
 distributions = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda p: sum(p) > 0.01)
 

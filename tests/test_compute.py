@@ -10,29 +10,25 @@ import torch
 from torch import nn
 
 from conftest import collected, make_images, make_net
-from fedunlearn.cache import RetrainedCache
-from fedunlearn.compute import FLOAT32, Compute, has_bfloat16
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.stats import measure_channels
+from fedunlearn.channels.taps import Tap, channel_means, find_taps
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation import local
-from fedunlearn.federation.client import handle
-from fedunlearn.federation.copies import Copies, Values
-from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reestimate, Train
+from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reestimate, Train, handle
+from fedunlearn.federation.journal import header_of
 from fedunlearn.federation.ledger import flops_per_image
-from fedunlearn.federation.local import LocalEngine
-from fedunlearn.groups import prunable_layers
-from fedunlearn.journal import header_of
-from fedunlearn.machine import settled
+from fedunlearn.federation.local import Copies, LocalEngine, Values
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.probe import _fastest, probe
-from fedunlearn.recipe import ComputeTable, load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.stats import measure_channels
-from fedunlearn.taps import Tap, channel_means, find_taps
-from fedunlearn.threads import cores
-from fedunlearn.training import Training
-from fedunlearn.workflow import run
+from fedunlearn.run.commands import run
+from fedunlearn.run.compare import RetrainedCache
+from fedunlearn.run.experiment import prepare, settled
+from fedunlearn.run.recipe import ComputeTable, load_recipe
+from fedunlearn.training.compute import FLOAT32, Compute, cores, has_bfloat16
+from fedunlearn.training.sgd import Training
+from fedunlearn.training.speed import _fastest, probe
 
 EXAMPLE = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 BFLOAT16 = Compute("bfloat16")

@@ -12,10 +12,10 @@ import torch
 from deployment import Deployment, make_certificates, make_node_key
 from safetensors.torch import load_file
 
-from fedunlearn.deployment import run_on
 from fedunlearn.errors import FederationError
-from fedunlearn.recipe import load_recipe
-from fedunlearn.workflow import run
+from fedunlearn.flower.launch import run_on
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
 SETTINGS = ("federation.clients=3", "train.rounds=2", "unlearn.rounds=1")

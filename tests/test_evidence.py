@@ -21,12 +21,12 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.measure import Figure
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
-from fedunlearn.evidence.card import write_card
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.maps import FeatureMaps
+from fedunlearn.evidence.report import write_card
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
 

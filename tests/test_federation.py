@@ -9,22 +9,29 @@ import torch
 from torch import nn
 
 from conftest import collected, logits, make_images, make_net
-from fedunlearn.compute import Compute
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError
-from fedunlearn.federation.average import fedavg
-from fedunlearn.federation.client import count_correct, handle
-from fedunlearn.federation.collect import refusal
-from fedunlearn.federation.jobs import ClientData, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.ask import refusal
+from fedunlearn.federation.jobs import (
+    ClientData,
+    Evaluate,
+    Job,
+    Measure,
+    Reestimate,
+    Reply,
+    Train,
+    count_correct,
+    handle,
+)
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds, validation_accuracy
-from fedunlearn.journal import Journal
-from fedunlearn.repair import reestimate
-from fedunlearn.taps import find_taps
-from fedunlearn.training import Training, constant, one_cycle, train_locally
+from fedunlearn.federation.rounds import fedavg, reestimate, train_rounds, validation_accuracy
+from fedunlearn.training.compute import Compute
+from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally
 
 EXAMPLE = torch.randn(2, 1, 8, 8)
 

@@ -13,21 +13,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from conftest import collected, make_images, make_net
+from fedunlearn.channels.plan import plan_pruning, prune
+from fedunlearn.channels.scores import contrast
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.data.batches import batches
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.client import handle
-from fedunlearn.federation.flower import FlowerEngine
-from fedunlearn.federation.flower_client import client_app, unlearning_mod
-from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train
+from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train, handle
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.federation.wire import digest_of, encode_reply
-from fedunlearn.journal import Journal
-from fedunlearn.plan import plan_pruning
-from fedunlearn.prune import prune
-from fedunlearn.scores import contrast
-from fedunlearn.taps import find_taps
-from fedunlearn.training import Training
+from fedunlearn.flower.client import client_app, unlearning_mod
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.messages import digest_of, encode_reply
+from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 from loopback import APP, CLIENTS, VALIDATION, Loopback, build_model, load_images, nodes, same
 
@@ -70,7 +68,7 @@ def test_the_engines_agree_to_the_bit():
 
 
 def test_the_flower_extra_is_asked_for_by_name():
-    code = "import sys; sys.modules['flwr'] = sys.modules['flwr.app'] = None; import fedunlearn.federation.flower"
+    code = "import sys; sys.modules['flwr'] = sys.modules['flwr.app'] = None; import fedunlearn.flower.engine"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: the Flower engine needs Flower: pip install 'fedunlearn[flower]'" in done.stderr
 

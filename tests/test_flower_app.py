@@ -11,15 +11,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from typer.testing import CliRunner
 
 from fedunlearn import cli
-from fedunlearn.deployment import run_on
 from fedunlearn.errors import FederationError, RecipeError
-from fedunlearn.federation.flower_client import client_app
 from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.flower_app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
-from fedunlearn.recipe import PrivacyTable, load_recipe
-from fedunlearn.setting import prepare
-from fedunlearn.simulation import simulation
+from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
+from fedunlearn.flower.client import client_app
+from fedunlearn.flower.launch import run_on, simulation
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.recipe import PrivacyTable, load_recipe
 from loopback import Loopback, nodes
 
 

@@ -10,20 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_images, make_net
+from fedunlearn.channels.stats import ChannelStats, limit_influence, measure_channels
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RecipeError
-from fedunlearn.federation.client import handle
-from fedunlearn.federation.influence import limit_influence
-from fedunlearn.federation.jobs import ClientData, Measure
+from fedunlearn.federation.jobs import ClientData, Measure, handle
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
-from fedunlearn.journal import Journal
-from fedunlearn.recipe import load_recipe
-from fedunlearn.stats import ChannelStats, measure_channels
-from fedunlearn.taps import find_taps
-from fedunlearn.unlearn import measure
-from fedunlearn.workflow import run
+from fedunlearn.federation.rounds import measure
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

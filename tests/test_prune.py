@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 import oracles
 from conftest import logits, make_net, settle
+from fedunlearn.channels.groups import find_groups, head_layer, prunable_layers
+from fedunlearn.channels.plan import PruningPlan, plan_pruning, plan_without_rows, prune
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.errors import ModelError, PlanError
-from fedunlearn.groups import find_groups, head_layer, prunable_layers
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.plan import PruningPlan, plan_pruning, plan_without_rows
-from fedunlearn.prune import prune
-from fedunlearn.taps import find_taps
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

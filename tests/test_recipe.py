@@ -4,14 +4,14 @@ from typing import get_args
 
 import pytest
 
+from fedunlearn.channels.plan import ENDS, SCOPES
+from fedunlearn.channels.scores import CRITERIA, REFERENCES
+from fedunlearn.channels.taps import HOOKS
 from fedunlearn.data.partition import PARTITIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
 from fedunlearn.models import MODELS, SHORTCUTS
-from fedunlearn.plan import ENDS, SCOPES
-from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
-from fedunlearn.scores import CRITERIA, REFERENCES
-from fedunlearn.taps import HOOKS
+from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
 
 EXPECTED = ["digits", "mnist-writers"] + [
     f"{data}-{model}"

@@ -10,8 +10,8 @@ from playwright.sync_api import sync_playwright
 from conftest import write_set
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.report import write_report
-from fedunlearn.recipe import load_recipe
-from fedunlearn.workflow import run
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

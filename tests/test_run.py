@@ -17,28 +17,27 @@ import pytest
 import torch
 
 from conftest import logits, make_images, make_net, write_set
-from fedunlearn import journal as journals
+from fedunlearn.channels.plan import PruningPlan, prune
+from fedunlearn.channels.scores import contrast, random_scores
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import DataError, ModelError, PlanError, RecipeError, RunError
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
+from fedunlearn.federation import journal as journals
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.journal import Journal, Step
 from fedunlearn.models import build_model
-from fedunlearn.oracles import retrained_models
-from fedunlearn.plan import PruningPlan
-from fedunlearn.prune import prune
-from fedunlearn.recipe import load_recipe
-from fedunlearn.result import cost_blocks
-from fedunlearn.scores import contrast, random_scores
-from fedunlearn.setting import prepare
-from fedunlearn.training import Training, one_cycle
+from fedunlearn.run.commands import run
+from fedunlearn.run.compare import retrained_models
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.result import cost_blocks
+from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.unlearn import unlearn
-from fedunlearn.workflow import run
 
 
 def without_seconds(value):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import oracles
+from fedunlearn.channels.scores import contrast, forget_classes, margin, random_scores, tf_idf
+from fedunlearn.channels.stats import ChannelStats
 from fedunlearn.errors import PlanError
-from fedunlearn.scores import contrast, forget_classes, margin, random_scores, tf_idf
-from fedunlearn.stats import ChannelStats
 
 
 def stats_of(means, counts=None):

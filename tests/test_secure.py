@@ -13,22 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import collected, make_images, make_net
+from fedunlearn.channels.scores import contrast
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError
-from fedunlearn.federation import secure
-from fedunlearn.federation.client import handle
-from fedunlearn.federation.flower import FlowerEngine
-from fedunlearn.federation.flower_client import add_secure_measure, client_app, unlearning_mod
-from fedunlearn.federation.grid import to_arrays
-from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train
+from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train, handle
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.secure import BITS, FRACTION, LIMBS, answer, decode, encode, secure_mod, secure_sum
-from fedunlearn.federation.wire import encode_job
-from fedunlearn.journal import Journal
-from fedunlearn.scores import contrast
-from fedunlearn.taps import find_taps
-from fedunlearn.training import Training
-from fedunlearn.unlearn import measure, unlearn
+from fedunlearn.federation.rounds import measure
+from fedunlearn.flower import secure
+from fedunlearn.flower.client import add_secure_measure, client_app, unlearning_mod
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.messages import encode_job, to_arrays
+from fedunlearn.flower.secure import BITS, FRACTION, LIMBS, answer, decode, encode, secure_mod, secure_sum
+from fedunlearn.training.sgd import Training
+from fedunlearn.unlearn import unlearn
 from loopback import Loopback, build_model, nodes, same
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

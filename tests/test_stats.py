@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from conftest import make_images, make_net
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.stats import ChannelStats, measure_channels
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import DataError
-from fedunlearn.groups import prunable_layers
-from fedunlearn.stats import ChannelStats, measure_channels
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.training import Sgd, Training, train_locally
+from fedunlearn.training.sgd import Sgd, Training, train_locally
 
 
 class Unusual(nn.Module):
@@ -114,11 +114,11 @@ from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.training import Training, train_locally
+from fedunlearn.training.sgd import Training, train_locally
 assert train_locally(make_net(), make_images(9), Training(0.1, 8), lr=0.1, draw=torch.Generator()) == 9
 assert flops_per_image(make_net(), (1, 8, 8))[0] > 0
 assert len(read_digits().train) > 0
-import fedunlearn.cli, fedunlearn.flower_app
+import fedunlearn.cli, fedunlearn.flower.app
 UNUSED = ("torch._dynamo", "torch_pruning", "scipy", "sklearn", "jinja2", "matplotlib", "PIL")
 print([name for name in UNUSED if name in sys.modules])
 """

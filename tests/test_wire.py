@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_net
+from fedunlearn.channels.plan import PruningPlan, plan_pruning, prune
+from fedunlearn.channels.taps import find_taps
 from fedunlearn.errors import FederationError, PlanError, RecipeError
 from fedunlearn.federation.jobs import Evaluate, Job, Measure, Reestimate, Reply, Train
-from fedunlearn.federation.wire import decode_job, decode_reply, digest_of, encode_job, encode_reply, rebuild
-from fedunlearn.plan import PruningPlan, plan_pruning
-from fedunlearn.prune import prune
-from fedunlearn.slicing import cut, spread
-from fedunlearn.taps import find_taps
-from fedunlearn.training import Training
+from fedunlearn.flower.client import cut, spread
+from fedunlearn.flower.messages import decode_job, decode_reply, digest_of, encode_job, encode_reply, rebuild
+from fedunlearn.training.sgd import Training
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SCORES = {"0": torch.arange(6.0), "3": torch.arange(8.0)}

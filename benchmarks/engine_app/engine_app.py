@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from fedunlearn.federation.collect import Answers
-from fedunlearn.federation.flower import FlowerEngine
-from fedunlearn.federation.flower_client import client_app
-from fedunlearn.federation.grid import Context, Grid, ServerApp
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.taps import find_taps
+from fedunlearn.federation.ask import Answers
 from fedunlearn.federation.jobs import Engine, Evaluate, Measure, Train
-from fedunlearn.flower_app import recipe_images, recipe_model, recipe_of
-from fedunlearn.groups import prunable_layers
-from fedunlearn.recipe import Recipe
-from fedunlearn.setting import new_model, read_data
-from fedunlearn.taps import find_taps
+from fedunlearn.flower.app import recipe_images, recipe_model, recipe_of
+from fedunlearn.flower.client import client_app
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.messages import Context, Grid, ServerApp
+from fedunlearn.run.experiment import new_model, read_data
+from fedunlearn.run.recipe import Recipe
 
 client = client_app(recipe_model, recipe_images)
 server = ServerApp()

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from fedunlearn.console import notes, result_table
 from fedunlearn.federation.jobs import Job, Reply
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.recipe import load_recipe
-from fedunlearn.threads import one_torch_thread
-from fedunlearn.workflow import run
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.training.compute import one_torch_thread
 
 SITES, ROUNDS, VICTIM = 3, 4, 2
 MODELS = ("original", "pruned", "unlearned")

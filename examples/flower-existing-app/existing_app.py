@@ -10,9 +10,9 @@ from flwr.serverapp.strategy import FedAvg
 from sklearn.datasets import load_digits
 
 import fedunlearn as fu  # (+)
-from fedunlearn.federation.flower import FlowerEngine  # (+)
-from fedunlearn.federation.flower_client import unlearning_mod  # (+)
 from fedunlearn.federation.jobs import ClientData  # (+)
+from fedunlearn.flower.client import unlearning_mod  # (+)
+from fedunlearn.flower.engine import FlowerEngine  # (+)
 
 
 class Net(torch.nn.Sequential):

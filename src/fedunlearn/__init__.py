@@ -1,11 +1,13 @@
 """fedunlearn makes a federated image classifier forget classes, fast, and shows that it did."""
 
 from fedunlearn.audits.audit import Findings, audit
-from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.audits.measure import Figure
-from fedunlearn.audits.subject import Subject, without_rows
+from fedunlearn.audits.subject import AuditImages, Subject, audit_images, without_rows
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.plan import PruningPlan, plan_pruning, prune
+from fedunlearn.channels.scores import ChannelScores, contrast, margin, random_scores, tf_idf
+from fedunlearn.channels.stats import ChannelStats, measure_channels
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
-from fedunlearn.compute import Compute
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import (
@@ -27,21 +29,16 @@ from fedunlearn.errors import (
     RecipeError,
     RunError,
 )
-from fedunlearn.evaluate import evaluate
 from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.groups import prunable_layers
-from fedunlearn.journal import Journal
+from fedunlearn.federation.rounds import reestimate, train_rounds
 from fedunlearn.models import build_model
-from fedunlearn.plan import PruningPlan, plan_pruning
-from fedunlearn.probe import probe
-from fedunlearn.prune import prune
-from fedunlearn.repair import reestimate
-from fedunlearn.scores import ChannelScores, contrast, margin, random_scores, tf_idf
-from fedunlearn.stats import ChannelStats, measure_channels
-from fedunlearn.training import Training, one_cycle
+from fedunlearn.run.result import evaluate
+from fedunlearn.training.compute import Compute
+from fedunlearn.training.sgd import Training, one_cycle
+from fedunlearn.training.speed import probe
 from fedunlearn.unlearn import Unlearned, unlearn
 from fedunlearn.version import __version__
 

@@ -12,11 +12,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.plan import PruningPlan, prune
 from fedunlearn.data.readers import load_npz
 from fedunlearn.errors import DataError, ModelError, PlanError
 from fedunlearn.files import write_tensors
-from fedunlearn.plan import PruningPlan
-from fedunlearn.prune import prune
 
 _SCHEMA = 1
 

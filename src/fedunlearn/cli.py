@@ -16,15 +16,15 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fedunlearn import workflow
-from fedunlearn.auditing import audit_model
 from fedunlearn.console import RunProgress, audit_table, describe, notes, result_table, verdict_line
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.recipe import SHIPPED, Recipe, load_recipe
-from fedunlearn.threads import one_torch_thread
+from fedunlearn.run import commands
+from fedunlearn.run.commands import audit_model
+from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
+from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
 
 app = typer.Typer(
@@ -157,7 +157,7 @@ def evaluate(
 ) -> None:
     """Measure a model, unlearned or not, on the test images."""
     with _told(debug):
-        block = workflow.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
+        block = commands.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
         _show({"model": block}, quiet, as_json, block)
 
 
@@ -291,7 +291,7 @@ def _work(
 ) -> dict[str, Any] | None:
     """Return the result of ``command``, whoever runs the clients; None where it lies elsewhere."""
     work = partial(
-        workflow.run,
+        commands.run,
         recipe,
         folder,
         command=command,
@@ -302,14 +302,14 @@ def _work(
     match recipe.federation.engine:
         case "flower-simulation":
             with _flower_installed():
-                from fedunlearn.flower_app import engine_on
-                from fedunlearn.simulation import START, simulation
+                from fedunlearn.flower.app import engine_on
+                from fedunlearn.flower.launch import START, simulation
             with simulation(recipe) as grid:
                 # All clients are there from the start, and answer when Ray has started.
                 return work(engine=engine_on(grid, patience=0.0, hello=START))
         case "flower":
             with _flower_installed():
-                from fedunlearn.deployment import run_on
+                from fedunlearn.flower.launch import run_on
             assert clients.superlink is not None  # _do checked it
             tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
             return run_on(clients.superlink, recipe, folder, command=command, key=key, ca=clients.ca, tell=tell)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.words import AUDITS, MODELS, clipped
-from fedunlearn.setting import Setting
+from fedunlearn.run.experiment import Setting
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all.
+
+And where caches are kept.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +40,10 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with written(path) as part:
         part.write_text(text, "utf-8")
+
+
+def cache_folder() -> Path:
+    """Return where caches are kept: ``$FEDUNLEARN_CACHE``, or ``fedunlearn`` in the user's cache folder."""
+    named = os.environ.get("FEDUNLEARN_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else base / "fedunlearn"

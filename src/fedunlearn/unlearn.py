@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.errors import FederationError, ModelError
-from fedunlearn.federation.collect import Answers
-from fedunlearn.federation.influence import limit_influence
-from fedunlearn.federation.jobs import Engine, Measure, Reply
+from fedunlearn.channels.groups import head_layer, prunable_layers
+from fedunlearn.channels.plan import PruningPlan, check_fraction, plan_pruning, plan_without_rows, prune
+from fedunlearn.channels.scores import ChannelScores, Criterion, forget_classes, tf_idf
+from fedunlearn.channels.stats import ChannelStats
+from fedunlearn.channels.taps import find_taps
+from fedunlearn.errors import ModelError
+from fedunlearn.federation.jobs import Engine, Measure
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.groups import head_layer, prunable_layers
-from fedunlearn.journal import Journal, Step
-from fedunlearn.plan import PruningPlan, check_fraction, plan_pruning, plan_without_rows
-from fedunlearn.prune import prune
-from fedunlearn.repair import repair
-from fedunlearn.scores import ChannelScores, Criterion, forget_classes, tf_idf
+from fedunlearn.federation.rounds import measure, repair
 from fedunlearn.seeding import generator
-from fedunlearn.stats import ChannelStats
-from fedunlearn.taps import find_taps
-from fedunlearn.training import Training
+from fedunlearn.training.sgd import Training
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,55 +164,3 @@ def _checked(
         )
     prunable_layers(model, example)
     return head, forget_classes(forget, rows)
-
-
-def measure(
-    job: Measure,
-    engine: Engine,
-    journal: Journal,
-    *,
-    mean_of_clients: bool = False,
-    influence: float | None = None,
-) -> tuple[ChannelStats, dict[str, Tensor]]:
-    """Return the clients' statistics, merged in client-id order, and what each client holds per class.
-
-    Under secure aggregation the latter is empty: nobody knows.
-
-    Raises:
-        FederationError: too few clients gave usable replies, or only their sum is known where each is needed.
-    """
-    steps = journal.steps(job.phase)
-    if steps:
-        saved = journal.state(job.phase)
-        rows = saved.pop("held")
-        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, rows))
-    journal.report(job.phase, 0, 1)
-    answers = Answers(engine, job)
-    held: dict[str, Tensor] = {}
-    merged = _merged(_parts(answers, held, each=mean_of_clients or influence is not None), mean_of_clients, influence)
-    known = torch.stack(list(held.values())) if held else torch.zeros(0, job.classes)
-    journal.finish(Step(job.phase, 0, (answers.entry,)), {**merged.tensors(), "held": known})
-    journal.report(job.phase, 1, 1)
-    return merged, held
-
-
-def _parts(answers: Iterable[Reply], held: dict[str, Tensor], *, each: bool) -> Iterator[ChannelStats]:
-    """Yield the statistics of replies and note in ``held`` what each client has; a sum is refused where ``each``."""
-    for reply in answers:
-        if reply.members and each:
-            raise FederationError(
-                "under secure aggregation only the sum of the statistics is known: "
-                "unlearn.mean_of_clients and unlearn.influence need those of each client"
-            )
-        if not reply.members:
-            held[reply.client] = reply.tensors["held"]
-        yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
-
-
-def _merged(parts: Iterable[ChannelStats], mean_of_clients: bool, influence: float | None) -> ChannelStats:
-    """Return all ``parts`` as one; they are added up as they come, unless each must be seen beside all others."""
-    if influence is not None:
-        parts = limit_influence(list(parts), influence)
-    if mean_of_clients:
-        parts = (part.one_vote_per_class() for part in parts)
-    return functools.reduce(ChannelStats.merge, parts)

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.measure import Figure, Measured, View, measure_audits, view
-from fedunlearn.audits.subject import Subject
+from fedunlearn.audits.subject import AuditImages, Subject
 from fedunlearn.audits.verdict import (
     FEWEST,
     INDISTINGUISHABLE,

@@ -1,4 +1,7 @@
-"""All audits of one model."""
+"""All audits of one model.
+
+``confusion`` is an audit of its own: what is each class named?
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.audits.confusion import confusion
-from fedunlearn.audits.images import AuditImages
+from fedunlearn.audits.linear_probe import linear_probe
 from fedunlearn.audits.membership import membership, rmia, signal
 from fedunlearn.audits.neighbours import jensen_shannon, mean_output, total_variation
 from fedunlearn.audits.observe import Observed, observe
-from fedunlearn.audits.precision import rounded
-from fedunlearn.audits.probe import linear_probe
 from fedunlearn.audits.prototypes import prototype_accuracy
 from fedunlearn.audits.reestimation import reestimated
 from fedunlearn.audits.relearn import relearn
 from fedunlearn.audits.representation import linear_cka, procrustes
-from fedunlearn.audits.subject import Subject
+from fedunlearn.audits.rounding import rounded
+from fedunlearn.audits.subject import AuditImages, Subject
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.seeding import generator
 
@@ -127,6 +128,30 @@ def share(correct: int, total: int) -> Figure:
     """
     p = (correct + 2) / (total + 4)
     return Figure(correct / total, (p * (1 - p) / (total + 4)) ** 0.5)
+
+
+def confusion(logits: Tensor, truth: Tensor, *, labels: Sequence[int], classes: int) -> Tensor:
+    """Return how many images of each class are given each name.
+
+    ``counts[u, v] = #{x : truth[x] = u, labels[argmax_r logits[x, r]] = v}``
+
+    Args:
+        logits: shape ``(images, rows)``.
+        truth: int64, shape ``(images,)``.
+        labels: the class of each output row.
+        classes: number of classes.
+
+    Returns:
+        int64, shape ``(classes, classes)``; the column of a class without a row is 0.
+
+    Example:
+        >>> confusion(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 2]), labels=[0, 1], classes=3)
+        tensor([[1, 0, 0],
+                [0, 0, 0],
+                [0, 1, 0]])
+    """
+    named = torch.tensor(list(labels))[logits.argmax(1)]
+    return torch.bincount(truth * classes + named, minlength=classes**2).reshape(classes, classes)
 
 
 def _accuracy(

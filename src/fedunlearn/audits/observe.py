@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.groups import head_layer, prunable_layers
+from fedunlearn.channels.taps import Tap, channel_means, find_taps, reading
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.groups import head_layer, prunable_layers
-from fedunlearn.taps import Tap, channel_means, find_taps, reading
-from fedunlearn.threads import cores, one_torch_thread
+from fedunlearn.training.compute import cores, one_torch_thread
 
 _HEAD = ""  # no convolution has this name
 

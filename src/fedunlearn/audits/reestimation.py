@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.federation.client import batch_norm_sums
-from fedunlearn.repair import fit_batch_norm
+from fedunlearn.training.batch_norm import batch_norm_sums, fit_batch_norm
 
 
 def reestimated(model: nn.Module, images: LabelledImages, *, draw: torch.Generator) -> nn.Module:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedunlearn.audits.observe import observe
+from fedunlearn.channels.groups import head_layer
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.groups import head_layer
-from fedunlearn.training import Sgd
+from fedunlearn.training.sgd import Sgd
 
 _BATCH = 64
 

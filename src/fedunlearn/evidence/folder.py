@@ -1,10 +1,17 @@
-"""The folder of a finished run, read back."""
+"""The folder of a finished run, read back.
+
+And what all commands check and name when they write into the folder of a run.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,7 @@ from fedunlearn.errors import RunError
 
 RESULT = "result.json"
 REPORT = "report.html"
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,24 @@ class RunFolder:
     def oracles(self) -> list[str]:
         """Names of the retrained models."""
         return list(self.result.get("oracles", {}))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of what its figures depend on."""
+    packages = ("fedunlearn", "torch", "numpy", "torch-pruning", "scikit-learn", "scipy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before any work is done."""
+    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:

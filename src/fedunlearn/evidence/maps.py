@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedunlearn.channels.groups import prunable_layers
+from fedunlearn.channels.taps import find_taps, reading
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
 from fedunlearn.files import write_tensors
-from fedunlearn.groups import prunable_layers
-from fedunlearn.taps import find_taps, reading
 
 _EACH = 4  # channels of each end, images of forgotten and of kept classes
 _FEWEST_PIXELS = 16

@@ -1,4 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, and the same in Markdown for pull requests."""
+"""The report of a run: one HTML file that needs nothing else, and the same in Markdown for pull requests.
+
+``write_card`` writes the model card, in the format of the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import jinja2
 import safetensors.numpy
 
 from fedunlearn.audits.relearn import Relearned
+from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import REPORT, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
@@ -20,6 +24,7 @@ from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, clipped, in_short,
 from fedunlearn.files import write_text
 
 MARKDOWN = "report.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,34 @@ def write_report(folder: Path) -> None:
         environment.filters["percent"] = _percent
         environment.filters["clipped"] = clipped
         write_text(folder / name, environment.get_template(name).render(values))
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md, the card of model.safetensors, into the folder of an audited run.
+
+    Raises:
+        RunError: the folder does not hold an audited run.
+    """
+    run = RunFolder.read(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
+        autoescape=False,  # Markdown
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    classes = run.result["classes"]
+    weights = read_weights(folder / "model.safetensors")
+    text = environment.get_template("card.md").render(
+        result=run.result,
+        summary=summary(run.result),
+        forgotten=[classes[label] for label in run.result["forget"]],
+        kept=[name for label, name in enumerate(classes) if label not in run.result["forget"]],
+        colours=len(weights.mean or ()),
+        limits=LIMITS,
+    )
+    write_text(folder / CARD, text)
 
 
 def _percent(share: float | None) -> str:

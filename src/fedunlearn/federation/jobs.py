@@ -1,17 +1,29 @@
-"""All that a client can be asked, and how it answers."""
+"""All that a client can be asked, and how it answers.
+
+``handle`` is the client: the same code under every engine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.plan import PruningPlan
+from fedunlearn.channels.stats import measure_channels
+from fedunlearn.channels.taps import Tap
+from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.plan import PruningPlan
-from fedunlearn.taps import Tap
-from fedunlearn.training import Training
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.privacy import NO_RULES, Privacy, protect
+from fedunlearn.seeding import generator
+from fedunlearn.training.batch_norm import batch_norm_sums
+from fedunlearn.training.compute import FLOAT32, Compute, device_of
+from fedunlearn.training.sgd import Training, train_locally
 
 SUM = "the secure sum"
 MOST_IMAGES = 10**9  # that one client may say it holds
@@ -162,3 +174,103 @@ class Engine(Protocol):
 
         Replies may come while later clients still work: a server that adds them up never holds all of them.
         """
+
+
+def handle(
+    job: Job, model: nn.Module, data: ClientData, rules: Privacy = NO_RULES, compute: Compute = FLOAT32
+) -> Reply:
+    """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error.
+
+    Args:
+        job: what is asked.
+        model: the global model, in the memory format of ``compute``.
+        data: what this client holds.
+        rules: what it does to its statistics before they leave it.
+        compute: precision and memory format.
+    """
+    started = time.perf_counter()
+    try:
+        tensors, images, samples = _answer(job, model, data, rules, compute)
+    except Exception as error:  # one client's failure must not end the round
+        return Reply(data.client, {}, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
+    return Reply(data.client, tensors, images, samples, time.perf_counter() - started)
+
+
+def count_correct(
+    model: nn.Module,
+    images: LabelledImages,
+    classes: int,
+    *,
+    labels: Sequence[int] | None = None,
+    compute: Compute = FLOAT32,
+) -> tuple[Tensor, Tensor]:
+    """Return right answers and images per class, int64, shape ``(classes,)`` each.
+
+    Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
+    """
+    counts = torch.bincount(images.labels, minlength=classes)
+    correct = torch.zeros_like(counts)
+    if len(images) == 0:
+        return correct, counts
+    named = torch.tensor(list(range(classes) if labels is None else labels))
+    model.eval()
+    with torch.inference_mode(), compute.autocast(device_of(model)):
+        for batch, truth in _in_order(images, model, compute):
+            right = truth.cpu()[named[model(batch).argmax(1).cpu()] == truth.cpu()]
+            correct += torch.bincount(right, minlength=classes)
+    return correct, counts
+
+
+def _answer(
+    job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute
+) -> tuple[Mapping[str, Tensor], int, int]:
+    """Return the tensors, the images they stand for and the images processed."""
+    match job:
+        case Measure():
+            if job.classes != len(data.train.classes):
+                raise FederationError(
+                    f"the job is for {job.classes} classes, this client has {len(data.train.classes)}"
+                )
+            # Noise is for sums in which one image more is one image more: another sample would be another sum.
+            images = data.train if rules.noise else _sampled(job, data, data.train, job.sample)
+            with compute.autocast(device_of(model)):
+                stats = measure_channels(
+                    model, _in_order(images, model, compute), layers=job.taps, num_classes=job.classes, clip=rules.clip
+                )
+            answer = protect({**stats.tensors(), "held": data.train.counts()}, rules)
+            reported = int(answer["counts"].sum())
+            return answer, reported, reported
+        case Reestimate():
+            images = _sampled(job, data, _kept(data, job.exclude), job.sample)
+            draw = generator(job.seed, job.phase, "order", data.client)
+            return batch_norm_sums(model, images, draw, compute), len(images), len(images)
+        case Train():
+            images = _kept(data, job.exclude)
+            draw = generator(job.seed, job.phase, job.round, data.client)
+            samples = train_locally(model, images, job.training, lr=job.lr, draw=draw, compute=compute)
+            # A copy: the engine goes on to use the model for its next client.
+            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            return state, len(images), samples
+        case Evaluate():
+            images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(job.exclude)
+            correct, counts = count_correct(model, images, len(images.classes), labels=job.labels, compute=compute)
+            return {"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images)
+    raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
+
+
+def _in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
+    return batches(images, FORWARD_BATCH, device=device_of(model), memory_format=compute.layout)
+
+
+def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
+    images = data.train.without(exclude)
+    if len(images) == 0:
+        raise FederationError(f"nothing is left without the classes {list(exclude)}")
+    return images
+
+
+def _sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:
+    if sample is None or sample >= len(images):
+        return images
+    draw = generator(job.seed, job.phase, "sample", data.client)
+    return images.take(torch.randperm(len(images), generator=draw)[:sample].sort().values)

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from fedunlearn.channels.plan import PruningPlan
 from fedunlearn.federation.jobs import Engine
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.journal import Journal, Step
-from fedunlearn.plan import PruningPlan
-from fedunlearn.training import Training
+from fedunlearn.training.sgd import Training
 
 
 def finetune(

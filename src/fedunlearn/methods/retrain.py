@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from fedunlearn.federation.jobs import Engine
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.journal import Journal, Step
-from fedunlearn.training import Training, one_cycle
+from fedunlearn.training.sgd import Training, one_cycle
 
 
 def retrain(

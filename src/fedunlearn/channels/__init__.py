@@ -1,0 +1,1 @@
+"""What is measured, ranked and cut: the channels of convolutions."""

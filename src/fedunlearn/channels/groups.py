@@ -1,0 +1,303 @@
+"""Which layers lose channels together.
+
+Torch-Pruning follows the graph of the model (residual additions, flattening, concatenation). It can be wrong without
+a sign, on zero-padded shortcuts for one, so every group is tried out before it is used: the model with channels
+sliced away must give the same logits as the model with those channels masked.
+
+``slice_tensors`` cuts rows and columns out of the tensors of a model, in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.errors import ModelError
+
+FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+_TRIAL_TOLERANCE = 1e-4
+
+# tensor name -> axis -> the positions that stay
+Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of one module in a group.
+
+    Attributes:
+        module: its name.
+        axis: of its tensors: 0 for the output side, 1 for the input side.
+        positions: of all the group's channels, ascending; ``k`` in a row per channel where maps were flattened.
+    """
+
+    module: str
+    axis: int
+    positions: tuple[int, ...]
+
+    def of(self, channels: Sequence[int], width: int) -> list[int]:
+        """Return the positions of these ``channels``, in a group of ``width`` channels."""
+        k = len(self.positions) // width
+        return [self.positions[c * k + i] for c in channels for i in range(k)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Convolutions whose output channels can only be removed together, and all that consumes them.
+
+    Attributes:
+        layers: the convolutions, in the order of the model.
+        width: their channels.
+        members: every module side that carries these channels (axis 0 output, axis 1 input).
+    """
+
+    layers: tuple[str, ...]
+    width: int
+    members: tuple[Member, ...]
+
+    def kept(self, model: nn.Module, removed: Sequence[int]) -> Kept:
+        """Return ``tensor -> axis -> kept positions`` when the channels ``removed`` go."""
+        gone: dict[tuple[str, int], set[int]] = {}
+        for member in self.members:
+            gone.setdefault((member.module, member.axis), set()).update(member.of(removed, self.width))
+        kept: dict[str, dict[int, tuple[int, ...]]] = {}
+        for (name, axis), positions in gone.items():
+            for tensor, size in parameter_layers(model, name, axis):
+                kept.setdefault(tensor, {})[axis] = tuple(i for i in range(size) if i not in positions)
+        return kept
+
+
+def check_prunable(model: nn.Module) -> None:
+    """Refuse a model whose channels cannot be followed, before any data is touched.
+
+    Raises:
+        ModelError: it has no convolution, a grouped convolution, or a module with weights of an unknown kind.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise ModelError("the model has no Conv2d layer: pruning removes channels of convolutions; use a CNN")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups != 1:
+            raise ModelError(
+                f"{name!r} is a grouped convolution (groups={module.groups}), whose channels cannot be removed "
+                "one by one: replace it by a Conv2d with groups=1"
+            )
+        if not isinstance(module, FOLLOWED) and next(module.parameters(recurse=False), None) is not None:
+            raise ModelError(
+                f"{name or 'the model itself'!r} is a {type(module).__name__} with weights of its own, which pruning "
+                "cannot follow: use Conv2d, Linear and BatchNorm, for example BatchNorm2d in place of LayerNorm"
+            )
+
+
+def head_layer(model: nn.Module, example: Tensor) -> str:
+    """Return the name of the linear layer whose output is the model's, one row per class.
+
+    Raises:
+        ModelError: the model's output does not come straight from a ``Linear`` layer.
+    """
+    outputs, logits = outputs_of(model, example, (nn.Linear,))
+    for name, output in outputs.items():
+        if output is logits:
+            return name
+    raise ModelError(
+        "the model's output must come straight from a Linear layer, whose row of the class is removed at the end; "
+        "end the model with nn.Linear and return its output"
+    )
+
+
+def prunable_layers(model: nn.Module, example: Tensor) -> list[str]:
+    """Return the names of the convolutions whose output channels can be removed, in the order of the model.
+
+    Args:
+        model: the CNN.
+        example: a batch of normalised images, shape ``(images, colours, height, width)``; one image is enough.
+
+    Raises:
+        ModelError: the model cannot be pruned at all (``check_prunable``).
+    """
+    groups, _ = find_groups(model, example)
+    names = {layer for group in groups for layer in group.layers}
+    return [name for name, _ in model.named_modules() if name in names]
+
+
+def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:
+    """Return the groups that can be pruned, and the convolutions left out, each with the reason.
+
+    Raises:
+        ModelError: the model cannot be pruned at all.
+    """
+    check_prunable(model)
+    trial = copy.deepcopy(model).eval()
+    example = example[:2].to(next(trial.parameters()).device)
+    found: list[Group] = []
+    left_out: dict[str, str] = {}
+    for group in trace(trial, example):
+        if all(member.axis == 0 for member in group.members):
+            left_out |= dict.fromkeys(group.layers, "no layer consumes its channels: they are the model's output")
+        else:
+            found.append(group)
+    followed = _followed(trial, found, example)
+    for group in found:
+        if group not in followed:
+            left_out |= dict.fromkeys(
+                group.layers, "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
+            )
+    if not followed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ModelError(f"no convolution of the model can lose channels ({reasons}); use plain or 1x1 shortcuts")
+    return followed, left_out
+
+
+def trace(model: nn.Module, example: Tensor) -> list[Group]:
+    """Return every group of the model as Torch-Pruning sees it, whether it can be pruned or not."""
+    import torch_pruning  # slow to import, and a client never traces
+
+    names = {module: name for name, module in model.named_modules()}
+    called = outputs_of(model, example, (nn.Conv2d,))[0]
+    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+    groups: list[Group] = []
+    seen: set[str] = set()
+    for module, name in names.items():
+        if name not in called or name in seen:
+            continue
+        width = int(module.get_parameter("weight").shape[0])
+        items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
+        members = {}
+        for dependency, positions in items:
+            target = dependency.target.module
+            if not isinstance(target, FOLLOWED):
+                continue
+            axis = 1 if dependency.handler.__name__ == "prune_in_channels" and not _is_norm(target) else 0
+            member = Member(names[target], axis, tuple(sorted(int(i) for i in positions)))
+            members[member.module, member.axis, member.positions] = member
+        layers = tuple(
+            member.module
+            for member in members.values()
+            if member.axis == 0 and len(member.positions) == width and _is_convolution(model, member.module)
+        )
+        ordered = tuple(layer for layer in names.values() if layer in layers)
+        seen.update(ordered)
+        groups.append(Group(ordered, width, tuple(members.values())))
+    return groups
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+
+
+def _is_convolution(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.Conv2d)
+
+
+def outputs_of(
+    model: nn.Module, example: Tensor, kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the output of each module of these kinds, in the order of their first call, and the model's own."""
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        return keep
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        logits = _forward(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, logits
+
+
+def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
+    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input)."""
+    owner = model.get_submodule(module)
+    tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+    return [(f"{module}.{name}", tensor.shape[axis]) for name, tensor in tensors if tensor.ndim > axis]
+
+
+def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Return what all ``parts`` keep: groups meet in one tensor where maps are concatenated."""
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for part in parts:
+        for name, axes in part.items():
+            for axis, positions in axes.items():
+                before = kept.setdefault(name, {}).get(axis)
+                kept[name][axis] = positions if before is None else tuple(sorted(set(before) & set(positions)))
+    return kept
+
+
+def slice_tensors(model: nn.Module, kept: Kept) -> None:
+    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
+    owners = set()
+    for name, axes in kept.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owners.add(owner)
+        tensor: Tensor = getattr(owner, attribute)
+        value = tensor.detach()
+        for axis, positions in axes.items():
+            value = value.index_select(axis, torch.tensor(positions, dtype=torch.int64, device=value.device))
+        if isinstance(tensor, nn.Parameter):
+            setattr(owner, attribute, nn.Parameter(value, requires_grad=tensor.requires_grad))
+        else:
+            setattr(owner, attribute, value)
+    for owner in owners:
+        if isinstance(owner, nn.Conv2d):
+            owner.out_channels, owner.in_channels = owner.weight.shape[:2]
+        elif isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            owner.num_features = next(
+                len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
+            )
+
+
+def _followed(model: nn.Module, groups: list[Group], example: Tensor) -> list[Group]:
+    """Return the groups that pass the trial, all at once where all do, otherwise by halves."""
+    if not groups or _sliced_equals_masked(model, groups, example):
+        return groups
+    if len(groups) == 1:
+        return []
+    half = len(groups) // 2
+    return _followed(model, groups[:half], example) + _followed(model, groups[half:], example)
+
+
+def _sliced_equals_masked(model: nn.Module, groups: Sequence[Group], example: Tensor) -> bool:
+    """Try the groups out on channels drawn unevenly, so that a shifted map cannot pass unseen."""
+    masked = copy.deepcopy(model)
+    parts = []
+    for group in groups:
+        removed = range(min(max(1, group.width // 4), group.width - 1))
+        parts.append(group.kept(model, removed))
+        for member in group.members:
+            if member.axis == 1:
+                weight = masked.get_submodule(member.module).get_parameter("weight")
+                with torch.no_grad():
+                    weight[:, member.of(removed, group.width)] = 0
+    sliced = copy.deepcopy(model)
+    try:
+        slice_tensors(sliced, combine(parts))
+        found, expected = _forward(sliced, example), _forward(masked, example)
+    except (ModelError, IndexError):  # the sliced shapes do not fit together
+        return False
+    scale = expected.abs().max().clamp_min(1.0)
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= _TRIAL_TOLERANCE * scale)
+
+
+def _forward(model: nn.Module, images: Tensor) -> Tensor:
+    training = model.training
+    try:
+        with torch.no_grad():
+            output: Tensor = model.eval()(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; choose another model or size"
+        ) from error
+    finally:
+        model.train(training)
+    return output

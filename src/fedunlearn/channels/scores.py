@@ -1,0 +1,188 @@
+"""The criteria: how strongly each channel speaks for the classes to forget. All the maths of the ranking is here.
+
+A criterion is any callable ``(stats, forget) -> ChannelScores``; the highest scores are pruned first, and a score
+of 0 or less is never pruned. Notation of every docstring: ``a[u, c]`` is the mean activation of channel ``c`` over
+the images of class ``u``, in one layer. Classes that nobody holds are left out of every sum and mean. Several
+classes to forget are pooled into one: their images become one class ``t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedunlearn.channels.stats import ChannelStats
+from fedunlearn.errors import PlanError
+from fedunlearn.seeding import generator
+
+REFERENCES = ("class", "channel")
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelScores(Mapping[str, Tensor]):
+    """Layer to scores, float64, shape ``(channels,)``; higher speaks more for the forgotten class."""
+
+    scores: Mapping[str, Tensor]
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.scores[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        tops = ", ".join(f"{layer} max {float(s.max()):.3g}" for layer, s in self.scores.items())
+        return f"ChannelScores({tops})"
+
+
+Criterion = Callable[[ChannelStats, Sequence[int]], ChannelScores]
+
+
+def forget_classes(forget: int | Sequence[int], classes: int) -> tuple[int, ...]:
+    """Return the classes to forget, sorted.
+
+    Raises:
+        PlanError: none, all, twice the same, or one outside ``0 .. classes - 1``.
+    """
+    wanted = (forget,) if isinstance(forget, int) else tuple(forget)
+    for label in wanted:
+        if not 0 <= label < classes:
+            raise PlanError(f"the class to forget must lie in 0 .. {classes - 1}, got {label}: check unlearn.forget")
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise PlanError(f"the classes to forget must be one or more different ones, got {list(wanted)}")
+    if len(wanted) == classes:
+        raise PlanError(f"all {classes} classes are to be forgotten: at least one must stay; check unlearn.forget")
+    return tuple(sorted(wanted))
+
+
+def tf_idf(
+    stats: ChannelStats, forget: int | Sequence[int], *, reference: str = "class", smoothing: float = 1.0
+) -> ChannelScores:
+    """Score channels by term frequency times inverse document frequency (word = channel, document = class).
+
+    With ``K`` classes that somebody holds, those to forget counted as one::
+
+        tf[c]  = a[t, c] / sum_j a[t, j]
+        idf[c] = log((smoothing + K) / (1 + #{u : a[u, c] >= r}))
+        score  = tf * idf
+
+    The reference ``r`` is ``mean_j a[u, j]``, the mean over the channels of class ``u``, for ``reference="class"``
+    (the paper), or ``mean_u a[u, c]``, the mean over the classes of channel ``c``, for ``"channel"`` (the released
+    code, which also has ``smoothing=0``). Source: Wang et al., *Federated Unlearning via Class-Discriminative
+    Pruning*, WWW 2022. Textbook TF-IDF counts a word as present when it occurs at all; an activation always does,
+    hence the reference.
+
+    Args:
+        stats: sums and counts.
+        forget: class or classes to forget.
+        reference: ``"class"`` or ``"channel"``.
+        smoothing: the constant beside ``K``.
+
+    Returns:
+        Scores; 0 for every channel of a layer that is silent for the class.
+
+    Raises:
+        PlanError: the classes are not valid or held by nobody, or the reference is unknown.
+
+    Example:
+        >>> stats = ChannelStats({"conv": torch.tensor([[6.0, 2.0], [0.0, 2.0], [0.0, 2.0]])}, torch.ones(3).long())
+        >>> tf_idf(stats, forget=0)["conv"]  # channel 0 fires for class 0 alone
+        tensor([0.5199, 0.0719], dtype=torch.float64)
+    """
+    if reference not in REFERENCES:
+        raise PlanError(f"unlearn.reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+
+    def score(a: Tensor) -> Tensor:
+        k = len(a)
+        level = a.mean(1, keepdim=True) if reference == "class" else a.mean(0, keepdim=True)
+        idf = torch.log((smoothing + k) / (1 + (a >= level).sum(0).double()))
+        return _ratio(a[0], a[0].sum()) * idf
+
+    return _by_layer(stats, forget, score)
+
+
+def contrast(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
+    """Score channels by how far class ``t`` stands above the mean of the others.
+
+    ::
+
+        score[c] = (a[t, c] - m[c]) / (a[t, c] + m[c]),   m[c] = mean over u != t of a[u, c]
+
+    In [-1, 1]; 0 for silent channels. Arguments, result and errors as for ``tf_idf``.
+    """
+
+    def score(a: Tensor) -> Tensor:
+        others = a[1:].mean(0)
+        return _ratio(a[0] - others, a[0] + others)
+
+    return _by_layer(stats, forget, score)
+
+
+def margin(stats: ChannelStats, forget: int | Sequence[int]) -> ChannelScores:
+    """Score channels by how far class ``t`` stands above the largest of the others.
+
+    ::
+
+        score[c] = (a[t, c] - m[c]) / (a[t, c] + m[c]),   m[c] = max over u != t of a[u, c]
+
+    In [-1, 1]; 0 for silent channels. Arguments, result and errors as for ``tf_idf``.
+    """
+
+    def score(a: Tensor) -> Tensor:
+        others = a[1:].max(0).values
+        return _ratio(a[0] - others, a[0] + others)
+
+    return _by_layer(stats, forget, score)
+
+
+def random_scores(stats: ChannelStats, forget: int | Sequence[int], *, seed: int = 0) -> ChannelScores:
+    """Score channels uniformly in (0, 1] without looking at them: the control for every criterion."""
+    wanted = _held_classes(stats, forget)
+    scores = {}
+    for layer, sums in stats.sums.items():
+        draw = generator(seed, "random", layer, *wanted)
+        scores[layer] = 1 - torch.rand(sums.shape[1], generator=draw, dtype=torch.float64)
+    return ChannelScores(scores)
+
+
+CRITERIA: dict[str, Callable[..., ChannelScores]] = {
+    "tf_idf": tf_idf,
+    "contrast": contrast,
+    "margin": margin,
+    "random": random_scores,
+}
+
+
+def _by_layer(stats: ChannelStats, forget: int | Sequence[int], score: Callable[[Tensor], Tensor]) -> ChannelScores:
+    """Apply ``score`` to the means of each layer, the forgotten classes pooled into row 0, absent classes left out."""
+    wanted = _held_classes(stats, forget)
+    target = torch.tensor(wanted)
+    other = stats.counts > 0
+    other[target] = False
+    if not bool(other.any()):
+        raise PlanError(f"no client holds an image of any class but {list(wanted)}: there is nothing to compare with")
+    scores = {}
+    for layer, sums in stats.sums.items():
+        pooled = sums[target].sum(0) / stats.counts[target].sum()
+        scores[layer] = score(torch.cat([pooled[None], sums[other] / stats.counts[other][:, None]]))
+    return ChannelScores(scores)
+
+
+def _held_classes(stats: ChannelStats, forget: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the classes to forget; refuse one without images in ``stats``."""
+    wanted = forget_classes(forget, len(stats.counts))
+    absent = [label for label in wanted if int(stats.counts[label]) == 0]
+    if absent:
+        raise PlanError(f"no client holds an image of class {absent[0]}: there is nothing to score it by")
+    return wanted
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Return ``above / below``, and 0 where ``below`` is 0."""
+    return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))

@@ -1,0 +1,1 @@
+"""Everything that imports Flower: engine, clients, messages, secure aggregation, apps."""

@@ -1,0 +1,214 @@
+"""Flower clients: complete apps, and a mod that adds unlearning to an app that is there.
+
+``cut`` and ``spread`` go from full shapes to pruned ones and back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.channels.groups import Kept
+from fedunlearn.errors import FederationError, FedUnlearnError
+from fedunlearn.federation.jobs import ClientData, Reply, handle
+from fedunlearn.federation.privacy import NO_RULES, Privacy
+from fedunlearn.flower.messages import (
+    ARRAYS,
+    JOB,
+    OWN,
+    ClientApp,
+    ConfigRecord,
+    Context,
+    Message,
+    Received,
+    RecordDict,
+    decode_job,
+    digest_of,
+    encode_reply,
+    rebuild,
+    to_arrays,
+    to_tensors,
+)
+from fedunlearn.training.compute import FLOAT32, one_torch_thread
+
+BuildModel = Callable[[Context], nn.Module]
+LoadImages = Callable[[Context], ClientData]
+Rules = Callable[[Context], Privacy]
+TrainFunction = Callable[[Message, Context], Message]
+
+
+def client_app(
+    build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES, secure: bool = False
+) -> ClientApp:
+    """Return a complete Flower client.
+
+    Args:
+        build_model: makes the unpruned architecture; its weights do not matter.
+        load_images: reads what this client holds; called for each message.
+        rules: what this client does to its statistics before they leave it.
+        secure: report statistics under secure aggregation only.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def answer(message: Message, context: Context) -> Message:
+        return _answer(message, context, build_model, load_images, rules(context), secure)
+
+    if secure:
+        add_secure_measure(app, build_model, load_images, rules=rules)
+    return app
+
+
+def add_secure_measure(
+    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES
+) -> None:
+    """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
+    from fedunlearn.flower import secure  # imports Flower's older interface
+
+    @app.train(secure.ACTION, mods=[secure.secure_mod])
+    def measure(message: Message, context: Context) -> Message:
+        received = decode_job(
+            to_tensors(message.content.array_records[ARRAYS]), str(message.content.config_records[OWN]["job"])
+        )
+        if received.kind != "measure":
+            raise FederationError(f"expected a measure job under secure aggregation, got {received.kind}")
+        reply = _handled(message, context, received, build_model, load_images(context), rules(context))
+        if reply.error is not None:
+            raise FederationError(reply.error)  # drops out of the sum
+        return secure.answer(dict(reply.tensors), message)
+
+
+def unlearning_mod(
+    build_model: BuildModel,
+    load_images: LoadImages,
+    *,
+    rules: Rules = lambda context: NO_RULES,
+    secure: bool = False,
+) -> Callable[[Message, Context, TrainFunction], Message]:
+    """Return a mod that adds unlearning to a ``ClientApp`` with a train function of its own, which does the repair.
+
+    Messages without a job of ours pass. A train job reaches the app's function with the model in its **full** shapes,
+    zeros where channels were pruned, and its answer is cut to the pruned shapes. Zeros stay zeros: with weights into
+    and out of a channel at 0, and an activation that is 0 at 0 (ReLU and its kin), gradients of both are 0.
+
+    The function has to leave out the classes that ``message.content["config"]["exclude"]`` lists: otherwise the repair
+    teaches them again. It answers with one ``ArrayRecord`` and a metric ``num-examples``, as Flower's strategies ask.
+
+    Args:
+        build_model: makes the unpruned architecture; its weights do not matter.
+        load_images: reads what this client holds; called for each message.
+        rules: what this client does to its statistics before they leave it.
+        secure: report statistics under secure aggregation only; ``add_secure_measure`` makes the app do that.
+    """
+
+    def mod(message: Message, context: Context, call_next: TrainFunction) -> Message:
+        ours = message.has_content() and OWN in message.content.config_records
+        if not ours or message.metadata.message_type != JOB:  # the secure measure has a function of its own
+            return call_next(message, context)
+        return _answer(message, context, build_model, load_images, rules(context), secure, call_next)
+
+    return mod
+
+
+def cut(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Return ``tensors`` with the named positions only."""
+    small = dict(tensors)
+    for name, axes in kept.items():
+        for axis, positions in axes.items():
+            small[name] = small[name].index_select(axis, torch.tensor(positions))
+    return small
+
+
+def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return ``tensors`` in the ``shapes`` from before, zeros at the positions that are not kept: undoes ``cut``."""
+    whole = dict(tensors)
+    for name, axes in kept.items():
+        places = [torch.tensor(axes.get(axis, range(size))) for axis, size in enumerate(shapes[name])]
+        full = torch.zeros(shapes[name], dtype=tensors[name].dtype)
+        full[torch.meshgrid(*places, indexing="ij")] = tensors[name]
+        whole[name] = full
+    return whole
+
+
+def _answer(
+    message: Message,
+    context: Context,
+    build_model: BuildModel,
+    load_images: LoadImages,
+    rules: Privacy,
+    secure: bool,
+    train: TrainFunction | None = None,
+) -> Message:
+    """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
+    own = message.content.config_records[OWN]
+    try:
+        data = load_images(context)
+    except Exception as error:
+        why = f"its images cannot be read: {type(error).__name__}: {error}"
+        return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
+    if "hello" in own:
+        about: dict[str, Any] = {
+            "client": data.client,
+            "shape": list(data.train.shape),
+            "classes": len(data.train.classes),
+        }
+        return Message(RecordDict({OWN: ConfigRecord(about)}), reply_to=message)
+    text = str(own["job"])
+    try:
+        tensors = to_tensors(message.content.array_records[ARRAYS])
+        received = decode_job(tensors, text)
+        if train is not None and received.kind == "train":
+            reply = _trained(message, context, received, build_model(context), data, train)
+        elif secure and received.kind == "measure":
+            raise FederationError("this client reports statistics under secure aggregation only")
+        else:
+            reply = _handled(message, context, received, build_model, data, rules)
+    except FedUnlearnError as error:
+        reply = Reply(data.client, {}, error=str(error))
+    arrays, line = encode_reply(reply, digest_of(text))
+    return Message(
+        RecordDict({ARRAYS: to_arrays(arrays), OWN: ConfigRecord({"reply": line})}),
+        reply_to=message,
+    )
+
+
+def _handled(
+    message: Message,
+    context: Context,
+    received: Received,
+    build_model: BuildModel,
+    data: ClientData,
+    rules: Privacy,
+) -> Reply:
+    """Return the reply of this client's own model with the weights that came."""
+    tensors = to_tensors(message.content.array_records[ARRAYS])
+    model = rebuild(received, tensors, lambda: build_model(context))
+    with one_torch_thread():
+        return handle(received.job(model), FLOAT32.placed(model), data, rules)
+
+
+def _trained(
+    message: Message, context: Context, received: Received, full: nn.Module, data: ClientData, train: TrainFunction
+) -> Reply:
+    """Return what the app's own train function makes of the weights."""
+    received.plan.check(full)
+    started = time.perf_counter()
+    arrays = message.content.array_records[ARRAYS]
+    whole = spread(to_tensors(arrays), received.plan.kept, received.plan.shapes)
+    message.content[ARRAYS] = to_arrays(whole)
+    answer = train(message, context)
+    if answer.has_error():
+        return Reply(data.client, {}, error=f"its train function failed: {answer.error.reason}")
+    records = list(answer.content.array_records.values())
+    counts = [own["num-examples"] for own in answer.content.metric_records.values() if "num-examples" in own]
+    if len(records) != 1 or len(counts) != 1 or not isinstance(counts[0], int):
+        raise FederationError(
+            "the train function must answer with one ArrayRecord and one metric num-examples (an integer), got "
+            f"{len(records)} and {len(counts)}"
+        )
+    trained = cut(to_tensors(records[0]), received.plan.kept)
+    return Reply(data.client, trained, counts[0], counts[0], time.perf_counter() - started)

@@ -1,0 +1,260 @@
+"""The Flower engine: jobs to clients behind a server's grid, and their replies.
+
+Every job travels as a ``train`` message: the one type that each app answers and that SecAgg+ masks. A message holds
+
+* ``arrays``: the weights, in the pruned shapes;
+* ``config``: what a train function of another app may want: ``lr``, ``server-round``, ``exclude``;
+* ``fedunlearn``: the job as JSON with the pruning plan and the hash of both (``messages.py``).
+
+A reply holds ``arrays`` and ``fedunlearn`` likewise. Nothing a message names is imported, unpickled or run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.jobs import SUM, Job, Measure, Reply, Train
+from fedunlearn.flower.messages import (
+    ARRAYS,
+    CONFIG,
+    JOB,
+    OWN,
+    POLL,
+    ConfigRecord,
+    Grid,
+    Message,
+    RecordDict,
+    decode_reply,
+    digest_of,
+    encode_job,
+    exchange,
+    one_line,
+    to_arrays,
+    to_tensors,
+)
+
+_logger = logging.getLogger(__name__)
+
+# What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
+_ERRORS = {
+    3: "it gave no answer before its message expired",
+    5: "it is no longer connected",
+    1: "its app cannot be loaded: {reason}",
+    2: "its app failed: {reason}",
+    8: "its process ended in the middle of the job",
+}
+
+
+class FlowerEngine:
+    """Clients behind the grid of a Flower ``ServerApp``.
+
+    Clients that join later or come back are asked again from the next job on. Of two nodes that give one name, the one
+    that gave it first counts as long as it is connected.
+
+    Args:
+        grid: what ``ServerApp.main`` receives.
+        clients: names of the clients, or how many to wait for and take whatever their names are.
+        deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
+        patience: seconds to wait for clients at the start; half of them must be there then.
+        hello: seconds that a client may take to introduce itself; the shorter of deadline and patience where None.
+        layout: shape of the images and number of classes that clients must have; those of the first where None.
+        secure: ask for statistics under secure aggregation: ``run`` then returns their sum as one reply.
+
+    Raises:
+        FederationError: too few clients are there, or they hold images of different shapes or classes.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        clients: Sequence[str] | int,
+        deadline: float = 600.0,
+        patience: float = 60.0,
+        hello: float | None = None,
+        secure: bool = False,
+        layout: tuple[tuple[int, int, int], int] | None = None,
+    ) -> None:
+        self._grid = grid
+        self._deadline = deadline
+        self._secure = secure
+        self._nodes: dict[str, int] = {}  # client to the node that gave its name
+        self._refused: dict[int, str] = {}  # node to why it is not asked
+        self._layout = layout
+        self._hello = min(deadline, patience) if hello is None else hello
+        self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
+        self._wait(clients if isinstance(clients, int) else len(clients), patience)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Ids of all clients, sorted: those named at the start, or all that ever joined."""
+        return tuple(sorted(self._nodes)) if self._expected is None else self._expected
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(colours, height, width)`` of the images."""
+        assert self._layout is not None  # _wait saw a client
+        return self._layout[0]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that labels count."""
+        assert self._layout is not None  # _wait saw a client
+        return self._layout[1]
+
+    def run(self, job: Job) -> list[Reply]:
+        """Run ``job`` on its clients and return their replies in client-id order.
+
+        Raises:
+            FederationError: the job names a client that is not one of this engine's.
+        """
+        self._meet()
+        names = self.clients if job.clients is None else tuple(sorted(job.clients))
+        unknown = [name for name in names if name not in self.clients]
+        if unknown:
+            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {', '.join(self.clients)}")
+        tensors, text = encode_job(job)
+        content = RecordDict(
+            {
+                ARRAYS: to_arrays(tensors),
+                CONFIG: ConfigRecord(_plain_config(job)),
+                OWN: ConfigRecord({"job": text}),
+            }
+        )
+        connected = set(self._grid.get_node_ids())
+        asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
+        if self._secure and isinstance(job, Measure):
+            return self._sum(job, names, asked, content)
+        answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
+        digest = digest_of(text)
+        replies = []
+        for name in names:
+            if name not in asked:
+                replies.append(Reply(name, {}, error="it is not connected"))
+            else:
+                replies.append(_read_reply(answers.get(asked[name]), name, digest, self._deadline))
+        return replies
+
+    def _sum(self, job: Measure, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
+        """Return the sum of the clients' statistics, and an error for each client that is not in it."""
+        from fedunlearn.flower.secure import secure_sum  # imports Flower's older interface
+
+        expected = ["counts", "held", *(f"sums.{layer}" for layer in job.taps)]
+        sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, expected, deadline=self._deadline)
+        for name in ("counts", "held"):
+            sums[name] = sums[name].round().long()
+        inside = tuple(name for name in names if asked.get(name) in nodes)
+        total = int(sums["counts"].sum())
+        lost = [Reply(name, {}, error="it is not in the secure sum") for name in names if name not in inside]
+        return [Reply(SUM, sums, total, total, members=inside), *lost]
+
+    def _wait(self, wanted: int, patience: float) -> None:
+        """Wait until ``wanted`` clients are there, or ``patience`` is over and half of them are."""
+        end = time.monotonic() + patience
+        while True:
+            self._meet()
+            here = len(self._nodes)
+            if here >= wanted:
+                return
+            if time.monotonic() > end:
+                break
+            time.sleep(POLL)
+        reasons = "".join(f"; node {node}: {why}" for node, why in self._refused.items())
+        if here < max(1, wanted / 2):
+            raise FederationError(
+                f"only {here} of {wanted} clients were there after {patience:g} s, expected at least half{reasons}: "
+                "start their SuperNodes, or ask for fewer (federation.clients in a recipe), and run the command again"
+            )
+        _logger.warning("%d of %d clients are there after %g s%s", here, wanted, patience, reasons)
+
+    def _meet(self) -> None:
+        """Learn the names of the nodes that are new."""
+        connected = set(self._grid.get_node_ids())
+        # A node that left may come back mended.
+        self._refused = {node: why for node, why in self._refused.items() if node in connected}
+        new = connected - set(self._nodes.values()) - self._refused.keys()
+        if not new:
+            return
+        content = RecordDict({OWN: ConfigRecord({"hello": 1})})
+        answers = self._exchange(content, sorted(new), "hello", self._hello)
+        for node in sorted(new):
+            why = self._introduce(node, answers.get(node), connected)
+            if why is not None and node in answers:  # who was only slow is asked again
+                self._refused[node] = why
+                _logger.warning("node %d is not asked: %s", node, why)
+
+    def _introduce(self, node: int, message: Message | None, connected: set[int]) -> str | None:
+        """Take ``node`` on under the name it gives, or return why not."""
+        try:
+            own = _own_record(message)
+            if "error" in own:
+                return one_line(str(own["error"]))
+            name, shape, classes = str(own["client"]), tuple(_integers(own["shape"])), _integers([own["classes"]])[0]
+        except Exception as error:  # another process wrote this, anything may be in it
+            return one_line(f"it did not introduce itself ({type(error).__name__}: {error})")
+        if self._expected is not None and name not in self._expected:
+            return f"it calls itself {name[:80]!r}, which is none of the clients {', '.join(self._expected)}"
+        if len(shape) != 3:
+            return f"it holds images of shape {shape}, expected colours, height and width"
+        layout = ((shape[0], shape[1], shape[2]), classes)
+        if self._layout is not None and layout != self._layout:
+            return (
+                f"it holds images of shape {layout[0]} in {classes} classes, "
+                f"the others {self._layout[0]} in {self._layout[1]}: all must agree"
+            )
+        if self._nodes.get(name) in connected:
+            return f"it calls itself {name[:80]!r}, and so does node {self._nodes[name]}, which is connected"
+        self._layout = layout
+        self._nodes[name] = node
+        return None
+
+    def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> dict[int, Message]:
+        """Send ``content`` to ``nodes`` and return the first answer of each that came before the deadline."""
+        # One content for all: it is only read here.
+        messages = [Message(content, node, JOB, ttl=deadline, group_id=group) for node in nodes]
+        return exchange(self._grid, messages, deadline)
+
+
+def _plain_config(job: Job) -> dict[str, Any]:
+    """Return what a train function of another app may want to know."""
+    config: dict[str, Any] = {"server-round": job.round + 1}
+    if isinstance(job, Train):
+        config |= {"lr": job.lr, "exclude": list(job.exclude)}
+    return config
+
+
+def _read_reply(message: Message | None, client: str, digest: str, deadline: float) -> Reply:
+    if message is None:
+        return Reply(client, {}, error=f"it gave no answer within {deadline:g} s")
+    try:
+        own = _own_record(message)
+        if "error" in own:
+            return Reply(client, {}, error=one_line(str(own["error"])))
+        tensors = to_tensors(message.content.array_records[ARRAYS])
+        return decode_reply(tensors, str(own["reply"]), client=client, digest=digest)
+    except Exception as error:  # another process wrote this, anything may be in it
+        return Reply(client, {}, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
+
+
+def _own_record(message: Message | None) -> Mapping[str, Any]:
+    """Return our record of an answer, or one that says why there is none."""
+    if message is None:
+        return {"error": "it gave no answer"}
+    if message.has_error():
+        code, reason = message.error.code, _last_line(message.error.reason)
+        return {"error": _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)}
+    record: Mapping[str, Any] = message.content.config_records[OWN]
+    return record
+
+
+def _last_line(text: str | None) -> str:
+    lines = [line.strip() for line in (text or "no reason given").splitlines() if line.strip()]
+    return lines[-1]
+
+
+def _integers(values: Any) -> list[int]:
+    return [int(value) for value in values]

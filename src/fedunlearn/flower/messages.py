@@ -1,0 +1,272 @@
+"""Jobs and replies as arrays and JSON: what an engine sends between processes; nothing here is run or unpickled.
+
+And what all Flower code shares: its types, messages out and first answers back, tensors as arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from fedunlearn.channels.plan import PruningPlan, prune
+from fedunlearn.channels.taps import Tap
+from fedunlearn.errors import FederationError
+from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.training.sgd import Training
+
+try:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+except ImportError as error:
+    raise ImportError("the Flower engine needs Flower: pip install 'fedunlearn[flower]'") from error
+
+__all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "JOB",
+    "OWN",
+    "POLL",
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Grid",
+    "Message",
+    "MetricRecord",
+    "Received",
+    "RecordDict",
+    "ServerApp",
+    "decode_job",
+    "decode_reply",
+    "digest_of",
+    "encode_job",
+    "encode_reply",
+    "exchange",
+    "one_line",
+    "rebuild",
+    "spec_of",
+    "to_arrays",
+    "to_tensors",
+]
+
+_SCHEMA = 1
+_LONGEST = 300
+
+# How a job travels: the one message type that each app answers and that SecAgg+ masks, and the records in it.
+JOB = "train"
+ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
+POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
+_LONGEST_POLL = 3.0
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_number: Literal[1] = Field(1, alias="schema")
+    phase: str
+    round: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    plan: str
+    spec: str
+
+
+class _MeasureMessage(_Message):
+    kind: Literal["measure"]
+    taps: dict[str, Tap]
+    classes: Annotated[int, Field(ge=1)]
+    sample: Annotated[int, Field(ge=1)] | None
+
+
+class _ReestimateMessage(_Message):
+    kind: Literal["reestimate"]
+    exclude: tuple[int, ...]
+    sample: Annotated[int, Field(ge=1)] | None
+
+
+class _TrainMessage(_Message):
+    kind: Literal["train"]
+    training: Training
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    exclude: tuple[int, ...]
+
+
+class _EvaluateMessage(_Message):
+    kind: Literal["evaluate"]
+    exclude: tuple[int, ...]
+    labels: tuple[int, ...] | None
+
+
+_JOBS: dict[str, type[Job]] = {"measure": Measure, "reestimate": Reestimate, "train": Train, "evaluate": Evaluate}
+_messages: TypeAdapter[Any] = TypeAdapter(
+    Annotated[_MeasureMessage | _ReestimateMessage | _TrainMessage | _EvaluateMessage, Field(discriminator="kind")]
+)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str
+    job: str
+    images: Annotated[int, Field(ge=0, le=MOST_IMAGES)]
+    samples: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: str | None
+
+
+def spec_of(plan: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a plan and of the names, types and shapes of the tensors that follow from it."""
+    layout = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([_SCHEMA, plan, layout]).encode()).hexdigest()
+
+
+def encode_job(job: Job) -> tuple[dict[str, Tensor], str]:
+    """Return a job as the tensors of its model and a line of JSON; who is asked is not part of it."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in job.model.state_dict().items()}
+    plan = job.plan.to_json()
+    own = {field.name: getattr(job, field.name) for field in fields(job)}
+    own = {name: value for name, value in own.items() if name not in ("model", "plan", "clients")}
+    message = {"schema": _SCHEMA, "kind": type(job).__name__.lower(), "plan": plan, "spec": spec_of(plan, tensors)}
+    return tensors, _messages.dump_json(_messages.validate_python(message | own), by_alias=True).decode()
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A job as it arrived, checked but for its model.
+
+    Attributes:
+        kind: ``measure``, ``reestimate``, ``train`` or ``evaluate``.
+        plan: how the shapes of the tensors follow from the unpruned architecture.
+        digest: SHA-256 of the message, which the reply names.
+        values: the other fields of the job.
+    """
+
+    kind: str
+    plan: PruningPlan
+    digest: str
+    values: Mapping[str, Any]
+
+    def job(self, model: nn.Module) -> Job:
+        """Return the job on ``model``."""
+        return _JOBS[self.kind](model=model, plan=self.plan, **self.values)
+
+
+def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
+    """Return the job that ``encode_job`` took apart.
+
+    Raises:
+        FederationError: the text is no such job, or its spec is not that of its plan and tensors.
+        PlanError: the plan is none.
+        RecipeError: a setting of the training is out of range.
+    """
+    try:
+        message = _messages.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        raise FederationError(f"expected a job of schema {_SCHEMA}, but {where}: {first['msg']}") from error
+    if message.spec != spec_of(message.plan, tensors):
+        raise FederationError(
+            f"the {message.kind} job of {message.phase}, round {message.round + 1}, does not fit its tensors: "
+            "plan and weights are not of one model; give the job the plan by which its model was pruned"
+        )
+    values = {name: getattr(message, name) for name in type(message).model_fields}
+    for name in ("schema_number", "kind", "plan", "spec"):
+        values.pop(name)
+    return Received(message.kind, PruningPlan.from_json(message.plan), digest_of(text), values)
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of an encoded job: what its replies must name."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def rebuild(received: Received, tensors: Mapping[str, Tensor], build_model: Callable[[], nn.Module]) -> nn.Module:
+    """Return the client's own architecture, pruned by the plan, with the weights that came.
+
+    Raises:
+        PlanError: the plan is for another architecture.
+        FederationError: the weights are.
+    """
+    model = prune(build_model(), received.plan)
+    try:
+        model.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise FederationError(
+            "the weights do not fit this client's model after pruning by the plan: build the architecture of the "
+            f"server ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    return model
+
+
+def encode_reply(reply: Reply, digest: str) -> tuple[dict[str, Tensor], str]:
+    """Return a reply to the job of this digest as tensors and a line of JSON."""
+    answer = _Answer(
+        client=reply.client,
+        job=digest,
+        images=reply.images,
+        samples=reply.samples,
+        seconds=reply.seconds,
+        error=reply.error,
+    )
+    return dict(reply.tensors), answer.model_dump_json()
+
+
+def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, digest: str) -> Reply:
+    """Return the reply that ``encode_reply`` took apart; with an error where it is none of this client to this job."""
+    try:
+        answer = _Answer.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the message"
+        return Reply(client, {}, error=f"it sent no reply that can be read ({where}: {first['msg']})")
+    if answer.client != client:
+        return Reply(client, {}, error=one_line(f"it answered in the name of {answer.client!r}"))
+    if answer.job != digest:
+        return Reply(client, {}, error="it answered another job: its plan, round or settings are stale")
+    why = None if answer.error is None else one_line(answer.error)
+    return Reply(client, tensors, answer.images, answer.samples, answer.seconds, why)
+
+
+def one_line(text: str) -> str:
+    """Return what another process says in one printable line that fits a log."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " ..."
+
+
+def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[int, Message]:
+    """Send ``messages``, one per node, and return the first answer of each node that came within ``deadline`` s."""
+    nodes = [message.metadata.dst_node_id for message in messages]
+    sent = {number: node for number, node in zip(grid.push_messages(messages), nodes) if number}  # "": not sent
+    answers: dict[int, Message] = {}
+    began = time.monotonic()
+    while True:
+        waiting = {number for number, node in sent.items() if node not in answers}
+        for message in grid.pull_messages(waiting) if waiting else ():
+            # By what it answers: errors of the SuperLink come in its own name.
+            node = sent.get(message.metadata.reply_to_message_id)
+            if node is not None:
+                answers.setdefault(node, message)
+        left = deadline - (time.monotonic() - began)
+        if len(answers) == len(sent) or left <= 0:
+            return answers
+        # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
+        time.sleep(min(max(POLL, (deadline - left) / 20), _LONGEST_POLL, left))
+
+
+def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return tensors as Flower's arrays."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+
+
+def to_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Return Flower's arrays, which it reads without pickle, as tensors."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}

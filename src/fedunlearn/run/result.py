@@ -1,0 +1,192 @@
+"""The blocks of result.json.
+
+``evaluate`` gives accuracy on test images, and the size of a model: the figures of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedunlearn.audits.audit import CANDIDATE, Findings
+from fedunlearn.audits.subject import without_rows
+from fedunlearn.channels.scores import forget_classes
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.federation.jobs import count_correct
+from fedunlearn.federation.journal import Step
+from fedunlearn.federation.ledger import Cost, flops_per_image
+from fedunlearn.federation.privacy import epsilon
+from fedunlearn.federation.rounds import validation_accuracy
+from fedunlearn.run.compare import Control, Oracle
+from fedunlearn.run.experiment import Setting
+from fedunlearn.training.compute import cores, one_torch_thread
+from fedunlearn.unlearn import Unlearned
+
+
+def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
+    """Return the blocks ``original``, ``pruned``, ``unlearned``, ``cost`` and ``privacy``."""
+    test, forget = setting.splits.test, setting.forget
+    shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
+        "validation": _validation(setting, unlearned)
+    }
+    return {
+        "original": evaluate(original, test, forget=forget),
+        "pruned": evaluate(unlearned.pruned, test, forget=forget),
+        "unlearned": shipped,
+        "cost": {"unlearn": asdict(unlearned.cost)},
+        "privacy": privacy_block(setting),
+    }
+
+
+def privacy_block(setting: Setting) -> dict[str, Any]:
+    """Return the block ``privacy``: the clients' rules for their statistics, and the epsilon of their noise."""
+    rules, unlearning = setting.recipe.privacy, setting.recipe.unlearn
+    # Of several classes in turn, the random control measures models of its own from the second on.
+    measures = 1 if unlearning.jointly or len(setting.forget) == 1 else 2 * len(setting.forget)
+    spent = epsilon(rules.noise, rules.delta, measures=measures) if rules.noise else None
+    return rules.model_dump(mode="json") | {"epsilon": spent}
+
+
+def audit_blocks(
+    setting: Setting, oracles: Mapping[str, Oracle], controls: Mapping[str, Control], findings: Findings
+) -> dict[str, Any]:
+    """Return the blocks ``controls``, ``oracles``, ``audits``, ``calibration`` and the verdict."""
+    test, forget = setting.splits.test, setting.forget
+    blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
+    for name, control in controls.items():
+        own = control.subject
+        blocks["controls"][name] = evaluate(
+            own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept
+        ) | judged(findings.judgements[name])
+        if control.cost is not None:
+            blocks["controls"][name]["cost"] = asdict(control.cost)
+    for name, oracle in oracles.items():
+        own = without_rows(oracle.model, forget, classes=len(test.classes), shape=test.shape)
+        blocks["oracles"][name] = evaluate(own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept) | {
+            "cached": oracle.cached
+        }
+    judgement = findings.judgements[CANDIDATE]
+    return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | judged(judgement)
+
+
+def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdict of a judgement, why, and the figures that decided it."""
+    return {key: judgement[key] for key in ("verdict", "reason", "decided_by")}
+
+
+def cost_blocks(setting: Setting, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
+    reached = result["unlearned"]["validation"]["retain"]
+    if reached is None or not oracles:
+        return {}
+    first = next(iter(oracles.values()))
+    # Weights from elsewhere may have been trained on what is validation data here.
+    retraining = cost_until(first.steps, reached) | {"validation_unseen": setting.weights is None}
+    ratios = speedup(result["cost"]["unlearn"], retraining)
+    if first.cached:  # seconds of another day, perhaps of another machine
+        ratios.pop("client_seconds", None)
+    return {"cost": result["cost"] | {"retrain": retraining}, "speedup": ratios}
+
+
+def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
+    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
+    engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
+    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.channels)
+    r, _ = validation_accuracy(
+        unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
+    )
+    return {"forget_row_kept": u, "retain": r}
+
+
+def engine_block(setting: Setting) -> dict[str, Any]:
+    """Return the block ``engine``: who held what, in counts only."""
+    block = {
+        "name": setting.recipe.federation.engine,
+        "clients": len(setting.engine.clients),
+        "images": int(setting.table.sum()),
+    }
+    privacy = setting.recipe.privacy
+    if privacy.secure or privacy.min_count or privacy.noise:
+        return block  # what was kept from the server is not published either
+    return block | {
+        "images_per_client": dict(zip(setting.clients, setting.table.sum(1).tolist())),
+        "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
+    }
+
+
+def speedup(unlearned: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[str, float]:
+    """Return retraining cost over unlearning cost, of two cost blocks of result.json."""
+    pairs = {name: (retrained[name], unlearned[name]) for name in ("client_flops", "rounds", "client_seconds")}
+    pairs["bytes"] = (
+        retrained["bytes_up"] + retrained["bytes_down"],
+        unlearned["bytes_up"] + unlearned["bytes_down"],
+    )
+    return {name: above / below for name, (above, below) in pairs.items() if below}
+
+
+def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
+    """Return what training cost until its validation accuracy first reached ``accuracy``; all of it if it never did.
+
+    Its evaluations are not counted, which is in favour of retraining.
+    """
+    first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
+    spent = [entry for step in steps[:first] for entry in step.entries if entry.job == "train"]
+    return asdict(Cost.of(spent)) | {"reached": first is not None}
+
+
+def evaluate(
+    model: nn.Module,
+    images: LabelledImages,
+    *,
+    forget: int | Sequence[int],
+    labels: Sequence[int] | None = None,
+    row_kept: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Return accuracy, parameters and multiply-adds of ``model`` as they stand in result.json.
+
+    Args:
+        model: the CNN.
+        images: test images.
+        forget: forgotten class or classes: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
+        labels: the class of each output row; row ``r`` is class ``r`` where None. A class without a row is never
+            named, so its accuracy is 0.
+        row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``; where
+            None, that is ``forget``, or None if the model has no such rows.
+    """
+    wanted = forget_classes(forget, len(images.classes))
+    correct, counts = _count(model, images, labels)
+    gone = torch.zeros(len(counts), dtype=torch.bool)
+    gone[list(wanted)] = True
+    accuracy: dict[str, Any] = {
+        "forget": _share(correct[gone], counts[gone]),
+        "retain": _share(correct[~gone], counts[~gone]),
+        "per_class": {name: _share(correct[k], counts[k]) for k, name in enumerate(images.classes)},
+    }
+    if row_kept is not None:
+        only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
+        accuracy["forget_row_kept"] = _share(*_count(row_kept, only, None))
+    else:
+        has_rows = labels is None or set(wanted) <= set(labels)
+        accuracy["forget_row_kept"] = accuracy["forget"] if has_rows else None
+    forward, _ = flops_per_image(model, images.shape)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"accuracy": accuracy, "parameters": parameters, "macs": forward // 2}
+
+
+def _count(model: nn.Module, images: LabelledImages, labels: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return right answers and images per class, each core counting a part of the images."""
+    part = max(1, -(-len(images) // cores()))
+    parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
+    with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
+        counted = list(pool.map(lambda p: count_correct(model, p, len(images.classes), labels=labels), parts))
+    return torch.stack([c for c, _ in counted]).sum(0), torch.stack([n for _, n in counted]).sum(0)
+
+
+def _share(correct: torch.Tensor, counts: torch.Tensor) -> float | None:
+    total = int(counts.sum())
+    return int(correct.sum()) / total if total else None

@@ -1,0 +1,127 @@
+"""How clients compute: precision, memory format, and how many work side by side.
+
+And cores and threads: one worker thread per core, one torch thread each.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fedunlearn.errors import RecipeError
+
+PRECISIONS = ("float32", "bfloat16")
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How clients of one process compute; precision and memory format change results within rounding, workers do not.
+
+    Attributes:
+        precision: ``"float32"``, or ``"bfloat16"``: convolutions and matrix products on bfloat16 (8 bits of
+            mantissa), by ``torch.autocast``; weights, sums and the averages of clients stay as they are.
+        memory_format: ``"channels_last"`` or ``"contiguous"``: how images and maps lie in memory.
+        workers: clients that work at the same time, one torch thread each.
+
+    Raises:
+        RecipeError: a value is none of these.
+    """
+
+    precision: str = "float32"
+    memory_format: str = "channels_last"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS or self.memory_format not in MEMORY_FORMATS or self.workers < 1:
+            raise RecipeError(
+                f"expected a precision among {', '.join(PRECISIONS)}, a memory format among "
+                f"{', '.join(MEMORY_FORMATS)} and at least one worker, got {self}"
+            )
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format as torch names it."""
+        return MEMORY_FORMATS[self.memory_format]
+
+    def autocast(self, device: torch.device | str = "cpu") -> AbstractContextManager[object]:
+        """Return what a forward pass runs in."""
+        # No cache: it would keep casts of weights that the optimiser has changed since.
+        return torch.autocast(
+            torch.device(device).type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bfloat16",
+            cache_enabled=False,
+        )
+
+    def placed(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
+        """Return ``model`` in the memory format, and on ``device`` where one is given; it is changed in place."""
+        return model.to(device=device).to(memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+
+
+FLOAT32 = Compute()
+
+
+def own_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def workers_on(device: torch.device) -> int:
+    """Return how many clients work side by side: one per core, one on a GPU."""
+    return cores() if device.type == "cpu" else 1
+
+
+def has_bfloat16() -> bool:
+    """Return whether torch has convolutions in bfloat16 for this CPU."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@dataclass
+class _Users:
+    """Who keeps torch to one thread now."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    number: int = 0
+    threads: int = 1  # as many as torch had before the first
+
+
+_users = _Users()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch to one thread per calling thread while the context lasts.
+
+    OpenMP threads that find their core taken wait by spinning: beside other work, small batches on two such threads
+    were measured 30 times slower than on one. Contexts may overlap in any order; the last to end restores the number.
+    """
+    with _users.lock:
+        if _users.number == 0:
+            _users.threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _users.number += 1
+    try:
+        yield
+    finally:
+        with _users.lock:
+            _users.number -= 1
+            if _users.number == 0:
+                torch.set_num_threads(_users.threads)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the parameters of ``model`` are."""
+    return next(model.parameters()).device

@@ -1,0 +1,191 @@
+"""Local training: what one client does with its images in one round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.sgd import sgd
+
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import FederationError, RecipeError
+from fedunlearn.training.compute import FLOAT32, Compute
+
+_WARM_UP = 0.2
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of local SGD (Nesterov momentum, cross-entropy).
+
+    Attributes:
+        lr: learning rate; the peak where a schedule is used.
+        batch_size: images in a step.
+        local_epochs: passes over the client's images in a round; 0.25 is a random quarter of them.
+        momentum: kept within a round, not across rounds.
+        weight_decay: L2 coefficient.
+        label_smoothing: share ``s`` of the target that is spread evenly over the classes (Szegedy et al., 2016)::
+
+            target[k] = (1 - s) [k = label] + s / classes
+
+        augment: names of augmentations, in order.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+
+    lr: float
+    batch_size: int = 64
+    local_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, valid in {
+            "lr": self.lr > 0,
+            "batch_size": self.batch_size >= 1,
+            "local_epochs": self.local_epochs > 0,
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+        }.items():
+            if not valid:
+                raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)}")
+
+
+def one_cycle(round: int, rounds: int) -> float:
+    """Return the factor of the learning rate in ``round`` of ``rounds``: up over the first fifth, then a cosine to 0.
+
+    The value is taken in the middle of the round, so no round is wasted on a factor of 0.
+    """
+    at = (round + 0.5) / rounds
+    if at < _WARM_UP:
+        return at / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (at - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def constant(round: int, rounds: int) -> float:
+    """Return 1: the learning rate of every round."""
+    return 1.0
+
+
+class Sgd:
+    """The steps of ``torch.optim.SGD``, to the bit, without its class.
+
+    The class imports ``torch._dynamo`` when it is made: 800 modules and more CPU time than a small run takes to train.
+
+    Args:
+        parameters: what is trained; those without a gradient stay as they are in a step.
+        lr: learning rate.
+        momentum: 0 for none.
+        nesterov: Nesterov's momentum.
+        weight_decay: L2 coefficient.
+        fused: the fused kernel; torch's choice where None.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        fused: bool | None = None,
+    ) -> None:
+        self._parameters = list(parameters)
+        self._velocities: list[Tensor | None] = [None] * len(self._parameters)
+        self._lr = lr
+        self._momentum = momentum
+        self._nesterov = nesterov
+        self._weight_decay = weight_decay
+        self._fused = fused
+
+    def step(self) -> None:
+        """Move the parameters along their gradients."""
+        moved = [(i, parameter) for i, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        velocities = [self._velocities[i] for i, _ in moved] if self._momentum else []
+        with torch.no_grad():
+            sgd(
+                [parameter for _, parameter in moved],
+                [parameter.grad for _, parameter in moved if parameter.grad is not None],
+                velocities,
+                fused=self._fused,
+                weight_decay=self._weight_decay,
+                momentum=self._momentum,
+                lr=self._lr,
+                dampening=0.0,
+                nesterov=self._nesterov,
+                maximize=False,
+            )
+        for (i, _), velocity in zip(moved, velocities):
+            self._velocities[i] = velocity
+
+    def forget_gradients(self) -> None:
+        """Drop all gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def train_locally(
+    model: nn.Module,
+    images: LabelledImages,
+    training: Training,
+    *,
+    lr: float,
+    draw: torch.Generator,
+    compute: Compute = FLOAT32,
+) -> int:
+    """Train ``model`` in place on one client's images and return how many images it saw, repeats counted.
+
+    Args:
+        model: the client's copy.
+        images: the client's training images.
+        training: all settings but the learning rate of this round.
+        lr: learning rate of this round.
+        draw: owner of the shuffle and the augmentation.
+        compute: precision and memory format; the model is in that format already.
+
+    Raises:
+        FederationError: the loss became NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    optimiser = Sgd(
+        model.parameters(),
+        lr=lr,
+        momentum=training.momentum,
+        nesterov=training.momentum > 0,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    model.train()
+    wanted = max(1, round(training.local_epochs * len(images)))
+    seen = 0
+    while seen < wanted:
+        for batch, labels in batches(
+            images,
+            training.batch_size,
+            limit=wanted - seen,
+            draw=draw,
+            augment=training.augment,
+            device=device,
+            memory_format=compute.layout,
+        ):
+            with compute.autocast(device):
+                logits = model(batch)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
+            if not torch.isfinite(loss):
+                raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
+            optimiser.forget_gradients()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            seen += len(labels)
+    optimiser.forget_gradients()  # the model waits for its next client without gradients
+    return seen
