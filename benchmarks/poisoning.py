@@ -84,22 +84,22 @@ def main() -> None:
     """Measure every attack and write the rows."""
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        setting = prepare(load_recipe("digits", (f"federation.seed={seed}",)))
+        experiment = prepare(load_recipe("digits", (f"federation.seed={seed}",)))
         with one_torch_thread():
-            original, plan = original_model(setting, Journal())
+            original, plan = original_model(experiment, Journal())
             for cap in (None, CAP):
-                unlearning = setting.recipe.unlearn.model_copy(update={"influence": cap})
-                own = replace(setting, recipe=setting.recipe.model_copy(update={"unlearn": unlearning}))
+                unlearning = experiment.recipe.unlearn.model_copy(update={"influence": cap})
+                own = replace(experiment, recipe=experiment.recipe.model_copy(update={"unlearn": unlearning}))
                 honest = unlearned_model(own, original, plan, Journal())
                 about = {"seed": seed, "cap": cap}
-                rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, setting.splits.test))
+                rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, experiment.splits.test))
                 for name, attack in ATTACKS.items():
                     for factor in FACTORS:
-                        engine = Liar(setting.clients, validation=setting.validation)
+                        engine = Liar(experiment.clients, validation=experiment.validation)
                         engine.attack, engine.factor = attack, factor
                         done = unlearned_model(replace(own, engine=engine), original, plan, Journal())
                         rows.append(
-                            about | {"attack": name, "factor": factor} | figures(done, honest, setting.splits.test)
+                            about | {"attack": name, "factor": factor} | figures(done, honest, experiment.splits.test)
                         )
                         print(rows[-1], flush=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")

@@ -21,11 +21,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         for precision in ("float32", "bfloat16"):
-            setting = prepare(load_recipe("digits", (f"federation.seed={seed}", f"compute.precision={precision}")))
-            test, forget = setting.splits.test, setting.forget
+            experiment = prepare(load_recipe("digits", (f"federation.seed={seed}", f"compute.precision={precision}")))
+            test, forget = experiment.splits.test, experiment.forget
             with one_torch_thread():
-                original, plan = original_model(setting, Journal())
-                unlearned = unlearned_model(setting, original, plan, Journal())
+                original, plan = original_model(experiment, Journal())
+                unlearned = unlearned_model(experiment, original, plan, Journal())
             before = evaluate(original, test, forget=forget)["accuracy"]
             after = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired)
             row = {

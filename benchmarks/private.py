@@ -35,13 +35,13 @@ def main() -> None:
     """Measure every set of rules and write the rows."""
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        setting = prepare(load_recipe("digits", (f"federation.seed={seed}", "unlearn.sample=0")))
+        experiment = prepare(load_recipe("digits", (f"federation.seed={seed}", "unlearn.sample=0")))
         with one_torch_thread():
-            original, plan = original_model(setting, Journal())
-            honest = unlearned_model(setting, original, plan, Journal())
+            original, plan = original_model(experiment, Journal())
+            honest = unlearned_model(experiment, original, plan, Journal())
             for rules in RULES:
-                engine = LocalEngine(setting.clients, validation=setting.validation, rules=rules)
-                done = unlearned_model(replace(setting, engine=engine), original, plan, Journal())
+                engine = LocalEngine(experiment.clients, validation=experiment.validation, rules=rules)
+                done = unlearned_model(replace(experiment, engine=engine), original, plan, Journal())
                 row: dict[str, Any] = {
                     "seed": seed,
                     "min_count": rules.min_count,
@@ -49,7 +49,7 @@ def main() -> None:
                     "noise": rules.noise,
                 }
                 row["epsilon"] = epsilon(rules.noise, DELTA) if rules.noise else None
-                rows.append(row | figures(done, honest, setting.splits.test))
+                rows.append(row | figures(done, honest, experiment.splits.test))
                 print(rows[-1], flush=True)
     OUT.write_text(json.dumps({"delta": DELTA, "forget": FORGET, "rows": rows}, indent=1) + "\n")
 

@@ -119,12 +119,12 @@ def flower_comparisons() -> dict[str, Any]:
                 ("data.source=npz", f"data.path={path}", "data.validation=0", "compute.precision=float32"),
             ),
         }.items():
-            setting = prepare(recipe)
-            job = Train(phase="train", model=setting.model, training=recipe.training(), lr=0.01)
+            experiment = prepare(recipe)
+            job = Train(phase="train", model=experiment.model, training=recipe.training(), lr=0.01)
             with simulation(recipe) as grid, one_torch_thread():
-                flower = FlowerEngine(grid, clients=tuple(setting.clients), patience=300)
-                used = int(setting.table.sum())
-                ours, theirs = (partial(averaged, engine, job) for engine in (setting.engine, flower))
+                flower = FlowerEngine(grid, clients=tuple(experiment.clients), patience=300)
+                used = int(experiment.table.sum())
+                ours, theirs = (partial(averaged, engine, job) for engine in (experiment.engine, flower))
                 found[name] = compared(name, theirs, ours, images=used, repeats=3)
     return found
 

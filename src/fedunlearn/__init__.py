@@ -1,12 +1,11 @@
 """fedunlearn makes a federated image classifier forget classes, fast, and shows that it did."""
 
-from fedunlearn.audits.audit import Findings, audit
-from fedunlearn.audits.measure import Figure
-from fedunlearn.audits.subject import AuditImages, Subject, audit_images, without_rows
-from fedunlearn.channels.groups import prunable_layers
-from fedunlearn.channels.plan import PruningPlan, plan_pruning, prune
-from fedunlearn.channels.scores import ChannelScores, contrast, margin, random_scores, tf_idf
-from fedunlearn.channels.stats import ChannelStats, measure_channels
+from fedunlearn.audits.audit import Findings, Record, audit
+from fedunlearn.audits.base import AuditImages, Figure, Subject, audit_images
+from fedunlearn.channels.groups import Channels, find_channels
+from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning, prune
+from fedunlearn.channels.scores import ChannelScores, Ranking, contrast, margin, random_scores, tf_idf
+from fedunlearn.channels.stats import ChannelStats, capped, mean_of_clients, measure_channels, pooled
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
@@ -33,7 +32,7 @@ from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimat
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import reestimate, train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Watch, reestimate, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import Compute
@@ -46,13 +45,17 @@ __all__ = [
     "AuditImages",
     "ChannelScores",
     "ChannelStats",
+    "Channels",
+    "Classifier",
     "Compute",
     "Cost",
+    "Cut",
     "DataError",
     "Engine",
     "Evaluate",
     "EvidenceError",
     "FedUnlearnError",
+    "Federation",
     "FederationError",
     "Figure",
     "Findings",
@@ -64,8 +67,11 @@ __all__ = [
     "ModelError",
     "PlanError",
     "PruningPlan",
+    "Ranking",
     "RecipeError",
+    "Record",
     "Reestimate",
+    "Repair",
     "Reply",
     "RunError",
     "Splits",
@@ -73,21 +79,25 @@ __all__ = [
     "Train",
     "Training",
     "Unlearned",
+    "Watch",
     "__version__",
     "audit",
     "audit_images",
     "build_model",
+    "capped",
     "contrast",
     "evaluate",
+    "find_channels",
     "hold_out",
     "load_weights",
     "margin",
+    "mean_of_clients",
     "measure_channels",
     "one_cycle",
     "partition",
     "plan_pruning",
+    "pooled",
     "probe",
-    "prunable_layers",
     "prune",
     "random_scores",
     "read_cifar10",
@@ -102,5 +112,4 @@ __all__ = [
     "tf_idf",
     "train_rounds",
     "unlearn",
-    "without_rows",
 ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedunlearn.channels.plan import PruningPlan, prune
+from fedunlearn.channels.plan import Classifier, PruningPlan
+from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.readers import load_npz
 from fedunlearn.errors import DataError, ModelError, PlanError
 from fedunlearn.files import write_tensors
@@ -44,38 +45,27 @@ class Weights:
 
 
 def save_checkpoint(
-    path: Path | str,
-    model: nn.Module,
-    *,
-    plan: PruningPlan,
-    labels: Sequence[int],
-    classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    architecture: Mapping[str, str],
+    path: Path | str, model: Classifier, *, images: LabelledImages, architecture: Mapping[str, str]
 ) -> None:
     """Write ``model`` as safetensors with all that is needed to use it.
 
     Args:
         path: the file.
         model: the model as it is, pruned or not.
-        plan: how its shapes follow from the architecture.
-        labels: the class of each output row.
-        classes: the name of each class of ``labels``, in the same order.
-        mean: per colour, how images are normalised.
-        std: likewise.
+        images: of the kind the model takes: the names of their classes and how they are normalised are written.
         architecture: ``name`` and ``shortcut`` of the unpruned model, for people: loading never imports by it.
     """
+    labels = model.labels or tuple(range(len(images.classes)))
     about = {
         "schema": _SCHEMA,
         "architecture": dict(architecture),
         "labels": list(labels),
-        "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
-        "plan": json.loads(plan.to_json()),
+        "classes": [images.classes[label] for label in labels],
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "plan": json.loads(model.plan.to_json()),
     }
-    write_tensors(Path(path), model.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
+    write_tensors(Path(path), model.module.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -104,17 +94,17 @@ def read_weights(path: Path | str) -> Weights:
         raise ModelError(f"{path}: the weights cannot be read ({error}); fetch the file again") from error
 
 
-def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
-    """Return a copy of ``model`` pruned by the plan of ``weights`` and filled with them, strictly.
+def load_weights(model: Classifier, weights: Weights) -> Classifier:
+    """Return the architecture of ``model`` pruned by the plan of ``weights``, filled with them strictly, and labelled.
 
     Raises:
         ModelError: names or shapes differ; the first that does is named.
     """
     try:
-        model = prune(model, weights.plan)
+        loaded = replace(model.cut(weights.plan), labels=weights.labels)
     except PlanError as error:
         raise ModelError(f"{weights.path}: {error}") from error
-    own = model.state_dict()
+    own = loaded.module.state_dict()
     # Counters of batches are missing from some exports and have no influence on the logits.
     state = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")} | dict(weights.state)
     for name in sorted(own.keys() | state.keys()):
@@ -125,8 +115,8 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
                 f"{weights.path}: {name}: the model has {expected}, the file {found}: "
                 "check model.name, model.shortcut and the number of classes"
             )
-    model.load_state_dict(state, strict=True)
-    return model
+    loaded.module.load_state_dict(state, strict=True)
+    return loaded
 
 
 def _safetensors(path: Path) -> Weights:

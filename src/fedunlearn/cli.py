@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +22,6 @@ from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.run import commands
-from fedunlearn.run.commands import audit_model
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
@@ -34,37 +33,99 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or a TOML file.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="Folder or file of the images; sets data.path.")]
-WeightsOption = Annotated[
-    str | None, typer.Option("--weights", help=".safetensors, .npz, .pt or .th; sets model.weights.")
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder of the run, runs/RECIPE by default; the same command goes on with it."),
-]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="table.key=value overrides a key of the recipe.")]
-EngineOption = Annotated[
-    str | None,
-    typer.Option("--engine", help="Who runs the clients: local, flower-simulation, flower; sets federation.engine."),
-]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option("--precision", help="float32 everywhere, bfloat16, or auto: what is faster; sets compute.precision."),
-]
-SuperLinkOption = Annotated[
-    str | None, typer.Option("--superlink", help="With --engine flower: ADDRESS:PORT of your SuperLink.")
-]
-CaOption = Annotated[
-    Path | None,
-    typer.Option("--ca", help="With --superlink: the certificate that its HTTPS certificate is checked by."),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-KeyOption = Annotated[
-    Path | None, typer.Option("--key", help="Your private key (fedunlearn keygen): sign a dossier of the run.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person said: the value of each option of a command, its default where the command has no such option."""
+
+    recipe: str
+    out: Path | None = None
+    data: str | None = None
+    weights: str | None = None
+    overrides: Sequence[str] | None = None
+    precision: str | None = None
+    engine: str | None = None
+    superlink: str | None = None
+    ca: Path | None = None
+    key: Path | None = None
+    model: Path | None = None
+    oracle: Sequence[Path] | None = None
+    client: str | None = None
+    quiet: bool = False
+    as_json: bool = False
+    debug: bool = False
+
+    def recipe_set(self) -> Recipe:
+        """Return the recipe with all that options override."""
+        named = {
+            "data.path": self.data,
+            "model.weights": self.weights,
+            "federation.engine": self.engine,
+            "compute.precision": self.precision,
+        }
+        given = {key: value for key, value in named.items() if value is not None}
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+        return load_recipe(self.recipe, [*(self.overrides or ()), *overrides])
+
+
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _option(name: str, kind: Any, help: str, *, flag: str = "", default: Any = None) -> Parameter:
+    about = typer.Option(flag or f"--{name}", help=help)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
+
+
+def _argument(name: str, kind: Any, help: str) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, typer.Argument(help=help)])
+
+
+_RECIPE = "Name of a shipped recipe, or a TOML file."
+# All options of the commands that work on a recipe; each command names those it takes.
+OPTIONS = {
+    own.name: own
+    for own in (
+        _option("recipe", str, _RECIPE, default=Parameter.empty),
+        _option("out", Path | None, "Folder of the run, runs/RECIPE by default; the same command goes on with it."),
+        _option("data", str | None, "Folder or file of the images; sets data.path."),
+        _option("weights", str | None, "The trained model, .safetensors, .npz, .pt or .th; sets model.weights."),
+        _option("overrides", list[str] | None, "table.key=value overrides a key of the recipe.", flag="--set"),
+        _option(
+            "precision", str | None, "float32 everywhere, bfloat16, or auto: what is faster; sets compute.precision."
+        ),
+        _option(
+            "engine", str | None, "Who runs the clients: local, flower-simulation, flower; sets federation.engine."
+        ),
+        _option("superlink", str | None, "With --engine flower: ADDRESS:PORT of your SuperLink."),
+        _option("ca", Path | None, "With --superlink: the certificate that its HTTPS certificate is checked by."),
+        _option("key", Path | None, "Your private key (fedunlearn keygen): sign a dossier of the run."),
+        _option("oracle", list[Path] | None, "A model retrained without the class; at least three."),
+        _option("client", str | None, "Audit with this client's images alone."),
+        _option("quiet", bool, "Print nothing but errors.", default=False),
+        _option("as_json", bool, "Print the result as JSON on standard output.", flag="--json", default=False),
+        Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption),
+    )
+}
+_WORK = ("out", "data", "overrides", "precision", "engine", "superlink", "ca")
+_SHOWN = ("quiet", "as_json", "debug")
+
+
+def _command(*names: str | Parameter) -> Callable[[Callable[[Options], None]], Callable[[Options], None]]:
+    """Register a function of ``Options`` as the command of its name, with these options and arguments."""
+    parameters = [own if isinstance(own, Parameter) else OPTIONS[own] for own in names]
+
+    def register(function: Callable[[Options], None]) -> Callable[[Options], None]:
+        def call(**values: Any) -> None:
+            options = Options(**values)
+            with _told(options.debug):
+                function(options)
+
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+        call.__annotations__ = {own.name: own.annotation for own in parameters}
+        app.command(function.__name__, help=function.__doc__)(call)
+        return function
+
+    return register
 
 
 def main() -> None:
@@ -82,121 +143,60 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
-def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
-    out: OutOption = None,
-    data: DataOption = None,
-    weights: WeightsOption = None,
-    overrides: SetOption = None,
-    precision: PrecisionOption = None,
-    engine: EngineOption = None,
-    superlink: SuperLinkOption = None,
-    ca: CaOption = None,
-    quiet: QuietOption = False,
-    key: KeyOption = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "key", *_SHOWN)
+def run(options: Options) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
-    clients = Clients(engine, superlink, ca, precision)
-    _do("run", recipe, out, data, weights, overrides, quiet, as_json, debug, clients, key=key)
+    _work("run", options)
 
 
-@app.command()
-def train(
-    recipe: RecipeOption,
-    out: OutOption = None,
-    data: DataOption = None,
-    overrides: SetOption = None,
-    precision: PrecisionOption = None,
-    engine: EngineOption = None,
-    superlink: SuperLinkOption = None,
-    ca: CaOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+@_command("recipe", *_WORK, *_SHOWN)
+def train(options: Options) -> None:
     """Train the original model by federated averaging."""
-    clients = Clients(engine, superlink, ca, precision)
-    _do("train", recipe, out, data, None, overrides, quiet, as_json, debug, clients)
+    _work("train", options)
 
 
-@app.command()
-def unlearn(
-    recipe: RecipeOption,
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", help="The trained model; sets model.weights. Trained first where none is given."),
-    ] = None,
-    out: OutOption = None,
-    data: DataOption = None,
-    overrides: SetOption = None,
-    precision: PrecisionOption = None,
-    engine: EngineOption = None,
-    superlink: SuperLinkOption = None,
-    ca: CaOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Make a model forget, without comparisons."""
-    clients = Clients(engine, superlink, ca, precision)
-    _do("unlearn", recipe, out, data, weights, overrides, quiet, as_json, debug, clients)
+@_command("recipe", *_WORK, "weights", *_SHOWN)
+def unlearn(options: Options) -> None:
+    """Make a model forget, without comparisons; it is trained first where --weights names none."""
+    _work("unlearn", options)
 
 
-@app.command()
-def evaluate(
-    recipe: RecipeOption,
-    weights: Annotated[str, typer.Option("--weights", help="The model; sets model.weights.")],
-    data: DataOption = None,
-    overrides: SetOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+@_command("recipe", OPTIONS["weights"].replace(default=Parameter.empty), "data", "overrides", *_SHOWN)
+def evaluate(options: Options) -> None:
     """Measure a model, unlearned or not, on the test images."""
-    with _told(debug):
-        block = commands.evaluate_weights(load_recipe(recipe, _overrides(data, weights, overrides)))
-        _show({"model": block}, quiet, as_json, block)
+    from fedunlearn.run.commands import evaluate_weights  # slow to import
+
+    block = evaluate_weights(options.recipe_set())
+    _show({"model": block}, options, block)
 
 
-@app.command()
-def audit(
-    model: Annotated[Path, typer.Argument(help="Weights of the model: .safetensors, .npz, .pt or .th.")],
-    recipe: RecipeOption,
-    out: OutOption = None,
-    data: DataOption = None,
-    oracle: Annotated[
-        list[Path] | None, typer.Option("--oracle", help="A model retrained without the class; at least three.")
-    ] = None,
-    client: Annotated[str | None, typer.Option("--client", help="Audit with this client's images alone.")] = None,
-    overrides: SetOption = None,
-    precision: PrecisionOption = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+@_command(
+    _argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
+    *("recipe", "out", "data", "oracle", "client", "overrides", "precision", *_SHOWN),
+)
+def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
-    with _told(debug):
-        chosen = load_recipe(recipe, _overrides(data, None, overrides, precision=precision))
-        folder = out or Path("runs") / f"{Path(recipe).stem}-audit"
-        with _progress(quiet) as (console, observe):
-            result = audit_model(
-                chosen,
-                folder,
-                model=model,
-                oracles=oracle or (),
-                client=client,
-                prepared=lambda setting: console.print(describe(setting), highlight=False),
-                observe=observe,
-            )
-        if as_json:
-            typer.echo(json.dumps(result, indent=2))
-        elif not quiet:
-            Console().print(audit_table(result))
-            Console().print(verdict_line(result), highlight=False)
-            console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
+    from fedunlearn.run.audit_file import audit_model  # slow to import
+
+    assert options.model is not None  # an argument of the command
+    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
+    recipe = options.recipe_set()
+    with _progress(options.quiet) as (console, observe):
+        result = audit_model(
+            recipe,
+            folder,
+            model=options.model,
+            oracles=options.oracle or (),
+            client=options.client,
+            prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+            observe=observe,
+        )
+    if options.as_json:
+        typer.echo(json.dumps(result, indent=2))
+    elif not options.quiet:
+        Console().print(audit_table(result))
+        Console().print(verdict_line(result), highlight=False)
+        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -239,91 +239,34 @@ def recipes() -> None:
         typer.echo(name)
 
 
-@dataclass(frozen=True)
-class Clients:
-    """Where the clients are, for Flower's deployment with SuperLink and certificate of its CA, and how they compute."""
+def _work(command: str, options: Options) -> None:
+    """Do ``command`` and show what came of it."""
+    from fedunlearn.engines import Order, carry_out  # slow to import
 
-    engine: str | None
-    superlink: str | None
-    ca: Path | None
-    precision: str | None
-
-
-def _do(
-    command: str,
-    recipe: str,
-    out: Path | None,
-    data: str | None,
-    weights: str | None,
-    overrides: list[str] | None,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    clients: Clients,
-    key: Path | None = None,
-) -> None:
-    with _told(debug):
-        named = _overrides(data, weights, overrides, engine=clients.engine, precision=clients.precision)
-        chosen = load_recipe(recipe, named)
-        if (clients.superlink is not None) != (chosen.federation.engine == "flower"):
-            raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
-        stem = Path(recipe).stem
-        folder = out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
-        with _progress(quiet) as (console, observe):
-            result = _work(command, chosen, folder, key, clients, console, observe)
-        if result is None:
-            typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
-            return
-        _show(result, quiet, as_json, result)
-        if not quiet:
-            for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
-                console.print(text, soft_wrap=True, highlight=False)
-
-
-def _work(
-    command: str,
-    recipe: Recipe,
-    folder: Path,
-    key: Path | None,
-    clients: Clients,
-    console: Console,
-    observe: Callable[[str, int, int], None],
-) -> dict[str, Any] | None:
-    """Return the result of ``command``, whoever runs the clients; None where it lies elsewhere."""
-    work = partial(
-        commands.run,
-        recipe,
-        folder,
-        command=command,
-        key=key,
-        prepared=lambda setting: console.print(describe(setting), highlight=False),
-        observe=observe,
-    )
-    match recipe.federation.engine:
-        case "flower-simulation":
-            with _flower_installed():
-                from fedunlearn.flower.app import engine_on
-                from fedunlearn.flower.launch import START, simulation
-            with simulation(recipe) as grid:
-                # All clients are there from the start, and answer when Ray has started.
-                return work(engine=engine_on(grid, patience=0.0, hello=START))
-        case "flower":
-            with _flower_installed():
-                from fedunlearn.flower.launch import run_on
-            assert clients.superlink is not None  # _do checked it
-            tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-            return run_on(clients.superlink, recipe, folder, command=command, key=key, ca=clients.ca, tell=tell)
-        case _:
-            return work()
-
-
-@contextmanager
-def _flower_installed() -> Iterator[None]:
-    """Turn a missing extra into an error that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise RecipeError(str(error)) from error
+    recipe = options.recipe_set()
+    stem = Path(options.recipe).stem
+    folder = options.out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
+    with _progress(options.quiet) as (console, observe):
+        result = carry_out(
+            Order(
+                command=command,
+                recipe=recipe,
+                out=folder,
+                key=options.key,
+                superlink=options.superlink,
+                ca=options.ca,
+                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+                observe=observe,
+                tell=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+            )
+        )
+    if result is None:
+        typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
+        return
+    _show(result, options, result)
+    if not options.quiet:
+        for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
+            console.print(text, soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -340,30 +283,10 @@ def _silent(phase: str, done: int, planned: int) -> None:
     """Show nothing."""
 
 
-def _overrides(
-    data: str | None,
-    weights: str | None,
-    more: list[str] | None,
-    *,
-    engine: str | None = None,
-    precision: str | None = None,
-) -> list[str]:
-    named = {
-        "data.path": data,
-        "model.weights": weights,
-        "federation.engine": engine,
-        "compute.precision": precision,
-    }
-    return [
-        *(more or []),
-        *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None),
-    ]
-
-
-def _show(result: dict[str, Any], quiet: bool, as_json: bool, value: dict[str, Any]) -> None:
-    if as_json:
+def _show(result: dict[str, Any], options: Options, value: dict[str, Any]) -> None:
+    if options.as_json:
         typer.echo(json.dumps(value, indent=2))
-    elif not quiet:
+    elif not options.quiet:
         console = Console()
         console.print(result_table(result))
         console.print(notes(result), highlight=False)

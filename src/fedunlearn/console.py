@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.words import AUDITS, MODELS, clipped
-from fedunlearn.run.experiment import Setting
+from fedunlearn.run.experiment import Experiment
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {
@@ -80,13 +80,13 @@ def _phase_text(phase: str) -> str:
     return text + (f" ({_PARTS.get(part, part)})" if part else "")
 
 
-def describe(setting: Setting) -> str:
+def describe(experiment: Experiment) -> str:
     """Return what is about to run: images, clients and classes."""
-    sizes = setting.table.sum(1).sort().values
-    per_class = setting.table.sum(0).sort().values
-    holders = (setting.table > 0).sum(0)
-    train, test = setting.splits
-    names = ", ".join(f"{label} ({train.classes[label]})" for label in setting.forget)
+    sizes = experiment.table.sum(1).sort().values
+    per_class = experiment.table.sum(0).sort().values
+    holders = (experiment.table > 0).sum(0)
+    train, test = experiment.splits
+    names = ", ".join(f"{label} ({train.classes[label]})" for label in experiment.forget)
     used = int(sizes.sum())
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
@@ -94,7 +94,7 @@ def describe(setting: Setting) -> str:
         f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
         f"{per_class[-1]} per class\n"
         f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients; they compute in "
-        f"{setting.recipe.compute.precision}"
+        f"{experiment.recipe.compute.precision}"
     )
 
 

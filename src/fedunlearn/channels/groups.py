@@ -1,10 +1,8 @@
-"""Which layers lose channels together.
+"""Which layers lose channels together, and where each channel is read: the outcome of following a model once.
 
 Torch-Pruning follows the graph of the model (residual additions, flattening, concatenation). It can be wrong without
 a sign, on zero-padded shortcuts for one, so every group is tried out before it is used: the model with channels
 sliced away must give the same logits as the model with those channels masked.
-
-``slice_tensors`` cuts rows and columns out of the tensors of a model, in place.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.taps import HOOKS, Tap, rectified
 from fedunlearn.errors import ModelError
 
 FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -71,6 +70,91 @@ class Group:
         return kept
 
 
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels of a model that can be measured, ranked and removed.
+
+    Attributes:
+        model: the model that was followed.
+        groups: layers that lose their channels together.
+        taps: layer to where its channels are read, in the order of the model: the layers that can lose channels.
+        left_out: convolution to the reason why it loses nothing.
+    """
+
+    model: nn.Module
+    groups: tuple[Group, ...]
+    taps: Mapping[str, Tap]
+    left_out: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{layer}: read at the {tap.side} of {tap.module or 'the model'}" for layer, tap in self.taps.items()]
+        return "\n".join([*lines, *(f"{layer}: left out, {reason}" for layer, reason in self.left_out.items())])
+
+
+def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation") -> Channels:
+    """Follow ``model`` once and return the channels that can be removed, where each is read, and what is left out.
+
+    Args:
+        model: the CNN; left as it was.
+        example: a batch of normalised images, shape ``(images, colours, height, width)``; two are used.
+        hook: ``"convolution"``: a channel is read at the output of its convolution, before batch normalisation, as in
+            the paper. ``"activation"``: what the network makes of it, namely the input of the first layer called
+            after the convolution that consumes its channels; the model's output where none does.
+
+    Raises:
+        ModelError: the model has no channel that can be removed, or the hook is unknown.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> print(find_channels(net, torch.rand(2, 1, 8, 8)))
+        0: read at the input of 3
+    """
+    if hook not in HOOKS:
+        raise ModelError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {hook!r}")
+    check_prunable(model)
+    trial = copy.deepcopy(model).eval()
+    example = example[:2].to(next(trial.parameters()).device)
+    found: list[Group] = []
+    left_out: dict[str, str] = {}
+    for group in trace(trial, example):
+        if all(member.axis == 0 for member in group.members):
+            left_out |= dict.fromkeys(group.layers, "no layer consumes its channels: they are the model's output")
+        else:
+            found.append(group)
+    followed = _followed(trial, found, example)
+    for group in found:
+        if group not in followed:
+            left_out |= dict.fromkeys(
+                group.layers, "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
+            )
+    if not followed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ModelError(f"no convolution of the model can lose channels ({reasons}); use plain or 1x1 shortcuts")
+    return Channels(model, tuple(followed), _taps(trial, followed, example, hook), left_out)
+
+
+def _taps(model: nn.Module, groups: Sequence[Group], example: Tensor, hook: str) -> dict[str, Tap]:
+    """Return where each layer of ``groups`` is read, in the order of ``model``, which may be changed."""
+    group_of = {layer: group for group in groups for layer in group.layers}
+    layers = [name for name, _ in model.named_modules() if name in group_of]
+    if hook == "convolution":  # as it comes, so below 0 too
+        return {name: Tap(name, "output", 0, group_of[name].width) for name in layers}
+    order = {name: place for place, name in enumerate(outputs_of(model, example, FOLLOWED)[0])}
+    taps = {}
+    for name in layers:
+        later = [
+            (order[member.module], member)
+            for member in group_of[name].members
+            if member.axis == 1 and order.get(member.module, -1) > order[name]
+        ]
+        if later:
+            _, member = min(later, key=lambda pair: pair[0])
+            taps[name] = Tap(member.module, "input", min(member.positions), max(member.positions) + 1)
+        else:
+            taps[name] = Tap("", "output", 0, group_of[name].width)
+    return rectified(model, taps, example)
+
+
 def check_prunable(model: nn.Module) -> None:
     """Refuse a model whose channels cannot be followed, before any data is touched.
 
@@ -108,55 +192,14 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     )
 
 
-def prunable_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """Return the names of the convolutions whose output channels can be removed, in the order of the model.
-
-    Args:
-        model: the CNN.
-        example: a batch of normalised images, shape ``(images, colours, height, width)``; one image is enough.
-
-    Raises:
-        ModelError: the model cannot be pruned at all (``check_prunable``).
-    """
-    groups, _ = find_groups(model, example)
-    names = {layer for group in groups for layer in group.layers}
-    return [name for name, _ in model.named_modules() if name in names]
-
-
-def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:
-    """Return the groups that can be pruned, and the convolutions left out, each with the reason.
-
-    Raises:
-        ModelError: the model cannot be pruned at all.
-    """
-    check_prunable(model)
-    trial = copy.deepcopy(model).eval()
-    example = example[:2].to(next(trial.parameters()).device)
-    found: list[Group] = []
-    left_out: dict[str, str] = {}
-    for group in trace(trial, example):
-        if all(member.axis == 0 for member in group.members):
-            left_out |= dict.fromkeys(group.layers, "no layer consumes its channels: they are the model's output")
-        else:
-            found.append(group)
-    followed = _followed(trial, found, example)
-    for group in found:
-        if group not in followed:
-            left_out |= dict.fromkeys(
-                group.layers, "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
-            )
-    if not followed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ModelError(f"no convolution of the model can lose channels ({reasons}); use plain or 1x1 shortcuts")
-    return followed, left_out
-
-
 def trace(model: nn.Module, example: Tensor) -> list[Group]:
     """Return every group of the model as Torch-Pruning sees it, whether it can be pruned or not."""
     import torch_pruning  # slow to import, and a client never traces
 
     names = {module: name for name, module in model.named_modules()}
     called = outputs_of(model, example, (nn.Conv2d,))[0]
+    import torch_pruning  # slow to import, and a site that does not measure never needs it
+
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     groups: list[Group] = []
     seen: set[str] = set()
@@ -213,50 +256,6 @@ def outputs_of(
     return outputs, logits
 
 
-def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
-    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input)."""
-    owner = model.get_submodule(module)
-    tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-    return [(f"{module}.{name}", tensor.shape[axis]) for name, tensor in tensors if tensor.ndim > axis]
-
-
-def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Return what all ``parts`` keep: groups meet in one tensor where maps are concatenated."""
-    kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for part in parts:
-        for name, axes in part.items():
-            for axis, positions in axes.items():
-                before = kept.setdefault(name, {}).get(axis)
-                kept[name][axis] = positions if before is None else tuple(sorted(set(before) & set(positions)))
-    return kept
-
-
-def slice_tensors(model: nn.Module, kept: Kept) -> None:
-    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
-    owners = set()
-    for name, axes in kept.items():
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        owners.add(owner)
-        tensor: Tensor = getattr(owner, attribute)
-        value = tensor.detach()
-        for axis, positions in axes.items():
-            value = value.index_select(axis, torch.tensor(positions, dtype=torch.int64, device=value.device))
-        if isinstance(tensor, nn.Parameter):
-            setattr(owner, attribute, nn.Parameter(value, requires_grad=tensor.requires_grad))
-        else:
-            setattr(owner, attribute, value)
-    for owner in owners:
-        if isinstance(owner, nn.Conv2d):
-            owner.out_channels, owner.in_channels = owner.weight.shape[:2]
-        elif isinstance(owner, nn.Linear):
-            owner.out_features, owner.in_features = owner.weight.shape
-        elif isinstance(owner, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            owner.num_features = next(
-                len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
-            )
-
-
 def _followed(model: nn.Module, groups: list[Group], example: Tensor) -> list[Group]:
     """Return the groups that pass the trial, all at once where all do, otherwise by halves."""
     if not groups or _sliced_equals_masked(model, groups, example):
@@ -301,3 +300,47 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
     finally:
         model.train(training)
     return output
+
+
+def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
+    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input)."""
+    owner = model.get_submodule(module)
+    tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+    return [(f"{module}.{name}", tensor.shape[axis]) for name, tensor in tensors if tensor.ndim > axis]
+
+
+def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Return what all ``parts`` keep: groups meet in one tensor where maps are concatenated."""
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for part in parts:
+        for name, axes in part.items():
+            for axis, positions in axes.items():
+                before = kept.setdefault(name, {}).get(axis)
+                kept[name][axis] = positions if before is None else tuple(sorted(set(before) & set(positions)))
+    return kept
+
+
+def slice_tensors(model: nn.Module, kept: Kept) -> None:
+    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
+    owners = set()
+    for name, axes in kept.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owners.add(owner)
+        tensor: Tensor = getattr(owner, attribute)
+        value = tensor.detach()
+        for axis, positions in axes.items():
+            value = value.index_select(axis, torch.tensor(positions, dtype=torch.int64, device=value.device))
+        if isinstance(tensor, nn.Parameter):
+            setattr(owner, attribute, nn.Parameter(value, requires_grad=tensor.requires_grad))
+        else:
+            setattr(owner, attribute, value)
+    for owner in owners:
+        if isinstance(owner, nn.Conv2d):
+            owner.out_channels, owner.in_channels = owner.weight.shape[:2]
+        elif isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            owner.num_features = next(
+                len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
+            )

@@ -1,20 +1,26 @@
-"""The pruning plan: which positions of which tensor stay, as data that can be printed, saved and replayed.
-
-``prune`` removes channels for real: smaller tensors, no masks.
-"""
+"""The pruning plan, and the classifier it is applied to: smaller tensors, no masks."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import Group, Kept, combine, find_groups, parameter_layers, slice_tensors
+from fedunlearn.channels.groups import (
+    Channels,
+    Group,
+    Kept,
+    combine,
+    head_layer,
+    parameter_layers,
+    slice_tensors,
+)
 from fedunlearn.errors import PlanError
+from fedunlearn.seeding import generator
 
 ENDS = ("highest", "lowest")
 SCOPES = ("layer", "global")
@@ -115,75 +121,91 @@ class PruningPlan:
         return PruningPlan(shapes, kept, pruned, {**self.left_out, **later.left_out})
 
 
-def plan_pruning(
-    model: nn.Module,
-    scores: Mapping[str, Tensor],
-    *,
-    fraction: float,
-    example: Tensor,
-    end: str = "highest",
-    scope: str = "layer",
-) -> PruningPlan:
-    """Choose the channels to remove and resolve what that means for every tensor.
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A model, how its shapes came about, and which class each of its output rows names.
 
-    Of a group of ``C`` channels the ``floor(fraction * C)`` best-scored go (``scope="layer"``), or the best-scored
-    ``floor(fraction * all channels)`` of all groups together (``"global"``). Layers tied by a residual addition form
-    one group, scored by the mean of its layers. A score of 0 or less is never pruned, a group never loses its last
-    channel, ties break by layer, then index.
+    Attributes:
+        module: a CNN that ends in a linear layer with a row per class.
+        shape: ``(colours, height, width)`` of the images it takes.
+        plan: how its shapes follow from its architecture; nothing was removed where the plan is empty.
+        labels: the class of each output row; row ``r`` is class ``r`` where None.
+    """
 
-    Args:
-        model: the CNN.
-        scores: layer to scores, shape ``(channels,)``.
+    module: nn.Module
+    shape: tuple[int, int, int]
+    plan: PruningPlan = field(default_factory=PruningPlan)
+    labels: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(model: nn.Module | Classifier, shape: tuple[int, int, int]) -> Classifier:
+        """Return ``model`` as a classifier of images of ``shape``; one that is a classifier already stays as it is."""
+        return model if isinstance(model, Classifier) else Classifier(model, shape)
+
+    @property
+    def example(self) -> Tensor:
+        """Two normalised images of noise, always the same, to follow the model with."""
+        return torch.randn((2, *self.shape), generator=generator(0, "example"))
+
+    @property
+    def rows(self) -> int:
+        """How many output rows the model has.
+
+        Raises:
+            ModelError: it does not end in a linear layer.
+        """
+        return int(self.module.get_submodule(head_layer(self.module, self.example)).get_parameter("weight").shape[0])
+
+    def copy(self) -> Classifier:
+        """Return the same classifier with a module of its own."""
+        return replace(self, module=copy.deepcopy(self.module))
+
+    def cut(self, step: PruningPlan) -> Classifier:
+        """Return the classifier without what ``step``, a plan for its present shapes, removes.
+
+        Raises:
+            PlanError: the plan was made for other shapes.
+        """
+        return replace(self, module=prune(self.module, step), plan=self.plan.then(step))
+
+    def without_rows(self, classes: Collection[int]) -> Classifier:
+        """Return the classifier without the output rows of ``classes``, which it can then never name.
+
+        Raises:
+            ModelError: the model does not end in a linear layer.
+        """
+        head = head_layer(self.module, self.example)
+        named = self.labels or tuple(range(self.rows))
+        gone = [row for row, label in enumerate(named) if label in classes]
+        labels = tuple(label for label in named if label not in classes)
+        return replace(self.cut(plan_without_rows(self.module, head, gone)), labels=labels)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How much of each layer goes, and from which end of the ranking.
+
+    Attributes:
         fraction: share of the channels to remove, strictly between 0 and 1.
-        example: a batch of normalised images for tracing the model.
-        end: ``"highest"``; ``"lowest"`` prunes the other end of the ranking (as the released code does), whatever
+        end: ``"highest"``; ``"lowest"`` removes the other end of the ranking (as the released code does), whatever
             the sign of the scores.
-        scope: ``"layer"`` or ``"global"``.
+        scope: ``"layer"``: the share of each layer; ``"global"``: of all layers together.
 
     Raises:
-        PlanError: an argument is out of range, or scores do not fit the model.
-        ModelError: the model cannot be pruned.
+        PlanError: a value is none of these.
     """
-    check_fraction(fraction)
-    if end not in ENDS:
-        raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {end!r}")
-    if scope not in SCOPES:
-        raise PlanError(f"unlearn.scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    groups, left_out = find_groups(model, example)
-    ranked: list[Group] = []
-    ranking: list[Tensor] = []
-    for group in groups:
-        own = [_checked(scores[layer], layer, group.width) for layer in group.layers if layer in scores]
-        if own:
-            ranked.append(group)
-            ranking.append(torch.stack(own).mean(0))
-        else:
-            left_out |= dict.fromkeys(group.layers, "it was not scored")
-    chosen = _choose(ranking, fraction, end, scope)
-    pruned = {layer: tuple(channels) for group, channels in zip(ranked, chosen) for layer in group.layers}
-    kept = combine(group.kept(model, channels) for group, channels in zip(ranked, chosen) if channels)
-    state = model.state_dict()
-    return PruningPlan({name: tuple(state[name].shape) for name in kept}, kept, pruned, left_out)
 
+    fraction: float
+    end: str = "highest"
+    scope: str = "layer"
 
-def check_fraction(fraction: float) -> None:
-    """Refuse a fraction of channels that is not strictly between 0 and 1.
-
-    Raises:
-        PlanError: it is not.
-    """
-    if not 0 < fraction < 1:
-        raise PlanError(f"fraction must lie strictly between 0 and 1, got {fraction}: check unlearn.fraction")
-
-
-def plan_without_rows(model: nn.Module, head: str, classes: Sequence[int]) -> PruningPlan:
-    """Return the plan that removes the output rows of ``classes`` from the linear layer ``head``."""
-    kept = {
-        tensor: {0: tuple(row for row in range(size) if row not in classes)}
-        for tensor, size in parameter_layers(model, head, 0)
-    }
-    state = model.state_dict()
-    return PruningPlan({name: tuple(state[name].shape) for name in kept}, kept)
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise PlanError(f"fraction must lie strictly between 0 and 1, got {self.fraction}: check unlearn.fraction")
+        if self.end not in ENDS:
+            raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {self.end!r}")
+        if self.scope not in SCOPES:
+            raise PlanError(f"unlearn.scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -198,6 +220,56 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return pruned
 
 
+def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> PruningPlan:
+    """Choose the channels to remove and resolve what that means for every tensor.
+
+    Of a group of ``C`` channels the ``floor(fraction * C)`` best-scored go (``scope="layer"``), or the best-scored
+    ``floor(fraction * all channels)`` of all groups together (``"global"``). Layers tied by a residual addition form
+    one group, scored by the mean of its layers. A score of 0 or less is never pruned, a group never loses its last
+    channel, ties break by layer, then index.
+
+    Args:
+        channels: of the model, see ``find_channels``.
+        scores: layer to scores, shape ``(channels,)``.
+        cut: how many, and which end.
+
+    Raises:
+        PlanError: scores do not fit the model.
+
+    Example:
+        >>> from fedunlearn.channels.groups import find_channels
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> channels = find_channels(net, torch.rand(2, 1, 8, 8))
+        >>> print(plan_pruning(channels, {"0": torch.tensor([0.1, 0.9, 0.3, 0.2])}, Cut(0.5)))
+        0: 2 channels removed
+    """
+    left_out = dict(channels.left_out)
+    ranked: list[Group] = []
+    ranking: list[Tensor] = []
+    for group in channels.groups:
+        own = [_checked(scores[layer], layer, group.width) for layer in group.layers if layer in scores]
+        if own:
+            ranked.append(group)
+            ranking.append(torch.stack(own).mean(0))
+        else:
+            left_out |= dict.fromkeys(group.layers, "it was not scored")
+    chosen = _choose(ranking, cut)
+    pruned = {layer: tuple(gone) for group, gone in zip(ranked, chosen) for layer in group.layers}
+    kept = combine(group.kept(channels.model, gone) for group, gone in zip(ranked, chosen) if gone)
+    state = channels.model.state_dict()
+    return PruningPlan({name: tuple(state[name].shape) for name in kept}, kept, pruned, left_out)
+
+
+def plan_without_rows(model: nn.Module, head: str, rows: Collection[int]) -> PruningPlan:
+    """Return the plan that removes output rows from the linear layer ``head``."""
+    kept = {
+        tensor: {0: tuple(row for row in range(size) if row not in rows)}
+        for tensor, size in parameter_layers(model, head, 0)
+    }
+    state = model.state_dict()
+    return PruningPlan({name: tuple(state[name].shape) for name in kept}, kept)
+
+
 def _checked(scores: Tensor, layer: str, width: int) -> Tensor:
     if scores.shape != (width,) or not bool(torch.isfinite(scores).all()):
         raise PlanError(
@@ -206,18 +278,18 @@ def _checked(scores: Tensor, layer: str, width: int) -> Tensor:
     return scores.double()
 
 
-def _choose(ranking: Sequence[Tensor], fraction: float, end: str, scope: str) -> list[list[int]]:
+def _choose(ranking: Sequence[Tensor], cut: Cut) -> list[list[int]]:
     """Return, per group, the channels to remove, ascending."""
-    sign = 1 if end == "highest" else -1
+    sign = 1 if cut.end == "highest" else -1
     entries = [
         (-sign * float(score), index, channel)
         for index, scores in enumerate(ranking)
         for channel, score in enumerate(scores)
-        if end == "lowest" or float(score) > 0
+        if cut.end == "lowest" or float(score) > 0
     ]
     widths = [len(scores) for scores in ranking]
-    room = [_quota(fraction, width) if scope == "layer" else width - 1 for width in widths]
-    total = sum(room) if scope == "layer" else _quota(fraction, sum(widths))
+    room = [_quota(cut.fraction, width) if cut.scope == "layer" else width - 1 for width in widths]
+    total = sum(room) if cut.scope == "layer" else _quota(cut.fraction, sum(widths))
     chosen: list[list[int]] = [[] for _ in ranking]
     for _, index, channel in sorted(entries):
         if total > 0 and room[index] > 0:

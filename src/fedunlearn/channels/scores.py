@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedunlearn.channels.stats import ChannelStats
+from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.errors import PlanError
 from fedunlearn.seeding import generator
 
@@ -149,6 +149,23 @@ def random_scores(stats: ChannelStats, forget: int | Sequence[int], *, seed: int
         draw = generator(seed, "random", layer, *wanted)
         scores[layer] = 1 - torch.rand(sums.shape[1], generator=draw, dtype=torch.float64)
     return ChannelScores(scores)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How channels are measured and ranked.
+
+    Attributes:
+        criterion: makes scores of statistics.
+        hook: where a channel is read, see ``find_channels``.
+        pooling: makes one of the clients' statistics: ``pooled``, ``mean_of_clients`` or ``capped(...)``.
+        sample: at most so many images per client, for the statistics and for batch normalisation.
+    """
+
+    criterion: Criterion = tf_idf
+    hook: str = "activation"
+    pooling: Pooling = pooled
+    sample: int | None = None
 
 
 CRITERIA: dict[str, Callable[..., ChannelScores]] = {

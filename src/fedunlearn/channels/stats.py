@@ -1,12 +1,9 @@
-"""Class-channel statistics: sums and counts, so that merging clients equals pooling their images.
-
-``limit_influence`` caps how much one client's statistics can weigh.
-"""
+"""Class-channel statistics: sums and counts, so that merging clients equals pooling their images."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedunlearn.channels.taps import Tap, channel_means, find_taps, reading
+from fedunlearn.channels.taps import Tap, channel_means, reading
 from fedunlearn.errors import DataError
 from fedunlearn.files import write_tensors
 
@@ -91,13 +88,30 @@ class ChannelStats:
             raise DataError(f"{path}: expected channel statistics as safetensors, but {error}") from error
 
 
+Pooling = Callable[[Iterable[ChannelStats]], ChannelStats]  # makes one of the clients' statistics
+
+
+def pooled(parts: Iterable[ChannelStats]) -> ChannelStats:
+    """Return the statistics of all images of all clients together: sums and counts, added up as they come."""
+    return functools.reduce(ChannelStats.merge, parts)
+
+
+def mean_of_clients(parts: Iterable[ChannelStats]) -> ChannelStats:
+    """Return the plain mean of the clients' means, as in the paper, whatever the number of their images."""
+    return pooled(part.one_vote_per_class() for part in parts)
+
+
+def capped(cap: float, pooling: Pooling = pooled) -> Pooling:
+    """Return a pooling in which no client weighs more than ``cap`` times the median, see ``limit_influence``."""
+    return lambda parts: pooling(limit_influence(list(parts), cap))
+
+
 def measure_channels(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    layers: Sequence[str] | Mapping[str, Tap],
-    num_classes: int,
-    hook: str = "activation",
+    taps: Mapping[str, Tap],
+    classes: int,
     clip: float = 0.0,
 ) -> ChannelStats:
     """Sum each channel's mean positive activation per class, in one forward pass.
@@ -108,43 +122,53 @@ def measure_channels(
     Args:
         model: the CNN; it is used in evaluation mode and left as it was.
         batches: ``(images, labels)``: normalised floats ``(n, colours, height, width)`` and int64 ``(n,)``.
-        layers: names of convolutions, or where to read them if that is known already (``find_taps``).
-        num_classes: rows of the sums.
-        hook: ``"activation"`` reads what the next layer receives, ``"convolution"`` the convolution's output.
+        taps: layer to where its channels are read, see ``find_channels``.
+        classes: rows of the sums.
         clip: Euclidean norm to which each image's ``A``, of all layers together, is scaled down; none where 0.
 
     Returns:
         Sums in float64 on the CPU.
 
     Raises:
-        DataError: a label is not in ``0 .. num_classes - 1``, or names are given and there is no batch.
-        ModelError: a layer is no convolution of the model.
+        DataError: a label is not in ``0 .. classes - 1``.
+
+    Example:
+        >>> from fedunlearn.channels.groups import find_channels
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> images = torch.rand(5, 1, 8, 8)
+        >>> taps = find_channels(net, images).taps
+        >>> measure_channels(net, [(images, torch.tensor([0, 0, 1, 1, 1]))], taps=taps, classes=2)
+        ChannelStats(5 images; 0 (2, 4))
     """
-    if not isinstance(layers, Mapping):
-        first, batches = _first(batches)
-        layers = find_taps(model, tuple(layers), first, hook=hook)
-    widths = [int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in layers]
-    sums = torch.zeros(num_classes, sum(widths), dtype=torch.float64)
-    counts = torch.zeros(num_classes, dtype=torch.int64)
+    widths = [int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in taps]
+    sums = torch.zeros(classes, sum(widths), dtype=torch.float64)
+    counts = torch.zeros(classes, dtype=torch.int64)
     training = model.training
     model.eval()
     try:
         for images, labels in batches:
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise DataError(
-                    f"labels must lie in 0 .. {num_classes - 1}, got {int(labels.min())} .. {int(labels.max())}"
+                    f"labels must lie in 0 .. {classes - 1}, got {int(labels.min())} .. {int(labels.max())}"
                 )
-            with reading(model, layers) as maps, torch.inference_mode():
+            with reading(model, taps) as maps, torch.inference_mode():
                 model(images)
-                means = [channel_means(maps[name], tap, width) for (name, tap), width in zip(layers.items(), widths)]
+                means = [channel_means(maps[name], tap, width) for (name, tap), width in zip(taps.items(), widths)]
                 everything = torch.cat(means, dim=1).double().cpu()  # one row per image: all layers in one addition
             if clip:
                 everything = _clipped(everything, clip)
             sums.index_add_(0, labels.cpu(), everything)
-            counts += torch.bincount(labels.cpu(), minlength=num_classes)
+            counts += torch.bincount(labels.cpu(), minlength=classes)
     finally:
         model.train(training)
-    return ChannelStats({name: own.contiguous() for name, own in zip(layers, torch.split(sums, widths, dim=1))}, counts)
+    return ChannelStats({name: own.contiguous() for name, own in zip(taps, torch.split(sums, widths, dim=1))}, counts)
+
+
+def _clipped(means: Tensor, clip: float) -> Tensor:
+    """Return the rows of ``means`` scaled down to the norm ``clip`` where they are longer."""
+    means = means.nan_to_num(0.0, 0.0, 0.0)  # weights that give NaN for one image would tell of it through any noise
+    norms: Tensor = torch.linalg.vector_norm(means, dim=1, keepdim=True)
+    return means * (clip / norms.clamp_min(clip))
 
 
 def limit_influence(parts: Sequence[ChannelStats], cap: float) -> list[ChannelStats]:
@@ -175,22 +199,6 @@ def limit_influence(parts: Sequence[ChannelStats], cap: float) -> list[ChannelSt
         for own, limited in zip(sums, means * (scale * fewer)[:, :, None]):
             own[layer] = limited
     return [ChannelStats(own, count) for own, count in zip(sums, fewer)]
-
-
-def _first(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
-    """Return the images of the first batch, and all batches again."""
-    rest = iter(batches)
-    first = next(rest, None)
-    if first is None:
-        raise DataError("there is no batch to measure: expected at least one pair (images, labels)")
-    return first[0], itertools.chain([first], rest)
-
-
-def _clipped(means: Tensor, clip: float) -> Tensor:
-    """Return the rows of ``means`` scaled down to the norm ``clip`` where they are longer."""
-    means = means.nan_to_num(0.0, 0.0, 0.0)  # weights that give NaN for one image would tell of it through any noise
-    norms: Tensor = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-    return means * (clip / norms.clamp_min(clip))
 
 
 def _median(values: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

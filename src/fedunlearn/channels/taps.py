@@ -1,17 +1,13 @@
-"""Where the channels of a layer are read."""
+"""Where the channels of a layer are read, and reading them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-
-from fedunlearn.channels.groups import FOLLOWED, outputs_of, trace
-from fedunlearn.errors import ModelError
 
 HOOKS = ("activation", "convolution")
 # Steps after a ReLU that make nothing negative. A name that torch does not use costs a clamp, nothing else.
@@ -45,49 +41,7 @@ class Tap:
     rectified: bool = False
 
 
-def find_taps(model: nn.Module, layers: Sequence[str], example: Tensor, *, hook: str) -> dict[str, Tap]:
-    """Return where the channels of each layer are read.
-
-    Args:
-        model: the CNN.
-        layers: names of convolutions.
-        example: a batch of normalised images.
-        hook: ``"convolution"``: the output of the convolution itself, before batch normalisation, as in the paper.
-            ``"activation"``: what the network makes of it, namely the input of the first layer called after it
-            that consumes its channels; the model's output where none does.
-
-    Raises:
-        ModelError: a name is no convolution of the model, or the hook is unknown.
-    """
-    if hook not in HOOKS:
-        raise ModelError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {hook!r}")
-    modules = dict(model.named_modules())
-    for name in layers:
-        if not isinstance(modules.get(name), nn.Conv2d):
-            raise ModelError(f"{name!r} is no Conv2d of the model; prunable_layers() names those that can be measured")
-    widths = {name: int(modules[name].weight.shape[0]) for name in layers}
-    if hook == "convolution":  # as it comes, so below 0 too
-        return {name: Tap(name, "output", 0, widths[name]) for name in layers}
-    trial = copy.deepcopy(model).eval()
-    example = example[:2].to(next(trial.parameters()).device)
-    order = _call_order(trial, example)
-    group_of = {layer: group for group in trace(trial, example) for layer in group.layers}
-    taps = {}
-    for name in layers:
-        later = [
-            (order[member.module], member)
-            for member in group_of[name].members
-            if member.axis == 1 and order.get(member.module, -1) > order[name]
-        ]
-        if later:
-            _, member = min(later, key=lambda pair: pair[0])
-            taps[name] = Tap(member.module, "input", min(member.positions), max(member.positions) + 1)
-        else:
-            taps[name] = Tap("", "output", 0, widths[name])
-    return _rectified(trial, taps, example)
-
-
-def _rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dict[str, Tap]:
+def rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dict[str, Tap]:
     """Return ``taps``, marked where autograd's record of a pass says that a ReLU made what is read.
 
     ``model`` may be changed.
@@ -102,10 +56,6 @@ def _rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> di
             made_by = made_by.next_functions[0][0]
         found[layer] = replace(tap, rectified=made_by is not None and made_by.name() == "ReluBackward0")
     return found
-
-
-def _call_order(model: nn.Module, example: Tensor) -> Mapping[str, int]:
-    return {name: place for place, name in enumerate(outputs_of(model, example, FOLLOWED)[0])}
 
 
 @contextmanager

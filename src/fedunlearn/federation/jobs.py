@@ -1,57 +1,70 @@
-"""All that a client can be asked, and how it answers.
-
-``handle`` is the client: the same code under every engine.
-"""
+"""All that a client can be asked, and how it answers: the same code under every engine."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from fedunlearn.channels.plan import PruningPlan
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap
-from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.privacy import NO_RULES, Privacy, protect
 from fedunlearn.seeding import generator
-from fedunlearn.training.batch_norm import batch_norm_sums
+from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
+from fedunlearn.training.evaluation import count_correct, in_order
 from fedunlearn.training.sgd import Training, train_locally
 
 SUM = "the secure sum"
 MOST_IMAGES = 10**9  # that one client may say it holds
 
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name to shape and type
+Sample = Annotated[int, Field(ge=1)] | None
+# A task arrives as JSON from another process: what it has beyond its fields is refused there.
+_STRICT = ConfigDict(extra="forbid")
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Job:
-    """What every job has.
+
+class Answer(NamedTuple):
+    """What a client computes for a task.
 
     Attributes:
-        phase: the step of the run it belongs to; part of the key of every random draw.
-        round: number within the phase, from 0; likewise.
-        model: the global model; clients work on copies.
-        plan: how the model's shapes follow from the unpruned architecture, for engines that send it.
-        clients: who is asked; all where None.
-        seed: owner of the draws.
+        tensors: by name, see the task.
+        images: how many images they stand for.
+        samples: how many were processed, repeats counted.
     """
 
-    phase: str
-    round: int = 0
-    model: nn.Module
-    plan: PruningPlan = field(default_factory=PruningPlan)
-    clients: tuple[str, ...] | None = None
-    seed: int = 0
+    tensors: Mapping[str, Tensor]
+    images: int
+    samples: int
+
+
+class Task(Protocol):
+    """What a client is asked to compute: one class a kind, which pydantic reads from a message as it is."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind, in messages and in the ledger."""
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Compute the answer to ``job``, whose task this is, with a copy of its model that may be changed."""
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return shape and type of each tensor that answers."""
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Return what no honest answer of the right layout says, or None."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Measure(Job):
+class Measure:
     """Sum channel activations per class over training images.
 
     Answer: the tensors of ``ChannelStats``, and ``held``, int64, shape ``(classes,)``: the client's training images of
@@ -63,13 +76,50 @@ class Measure(Job):
         sample: at most so many images per client, drawn at random; all where None.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    kind: Literal["measure"] = "measure"
     taps: Mapping[str, Tap]
-    classes: int
-    sample: int | None = None
+    classes: Annotated[int, Field(ge=1)]
+    sample: Sample = None
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return the statistics as ``rules`` let them leave."""
+        if self.classes != len(data.train.classes):
+            raise FederationError(f"the job is for {self.classes} classes, this client has {len(data.train.classes)}")
+        # Noise is for sums in which one image more is one image more: another sample would be another sum.
+        images = data.train if rules.noise else _sampled(job, data, data.train, self.sample)
+        with compute.autocast(device_of(model)):
+            stats = measure_channels(
+                model, in_order(images, model, compute), taps=self.taps, classes=self.classes, clip=rules.clip
+            )
+        tensors = protect({**stats.tensors(), "held": data.train.counts()}, rules)
+        reported = int(tensors["counts"].sum())
+        return Answer(tensors, reported, reported)
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return counts, and sums of each layer."""
+        widths = {layer: int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in self.taps}
+        counts: Layout = {"counts": ((self.classes,), torch.int64), "held": ((self.classes,), torch.int64)}
+        return {**counts, **{f"sums.{name}": ((self.classes, width), torch.float64) for name, width in widths.items()}}
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse negative values, more images than are held, and sums over no image."""
+        counts = reply.tensors["counts"]
+        absent = counts == 0
+        for name, tensor in reply.tensors.items():
+            if bool((tensor < 0).any()):
+                return f"{name} has negative values"
+        if int(counts.sum()) > reply.images or bool((counts > reply.tensors["held"]).any()):
+            return f"it counts {int(counts.sum())} images of {int(reply.tensors['held'].sum())} that it holds"
+        for name, sums in reply.tensors.items():
+            if name.startswith("sums.") and bool((sums[absent] != 0).any()):
+                return f"{name} has values for classes of which it counts no image"
+        return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Reestimate(Job):
+class Reestimate:
     """Measure the inputs of the batch normalisation layers; no label is used but to leave ``exclude`` out.
 
     Answer: ``images`` (float64 scalar) and, per layer, ``mean:LAYER`` and ``square:LAYER``, float64, shape
@@ -80,12 +130,34 @@ class Reestimate(Job):
         sample: at most so many images per client, drawn at random; all where None.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    kind: Literal["reestimate"] = "reestimate"
     exclude: tuple[int, ...] = ()
-    sample: int | None = None
+    sample: Sample = None
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return the sums over the client's images of the other classes."""
+        images = _sampled(job, data, _kept(data, self.exclude), self.sample)
+        draw = generator(job.seed, job.phase, "order", data.client)
+        return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return the number of images, and two sums of each layer."""
+        layers = batch_norm_layers(model).items()
+        parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
+        return {"images": ((), torch.float64), **{name: ((width,), torch.float64) for name, width in parts.items()}}
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse negative squares, and sums over no image."""
+        for name, tensor in reply.tensors.items():
+            if not name.startswith("mean:") and bool((tensor < 0).any()):
+                return f"{name} has negative values"
+        return _none(reply)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Train(Job):
+class Train:
     """Train a copy of the model.
 
     Answer: its state, under the names of the state dict. ``Reply.images`` weighs it in the average.
@@ -96,13 +168,36 @@ class Train(Job):
         exclude: classes whose images are not used.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    kind: Literal["train"] = "train"
     training: Training
-    lr: float
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     exclude: tuple[int, ...] = ()
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return the state after local training on the client's images of the other classes."""
+        images = _kept(data, self.exclude)
+        draw = generator(job.seed, job.phase, job.round, data.client)
+        samples = train_locally(model, images, self.training, lr=self.lr, draw=draw, compute=compute)
+        # A copy: the engine goes on to use the model for its next client.
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        return Answer(state, len(images), samples)
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return the layout of the model's own state."""
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse negative variances, and training on no image."""
+        for name, tensor in reply.tensors.items():
+            if name.endswith("running_var") and bool((tensor < 0).any()):
+                return f"{name} has negative values"
+        return _none(reply)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Evaluate(Job):
+class Evaluate:
     """Count right answers on validation images, all classes together: more would tell which of them a client holds.
 
     Answer: ``correct`` and ``counts``, int64 scalars.
@@ -112,8 +207,49 @@ class Evaluate(Job):
         labels: the class of each output row; row ``r`` is class ``r`` where None.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    kind: Literal["evaluate"] = "evaluate"
     exclude: tuple[int, ...] = ()
     labels: tuple[int, ...] | None = None
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return right answers and images."""
+        images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
+        correct, counts = count_correct(model, images, labels=self.labels, compute=compute)
+        return Answer({"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images))
+
+    def layout(self, model: nn.Module) -> Layout:
+        """Return two whole numbers."""
+        return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse negative numbers."""
+        return next((f"{name} has negative values" for name, own in reply.tensors.items() if bool(own < 0)), None)
+
+
+TASKS = (Measure, Reestimate, Train, Evaluate)  # all that a message can ask for
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """A task for clients.
+
+    Attributes:
+        task: what they compute.
+        model: the global model; clients work on copies.
+        phase: the step of the run it belongs to; part of the key of every random draw.
+        round: number within the phase, from 0; likewise.
+        clients: who is asked; all where None.
+        seed: owner of the draws.
+    """
+
+    task: Task
+    model: Classifier
+    phase: str
+    round: int = 0
+    clients: tuple[str, ...] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +258,16 @@ class Reply:
 
     Attributes:
         client: its id.
-        tensors: the answer, see the job; empty after an error.
-        images: how many images the client holds for this job.
-        samples: how many it processed, repeats counted.
+        tensors: the answer, see the task.
+        images: how many images they stand for.
+        samples: how many were processed, repeats counted.
         seconds: how long it took.
         error: why there is no answer.
         members: of a sum under secure aggregation, the clients that are in it; ``client`` is then ``SUM``.
     """
 
     client: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     images: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -183,83 +319,22 @@ def handle(
 
     Args:
         job: what is asked.
-        model: the global model, in the memory format of ``compute``.
+        model: the module of its classifier, in the memory format of ``compute``.
         data: what this client holds.
         rules: what it does to its statistics before they leave it.
         compute: precision and memory format.
     """
     started = time.perf_counter()
     try:
-        tensors, images, samples = _answer(job, model, data, rules, compute)
+        answer = job.task.answer(job, model, data, rules, compute)
     except Exception as error:  # one client's failure must not end the round
-        return Reply(data.client, {}, seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
-    return Reply(data.client, tensors, images, samples, time.perf_counter() - started)
+        why = f"{type(error).__name__}: {error}"
+        return Reply(data.client, seconds=time.perf_counter() - started, error=why)
+    return Reply(data.client, *answer, time.perf_counter() - started)
 
 
-def count_correct(
-    model: nn.Module,
-    images: LabelledImages,
-    classes: int,
-    *,
-    labels: Sequence[int] | None = None,
-    compute: Compute = FLOAT32,
-) -> tuple[Tensor, Tensor]:
-    """Return right answers and images per class, int64, shape ``(classes,)`` each.
-
-    Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
-    """
-    counts = torch.bincount(images.labels, minlength=classes)
-    correct = torch.zeros_like(counts)
-    if len(images) == 0:
-        return correct, counts
-    named = torch.tensor(list(range(classes) if labels is None else labels))
-    model.eval()
-    with torch.inference_mode(), compute.autocast(device_of(model)):
-        for batch, truth in _in_order(images, model, compute):
-            right = truth.cpu()[named[model(batch).argmax(1).cpu()] == truth.cpu()]
-            correct += torch.bincount(right, minlength=classes)
-    return correct, counts
-
-
-def _answer(
-    job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute
-) -> tuple[Mapping[str, Tensor], int, int]:
-    """Return the tensors, the images they stand for and the images processed."""
-    match job:
-        case Measure():
-            if job.classes != len(data.train.classes):
-                raise FederationError(
-                    f"the job is for {job.classes} classes, this client has {len(data.train.classes)}"
-                )
-            # Noise is for sums in which one image more is one image more: another sample would be another sum.
-            images = data.train if rules.noise else _sampled(job, data, data.train, job.sample)
-            with compute.autocast(device_of(model)):
-                stats = measure_channels(
-                    model, _in_order(images, model, compute), layers=job.taps, num_classes=job.classes, clip=rules.clip
-                )
-            answer = protect({**stats.tensors(), "held": data.train.counts()}, rules)
-            reported = int(answer["counts"].sum())
-            return answer, reported, reported
-        case Reestimate():
-            images = _sampled(job, data, _kept(data, job.exclude), job.sample)
-            draw = generator(job.seed, job.phase, "order", data.client)
-            return batch_norm_sums(model, images, draw, compute), len(images), len(images)
-        case Train():
-            images = _kept(data, job.exclude)
-            draw = generator(job.seed, job.phase, job.round, data.client)
-            samples = train_locally(model, images, job.training, lr=job.lr, draw=draw, compute=compute)
-            # A copy: the engine goes on to use the model for its next client.
-            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-            return state, len(images), samples
-        case Evaluate():
-            images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(job.exclude)
-            correct, counts = count_correct(model, images, len(images.classes), labels=job.labels, compute=compute)
-            return {"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images)
-    raise FederationError(f"a client knows Measure, Reestimate, Train and Evaluate, got {type(job).__name__}")
-
-
-def _in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
-    return batches(images, FORWARD_BATCH, device=device_of(model), memory_format=compute.layout)
+def _none(reply: Reply) -> str | None:
+    return f"it reports {reply.images} images" if reply.images < 1 else None
 
 
 def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:

@@ -123,15 +123,15 @@ class Meter:
 
     def entry(self) -> Entry:
         """Return the ledger entry of what was counted."""
-        state = self._job.model.state_dict()
-        forward, training = _flops(self._job.model, state, self._shape)
-        message = size_in_bytes(state) + len(self._job.plan.to_json())
+        state = self._job.model.module.state_dict()
+        forward, training = _flops(self._job.model.module, state, self._shape)
+        message = size_in_bytes(state) + len(self._job.model.plan.to_json())
         return Entry(
-            job=type(self._job).__name__.lower(),
+            job=self._job.task.kind,
             clients=tuple(self._clients),
             refused=self._refused,
             samples=self._samples,
-            flops=self._samples * (training if isinstance(self._job, Train) else forward),
+            flops=self._samples * (training if isinstance(self._job.task, Train) else forward),
             seconds=self._seconds,
             bytes_down=self._asked * message,
             bytes_up=self._bytes,

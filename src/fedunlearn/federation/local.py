@@ -98,7 +98,7 @@ class LocalEngine:
         return self._replies(job, names)
 
     def _replies(self, job: Job, names: Sequence[str]) -> Iterator[Reply]:
-        values = Values.of(job.model)
+        values = Values.of(job.model.module)
 
         def answer(name: str) -> Reply:
             with self._copies.filled(values) as own:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedunlearn.errors import RecipeError
 
 _MECHANISMS = 2  # a Measure job releases sums and counts
+_FINER = 40  # binary digits by which the grid of the noise is finer than its scale
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,25 @@ NO_RULES = Privacy()
 def protect(tensors: Mapping[str, Tensor], rules: Privacy) -> dict[str, Tensor]:
     """Return the answer to ``Measure`` as ``rules`` let it leave; clipping was done image by image before.
 
-    With ``z`` the noise, ``C`` the clip and independent ``g`` of N(0, 1)::
+    With ``z`` the noise, ``C`` the clip, and ``N(s)`` the discrete Gaussian of scale ``s`` (C. Canonne, G. Kamath,
+    T. Steinke, *The Discrete Gaussian for Differential Privacy*, 2020), independent for each value::
 
-        counts' = max(0, round(counts + z g))      sums' = max(0, sums + z C g)
+        counts' = max(0, counts + N(z))      sums' = max(0, sums + N(z C))
 
-    then rows of classes with ``counts'`` below the minimum, or 0, become 0, so that the minimum tells nothing that the
-    noise hides. The noise comes from the operating system's randomness: a seed that the server knows would undo it.
+    ``N`` is over the integers for counts, over a grid 2^40 times finer than its scale for sums: a continuous Gaussian
+    in floating point leaks through its rounding (I. Mironov, *On Significance of the Least Significant Bits for
+    Differential Privacy*, 2012). Then rows of classes with ``counts'`` below the minimum, or 0, become 0, so that the
+    minimum tells nothing that the noise hides. OpenDP draws from the operating system's randomness: a seed that the
+    server knows would undo the noise.
+
+    Raises:
+        RecipeError: there is noise and OpenDP is not installed.
     """
     counts = tensors["counts"]
     sums = {name: tensor for name, tensor in tensors.items() if name.startswith("sums.")}
     held = tensors["held"]
     if rules.noise:
-        counts = _noised(counts.double(), rules.noise).round().long()
+        counts = _noised(counts, rules.noise)
         sums = {name: _noised(tensor, rules.noise * rules.clip) for name, tensor in sums.items()}
         held = counts  # the exact number would tell what the noise hides
     reported = counts >= max(1, rules.min_count)
@@ -88,6 +97,18 @@ def epsilon(noise: float, delta: float, *, measures: int = 1) -> float:
 
 
 def _noised(values: Tensor, scale: float) -> Tensor:
-    draw = random.SystemRandom()  # the operating system's: what one number tells of it says nothing of the next
-    noise = torch.tensor([draw.gauss(0.0, scale) for _ in range(values.numel())], dtype=torch.float64)
-    return (values + noise.reshape(values.shape)).clamp_min(0)
+    """Return ``values`` with discrete Gaussian noise, none below 0; int64 stays int64."""
+    try:
+        import opendp.prelude as dp
+    except ImportError as error:
+        raise RecipeError("privacy.noise needs OpenDP: pip install 'fedunlearn[privacy]'") from error
+    dp.enable_features("contrib")  # where OpenDP keeps mechanisms whose proofs are not reviewed by others yet
+    space: tuple[Any, Any]
+    if values.is_floating_point():
+        space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.l2_distance(T=float)
+        mechanism = dp.m.make_gaussian(*space, scale=scale, k=math.floor(math.log2(scale)) - _FINER)
+    else:
+        space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l2_distance(T=float)
+        mechanism = dp.m.make_gaussian(*space, scale=scale)
+    noised = torch.tensor(mechanism(values.flatten().tolist()), dtype=values.dtype)
+    return noised.reshape(values.shape).clamp_min(0)

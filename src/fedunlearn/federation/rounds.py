@@ -1,127 +1,301 @@
-"""Rounds of federated averaging, resumed from a journal.
-
-``fedavg`` is federated averaging (McMahan et al., *Communication-Efficient Learning of Deep Networks*, AISTATS 2017);
-``measure`` merges the clients' statistics; ``repair`` re-estimates the batch normalisation, then fine-tunes on the kept
-classes.
-"""
+"""A federation, and what a server has its clients do: measure, re-estimate, train by rounds, evaluate."""
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.plan import PruningPlan
-from fedunlearn.channels.stats import ChannelStats, limit_influence
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
+from fedunlearn.channels.taps import Tap
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.ask import Answers
-from fedunlearn.federation.jobs import Engine, Evaluate, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.ask import ask
+from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
 from fedunlearn.federation.journal import Journal, Step
-from fedunlearn.federation.ledger import Entry
+from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, fit_batch_norm
 from fedunlearn.training.sgd import Training, constant
 
 
-def train_rounds(
-    model: nn.Module,
-    engine: Engine,
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Who takes part, who keeps the record, and who owns the draws.
+
+    Attributes:
+        engine: runs jobs on the clients.
+        journal: where each step is recorded, to go on after a kill; in memory where none is given.
+        seed: owner of all draws.
+        participation: share of the clients drawn in each round of training, at least one.
+        clients: those that take part in training; all where None.
+        exclude: classes whose images are not used.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> fed = fu.Federation(fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0)), seed=1)
+        >>> fed.keeping(exclude=(9,)).exclude
+        (9,)
+    """
+
+    engine: Engine
+    journal: Journal = field(default_factory=Journal)
+    seed: int = 0
+    participation: float = 1.0
+    clients: tuple[str, ...] | None = None
+    exclude: tuple[int, ...] = ()
+
+    def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
+        """Return the federation without the images of ``exclude``; only ``clients`` take part where they are given."""
+        able = self.clients if clients is None else tuple(clients)
+        return replace(self, exclude=tuple(exclude), clients=able)
+
+    def part(self, name: str) -> Federation:
+        """Return the federation with its steps recorded as those of a part of the run."""
+        return replace(self, journal=self.journal.part(name))
+
+    def job(self, task: Task, model: Classifier, *, phase: str, round: int = 0) -> Job:
+        """Return ``task`` as a job for the clients that take part."""
+        return Job(task=task, model=model, phase=phase, round=round, clients=self.clients, seed=self.seed)
+
+    def cost(self, *phases: str) -> Cost:
+        """Return what the phases whose names start with one of ``phases`` cost the clients."""
+        return Cost.of(self.journal.entries(*phases))
+
+
+@dataclass(frozen=True, eq=False)
+class Holdings:
+    """What is known of the classes that clients hold.
+
+    Attributes:
+        counts: client to its images of each class, int64, shape ``(classes,)``; of a client that did not answer, or
+            answered under secure aggregation, nothing is known.
+        clients: ids of all clients.
+    """
+
+    counts: Mapping[str, Tensor]
+    clients: tuple[str, ...]
+
+    def with_images_besides(self, classes: Sequence[int]) -> tuple[str, ...]:
+        """Return the clients that hold images of other classes, and those of whom nothing is known."""
+        return tuple(name for name in self.clients if self._may_hold_more(name, classes))
+
+    def _may_hold_more(self, client: str, classes: Sequence[int]) -> bool:
+        counts = self.counts.get(client)
+        # A client that reports nothing by its rules may hold images of the kept classes all the same.
+        return counts is None or not bool(counts.any()) or int(counts.sum() - counts[list(classes)].sum()) > 0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When training is measured on the clients' validation images, and when it may stop.
+
+    Attributes:
+        every: measure after so many rounds, and after the last; never where 0.
+        target: stop when this accuracy is reached; it is then measured after each round.
+    """
+
+    every: int = 0
+    target: float | None = None
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Return whether to measure after ``round`` of ``rounds``."""
+        regular = self.every > 0 and ((round + 1) % self.every == 0 or round + 1 == rounds)
+        return self.target is not None or regular
+
+    def reached(self, steps: Sequence[Step]) -> bool:
+        """Return whether the last of ``steps`` reached the target."""
+        return self.target is not None and bool(steps) and (steps[-1].validation or 0.0) >= self.target
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What follows the pruning.
+
+    Attributes:
+        training: local settings of the rounds.
+        rounds: at most so many; 0 for none.
+        batch_norm: re-estimate the batch normalisation statistics first.
+        target: stop at this accuracy on the clients' validation images of the kept classes.
+    """
+
+    training: Training
+    rounds: int = 1
+    batch_norm: bool = True
+    target: float | None = None
+
+
+def measure(
+    model: Classifier,
+    fed: Federation,
+    taps: Mapping[str, Tap],
     *,
-    training: Training,
-    rounds: int,
-    phase: str = "train",
-    journal: Journal | None = None,
-    schedule: Callable[[int, int], float] = constant,
-    exclude: tuple[int, ...] = (),
-    clients: Sequence[str] | None = None,
-    participation: float = 1.0,
-    seed: int = 0,
-    plan: PruningPlan | None = None,
-    validate: int = 0,
-    target: float | None = None,
-) -> list[Step]:
-    """Train ``model`` in place by rounds of federated averaging and return the steps.
+    phase: str = "measure",
+    pooling: Pooling = pooled,
+    sample: int | None = None,
+) -> tuple[ChannelStats, Holdings]:
+    """Return the clients' statistics, merged in client-id order, and what each client holds.
 
     Args:
-        model: the global model; where the journal knows finished rounds of ``phase``, training goes on after them.
-        engine: who runs the jobs.
+        model: whose channels are read.
+        fed: all its clients are asked.
+        taps: where, see ``find_channels``.
+        phase: name of the step in the journal and in every draw.
+        pooling: makes one of the clients' statistics.
+        sample: at most so many images per client.
+
+    Raises:
+        FederationError: too few clients gave usable replies, or only their sum is known where each is needed.
+    """
+    clients = tuple(fed.engine.clients if fed.clients is None else fed.clients)
+    recorded = fed.journal.steps(phase)
+    if recorded:
+        saved = fed.journal.state(phase)
+        rows = saved.pop("held")
+        return ChannelStats.from_tensors(saved), Holdings(dict(zip(recorded[0].entries[0].clients, rows)), clients)
+    held: dict[str, Tensor] = {}
+
+    def parts(replies: Iterator[Reply]) -> Iterator[ChannelStats]:
+        for reply in replies:
+            if reply.members and pooling is not pooled:
+                raise FederationError(
+                    "under secure aggregation only the sum of the statistics is known: "
+                    "unlearn.mean_of_clients and unlearn.influence need those of each client"
+                )
+            if not reply.members:
+                held[reply.client] = reply.tensors["held"]
+            yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
+
+    fed.journal.report(phase, 0, 1)
+    task = Measure(taps=taps, classes=fed.engine.classes, sample=sample)
+    job = replace(fed.job(task, model, phase=phase), clients=None)
+    stats, entry = ask(fed.engine, job, lambda replies: pooling(parts(replies)))
+    known = torch.stack(list(held.values())) if held else torch.zeros(0, fed.engine.classes)
+    fed.journal.finish(Step(phase, 0, (entry,)), {**stats.tensors(), "held": known})
+    fed.journal.report(phase, 1, 1)
+    return stats, Holdings(held, clients)
+
+
+def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None) -> Classifier:
+    """Return ``model`` with batch normalisation statistics that fit the kept classes; no labels, no gradients.
+
+    Over the batches ``b`` of all clients, of ``n_b`` images with mean ``m_b`` and variance ``v_b`` per channel::
+
+        mean = sum_b n_b m_b / sum_b n_b
+        var  = sum_b n_b (v_b + m_b^2) / sum_b n_b - mean^2
+
+    Clients send the sums, so secure aggregation applies. Each layer normalises by the batch while its successors are
+    measured, as in training: the statistics of the first layer do not depend on who holds which image, those of deeper
+    layers do where clients hold few classes each.
+
+    Args:
+        model: the pruned model.
+        fed: the clients that hold images of the kept classes.
+        sample: at most so many images per client.
+
+    Raises:
+        FederationError: too few usable replies.
+    """
+    phase = "reestimate"
+    fitted = model.copy()
+    if fed.journal.steps(phase):
+        fitted.module.load_state_dict(fed.journal.state(phase))
+        return fitted
+    if not batch_norm_layers(fitted.module):
+        return fitted
+    fed.journal.report(phase, 0, 1)
+    job = fed.job(Reestimate(exclude=fed.exclude, sample=sample), model, phase=phase)
+    sums, entry = ask(fed.engine, job, lambda replies: [reply.tensors for reply in replies])
+    fit_batch_norm(fitted.module, sums)
+    fed.journal.finish(Step(phase, 0, (entry,)), fitted.module.state_dict())
+    fed.journal.report(phase, 1, 1)
+    return fitted
+
+
+def train_rounds(
+    model: nn.Module | Classifier,
+    fed: Federation,
+    training: Training,
+    *,
+    rounds: int,
+    phase: str = "train",
+    schedule: Callable[[int, int], float] = constant,
+    watch: Watch = Watch(),
+) -> Classifier:
+    """Train a copy of ``model`` by rounds of federated averaging; ``fed.journal.steps(phase)`` tells of each round.
+
+    Args:
+        model: where training starts; where the journal knows finished rounds of ``phase``, it goes on after them.
+        fed: clients, participation and the classes that are left out.
         training: local settings; ``training.lr`` times ``schedule(round, rounds)`` is the rate of a round.
         rounds: at most so many.
         phase: name of the phase in the journal and in every draw.
-        journal: where each round is recorded; memory where None.
         schedule: factor of the learning rate.
-        exclude: classes whose images are not used.
-        clients: those that take part; all where None.
-        participation: share of them drawn in each round, at least one.
-        seed: owner of the draws.
-        plan: how the model's shapes came about.
-        validate: measure the accuracy on validation images after every so many rounds and the last; never where 0.
-        target: stop when that accuracy is reached (it is then measured after each round).
+        watch: when to measure on validation images, and to stop.
 
     Raises:
         FederationError: too few usable replies, or no validation images where they are needed.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> fed = fu.Federation(fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0)))
+        >>> net = fu.build_model("small-cnn", classes=10, colours=1)
+        >>> trained = fu.train_rounds(net, fed, fu.Training(lr=0.1, local_epochs=0.1), rounds=1)
+        >>> fed.cost("train").rounds
+        1
     """
-    journal = journal or Journal()
-    steps = journal.steps(phase)
+    trained = Classifier.of(model, fed.engine.shape).copy()
+    steps = fed.journal.steps(phase)
     if steps:
-        model.load_state_dict(journal.state(phase))
-    able = sorted(engine.clients if clients is None else clients)
+        trained.module.load_state_dict(fed.journal.state(phase))
     for round in range(len(steps), rounds):
-        journal.report(phase, round, rounds)
-        if target is not None and steps and (steps[-1].validation or 0.0) >= target:
+        fed.journal.report(phase, round, rounds)
+        if watch.reached(steps):
             break
-        job = Train(
-            phase=phase,
-            round=round,
-            model=model,
-            plan=plan or PruningPlan(),
-            clients=_drawn(able, participation, seed, phase, round),
-            seed=seed,
-            training=training,
-            lr=training.lr * schedule(round, rounds),
-            exclude=exclude,
-        )
-        answers = Answers(engine, job)
-        model.load_state_dict(fedavg((reply.tensors, reply.images) for reply in answers), strict=True)
-        entries = [answers.entry]
-        validation = None
-        if target is not None or (validate and ((round + 1) % validate == 0 or round + 1 == rounds)):
-            validation, evaluated = validation_accuracy(model, engine, phase=phase, exclude=exclude, plan=plan)
+        task = Train(training=training, lr=training.lr * schedule(round, rounds), exclude=fed.exclude)
+        job = replace(fed.job(task, trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
+        state, entry = ask(fed.engine, job, lambda replies: fedavg((r.tensors, r.images) for r in replies))
+        trained.module.load_state_dict(state, strict=True)
+        entries, validation = [entry], None
+        if watch.due(round, rounds):
+            validation, evaluated = validation_accuracy(trained, fed, phase=phase)
             if validation is None:
                 raise FederationError(
                     "no client holds validation images of the kept classes: set data.validation above 0"
                 )
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation))
-        journal.finish(steps[-1], model.state_dict())
-    journal.report(phase, rounds, rounds)
-    return steps
+        fed.journal.finish(steps[-1], trained.module.state_dict())
+    fed.journal.report(phase, rounds, rounds)
+    return trained
 
 
-def validation_accuracy(
-    model: nn.Module,
-    engine: Engine,
-    *,
-    phase: str,
-    exclude: tuple[int, ...],
-    labels: tuple[int, ...] | None = None,
-    plan: PruningPlan | None = None,
-) -> tuple[float | None, Entry]:
-    """Return the share of right answers on the clients' validation images, and its cost.
+def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tuple[float | None, Entry]:
+    """Return the share of right answers on the validation images of all clients, and its cost.
 
-    Classes in ``exclude`` do not count; the share is None where no client holds images of others. ``labels`` is the
-    class of each output row; row ``r`` is class ``r`` where it is None.
+    Classes that the federation leaves out do not count; the share is None where no client holds images of others.
     """
-    job = Evaluate(phase=phase, model=model, plan=plan or PruningPlan(), exclude=exclude, labels=labels)
-    answers = Answers(engine, job)
-    correct = counts = 0
-    for reply in answers:
-        correct += int(reply.tensors["correct"])
-        counts += int(reply.tensors["counts"])
-    return correct / counts if counts else None, answers.entry
+    job = replace(fed.job(Evaluate(exclude=fed.exclude, labels=model.labels), model, phase=phase), clients=None)
+
+    def total(replies: Iterable[Reply]) -> tuple[int, int]:
+        pairs = [(int(reply.tensors["correct"]), int(reply.tensors["counts"])) for reply in replies]
+        return sum(correct for correct, _ in pairs), sum(count for _, count in pairs)
+
+    (correct, counts), entry = ask(fed.engine, job, total)
+    return correct / counts if counts else None, entry
+
+
+def _drawn(fed: Federation, phase: str, round: int) -> tuple[str, ...]:
+    able = sorted(fed.engine.clients if fed.clients is None else fed.clients)
+    if not able:
+        raise FederationError("no client has images of the kept classes: there is nobody to train with")
+    wanted = max(1, int(fed.participation * len(able) + 0.5))
+    order = torch.randperm(len(able), generator=generator(fed.seed, phase, "participation", round))
+    return tuple(sorted(able[int(i)] for i in order[:wanted]))
 
 
 def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
@@ -155,161 +329,3 @@ def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Ten
         name: (value / total).to(types[name]) if types[name].is_floating_point else value
         for name, value in sums.items()
     }
-
-
-def repair(
-    model: nn.Module,
-    engine: Engine,
-    *,
-    training: Training,
-    rounds: int,
-    batch_norm: bool,
-    journal: Journal,
-    exclude: tuple[int, ...],
-    clients: Sequence[str],
-    sample: int | None = None,
-    participation: float = 1.0,
-    seed: int = 0,
-    plan: PruningPlan | None = None,
-    target: float | None = None,
-) -> nn.Module:
-    """Return a repaired copy of the pruned ``model``, all output rows in place; arguments as for ``unlearn``."""
-    repaired = copy.deepcopy(model)
-    if batch_norm:
-        repaired = reestimate(
-            model, engine, journal=journal, exclude=exclude, clients=clients, sample=sample, seed=seed, plan=plan
-        )
-    train_rounds(
-        repaired,
-        engine,
-        phase="repair",
-        training=training,
-        rounds=rounds,
-        journal=journal,
-        exclude=exclude,
-        clients=clients,
-        participation=participation,
-        seed=seed,
-        plan=plan,
-        target=target,
-    )
-    return repaired
-
-
-def reestimate(
-    model: nn.Module,
-    engine: Engine,
-    *,
-    journal: Journal,
-    exclude: tuple[int, ...] = (),
-    clients: Sequence[str] | None = None,
-    sample: int | None = None,
-    seed: int = 0,
-    plan: PruningPlan | None = None,
-) -> nn.Module:
-    """Return a copy of ``model`` whose batch normalisation statistics fit the kept classes; no labels, no gradients.
-
-    Over the batches ``b`` of all clients, of ``n_b`` images with mean ``m_b`` and variance ``v_b`` per channel::
-
-        mean = sum_b n_b m_b / sum_b n_b
-        var  = sum_b n_b (v_b + m_b^2) / sum_b n_b - mean^2
-
-    Clients send the sums, so secure aggregation applies. Each layer normalises by the batch while its successors are
-    measured, as in training: the statistics of the first layer do not depend on who holds which image, those of deeper
-    layers do where clients hold few classes each.
-
-    Args:
-        model: the pruned model.
-        engine: who runs the job.
-        journal: where the step is recorded; a finished one is read back.
-        exclude: classes whose images are not used.
-        clients: those that hold images of other classes; all where None.
-        sample: at most so many images per client.
-        seed: owner of that draw.
-        plan: how the model's shapes came about.
-
-    Raises:
-        FederationError: too few usable replies.
-    """
-    phase = "reestimate"
-    fitted = copy.deepcopy(model)
-    if journal.steps(phase):
-        fitted.load_state_dict(journal.state(phase))
-        return fitted
-    if not batch_norm_layers(fitted):
-        return fitted
-    job = Reestimate(
-        phase=phase,
-        model=model,
-        plan=plan or PruningPlan(),
-        clients=None if clients is None else tuple(clients),
-        exclude=exclude,
-        sample=sample,
-        seed=seed,
-    )
-    journal.report(phase, 0, 1)
-    answers = Answers(engine, job)
-    fit_batch_norm(fitted, [reply.tensors for reply in answers])
-    journal.finish(Step(phase, 0, (answers.entry,)), fitted.state_dict())
-    journal.report(phase, 1, 1)
-    return fitted
-
-
-def measure(
-    job: Measure,
-    engine: Engine,
-    journal: Journal,
-    *,
-    mean_of_clients: bool = False,
-    influence: float | None = None,
-) -> tuple[ChannelStats, dict[str, Tensor]]:
-    """Return the clients' statistics, merged in client-id order, and what each client holds per class.
-
-    Under secure aggregation the latter is empty: nobody knows.
-
-    Raises:
-        FederationError: too few clients gave usable replies, or only their sum is known where each is needed.
-    """
-    steps = journal.steps(job.phase)
-    if steps:
-        saved = journal.state(job.phase)
-        rows = saved.pop("held")
-        return ChannelStats.from_tensors(saved), dict(zip(steps[0].entries[0].clients, rows))
-    journal.report(job.phase, 0, 1)
-    answers = Answers(engine, job)
-    held: dict[str, Tensor] = {}
-    merged = _merged(_parts(answers, held, each=mean_of_clients or influence is not None), mean_of_clients, influence)
-    known = torch.stack(list(held.values())) if held else torch.zeros(0, job.classes)
-    journal.finish(Step(job.phase, 0, (answers.entry,)), {**merged.tensors(), "held": known})
-    journal.report(job.phase, 1, 1)
-    return merged, held
-
-
-def _drawn(able: Sequence[str], participation: float, seed: int, phase: str, round: int) -> tuple[str, ...]:
-    if not able:
-        raise FederationError("no client has images of the kept classes: there is nobody to train with")
-    wanted = max(1, int(participation * len(able) + 0.5))
-    order = torch.randperm(len(able), generator=generator(seed, phase, "participation", round))
-    return tuple(sorted(able[int(i)] for i in order[:wanted]))
-
-
-def _parts(answers: Iterable[Reply], held: dict[str, Tensor], *, each: bool) -> Iterator[ChannelStats]:
-    """Yield the statistics of replies and note in ``held`` what each client has; a sum is refused where ``each``."""
-    for reply in answers:
-        if reply.members and each:
-            raise FederationError(
-                "under secure aggregation only the sum of the statistics is known: "
-                "unlearn.mean_of_clients and unlearn.influence need those of each client"
-            )
-        if not reply.members:
-            held[reply.client] = reply.tensors["held"]
-        yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
-
-
-def _merged(parts: Iterable[ChannelStats], mean_of_clients: bool, influence: float | None) -> ChannelStats:
-    """Return all ``parts`` as one; they are added up as they come, unless each must be seen beside all others."""
-    if influence is not None:
-        parts = limit_influence(list(parts), influence)
-    if mean_of_clients:
-        parts = (part.one_vote_per_class() for part in parts)
-    return functools.reduce(ChannelStats.merge, parts)

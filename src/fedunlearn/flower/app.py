@@ -17,7 +17,7 @@ from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import Context, Grid, ServerApp
-from fedunlearn.run.experiment import Setting, client_data, new_model
+from fedunlearn.run.experiment import Experiment, client_data, new_model
 from fedunlearn.run.recipe import Recipe, check, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 
@@ -103,7 +103,7 @@ def held_by(recipe: Recipe, context: Context) -> ClientData:
 
 def built_by(recipe: Recipe, context: Context) -> nn.Module:
     """Return the architecture of ``recipe`` for the images of this client."""
-    return new_model(recipe, held_by(recipe, context).train, seed=0)
+    return new_model(recipe, held_by(recipe, context).train, seed=0).module
 
 
 @lru_cache(maxsize=2)
@@ -114,7 +114,7 @@ def _held(recipe: str, number: int) -> ClientData:
 
 def engine_on(
     grid: Grid, *, patience: float = PATIENCE, hello: float | None = None
-) -> Callable[[Setting], FlowerEngine]:
+) -> Callable[[Experiment], FlowerEngine]:
     """Return what makes the engine of a run whose clients are behind ``grid``.
 
     Args:
@@ -122,14 +122,14 @@ def engine_on(
         patience: seconds to wait for clients at the start.
         hello: seconds that a client may take to introduce itself; 60 where None, or the recipe's deadline if shorter.
     """
-    return lambda setting: FlowerEngine(
+    return lambda experiment: FlowerEngine(
         grid,
-        clients=tuple(setting.clients),
-        deadline=setting.recipe.federation.deadline,
+        clients=tuple(experiment.clients),
+        deadline=experiment.recipe.federation.deadline,
         patience=patience,
-        hello=min(setting.recipe.federation.deadline, PATIENCE) if hello is None else hello,
-        secure=setting.recipe.privacy.secure,
-        layout=(setting.splits.train.shape, len(setting.splits.train.classes)),
+        hello=min(experiment.recipe.federation.deadline, PATIENCE) if hello is None else hello,
+        secure=experiment.recipe.privacy.secure,
+        layout=(experiment.splits.train.shape, len(experiment.splits.train.classes)),
     )
 
 
@@ -179,7 +179,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
                 command=command,
                 key=Path(key) if key else None,
                 engine=engine_on(grid, patience=float(config.get("patience", PATIENCE))),
-                prepared=lambda setting: console.print(describe(setting), highlight=False),
+                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
                 observe=RunProgress(console, every=True).observe,
             )
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.channels.groups import Kept
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.jobs import ClientData, Reply, handle
+from fedunlearn.federation.jobs import ClientData, Measure, Reply, Train, handle
 from fedunlearn.federation.privacy import NO_RULES, Privacy
 from fedunlearn.flower.messages import (
     ARRAYS,
@@ -74,8 +75,8 @@ def add_secure_measure(
         received = decode_job(
             to_tensors(message.content.array_records[ARRAYS]), str(message.content.config_records[OWN]["job"])
         )
-        if received.kind != "measure":
-            raise FederationError(f"expected a measure job under secure aggregation, got {received.kind}")
+        if not isinstance(received.task, Measure):
+            raise FederationError(f"expected a measure job under secure aggregation, got {received.task.kind}")
         reply = _handled(message, context, received, build_model, load_images(context), rules(context))
         if reply.error is not None:
             raise FederationError(reply.error)  # drops out of the sum
@@ -161,14 +162,14 @@ def _answer(
     try:
         tensors = to_tensors(message.content.array_records[ARRAYS])
         received = decode_job(tensors, text)
-        if train is not None and received.kind == "train":
+        if train is not None and isinstance(received.task, Train):
             reply = _trained(message, context, received, build_model(context), data, train)
-        elif secure and received.kind == "measure":
+        elif secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
         else:
             reply = _handled(message, context, received, build_model, data, rules)
     except FedUnlearnError as error:
-        reply = Reply(data.client, {}, error=str(error))
+        reply = Reply(data.client, error=str(error))
     arrays, line = encode_reply(reply, digest_of(text))
     return Message(
         RecordDict({ARRAYS: to_arrays(arrays), OWN: ConfigRecord({"reply": line})}),
@@ -186,9 +187,9 @@ def _handled(
 ) -> Reply:
     """Return the reply of this client's own model with the weights that came."""
     tensors = to_tensors(message.content.array_records[ARRAYS])
-    model = rebuild(received, tensors, lambda: build_model(context))
+    model = rebuild(received, tensors, Classifier(build_model(context), data.train.shape))
     with one_torch_thread():
-        return handle(received.job(model), FLOAT32.placed(model), data, rules)
+        return handle(received.job(model), FLOAT32.placed(model.module), data, rules)
 
 
 def _trained(
@@ -202,7 +203,7 @@ def _trained(
     message.content[ARRAYS] = to_arrays(whole)
     answer = train(message, context)
     if answer.has_error():
-        return Reply(data.client, {}, error=f"its train function failed: {answer.error.reason}")
+        return Reply(data.client, error=f"its train function failed: {answer.error.reason}")
     records = list(answer.content.array_records.values())
     counts = [own["num-examples"] for own in answer.content.metric_records.values() if "num-examples" in own]
     if len(records) != 1 or len(counts) != 1 or not isinstance(counts[0], int):

@@ -127,29 +127,29 @@ class FlowerEngine:
         )
         connected = set(self._grid.get_node_ids())
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
-        if self._secure and isinstance(job, Measure):
-            return self._sum(job, names, asked, content)
+        if self._secure and isinstance(job.task, Measure):
+            return self._sum(job.task, names, asked, content)
         answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
         digest = digest_of(text)
         replies = []
         for name in names:
             if name not in asked:
-                replies.append(Reply(name, {}, error="it is not connected"))
+                replies.append(Reply(name, error="it is not connected"))
             else:
                 replies.append(_read_reply(answers.get(asked[name]), name, digest, self._deadline))
         return replies
 
-    def _sum(self, job: Measure, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
+    def _sum(self, task: Measure, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
         """Return the sum of the clients' statistics, and an error for each client that is not in it."""
         from fedunlearn.flower.secure import secure_sum  # imports Flower's older interface
 
-        expected = ["counts", "held", *(f"sums.{layer}" for layer in job.taps)]
+        expected = ["counts", "held", *(f"sums.{layer}" for layer in task.taps)]
         sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, expected, deadline=self._deadline)
         for name in ("counts", "held"):
             sums[name] = sums[name].round().long()
         inside = tuple(name for name in names if asked.get(name) in nodes)
         total = int(sums["counts"].sum())
-        lost = [Reply(name, {}, error="it is not in the secure sum") for name in names if name not in inside]
+        lost = [Reply(name, error="it is not in the secure sum") for name in names if name not in inside]
         return [Reply(SUM, sums, total, total, members=inside), *lost]
 
     def _wait(self, wanted: int, patience: float) -> None:
@@ -222,22 +222,22 @@ class FlowerEngine:
 def _plain_config(job: Job) -> dict[str, Any]:
     """Return what a train function of another app may want to know."""
     config: dict[str, Any] = {"server-round": job.round + 1}
-    if isinstance(job, Train):
-        config |= {"lr": job.lr, "exclude": list(job.exclude)}
+    if isinstance(job.task, Train):
+        config |= {"lr": job.task.lr, "exclude": list(job.task.exclude)}
     return config
 
 
 def _read_reply(message: Message | None, client: str, digest: str, deadline: float) -> Reply:
     if message is None:
-        return Reply(client, {}, error=f"it gave no answer within {deadline:g} s")
+        return Reply(client, error=f"it gave no answer within {deadline:g} s")
     try:
         own = _own_record(message)
         if "error" in own:
-            return Reply(client, {}, error=one_line(str(own["error"])))
+            return Reply(client, error=one_line(str(own["error"])))
         tensors = to_tensors(message.content.array_records[ARRAYS])
         return decode_reply(tensors, str(own["reply"]), client=client, digest=digest)
     except Exception as error:  # another process wrote this, anything may be in it
-        return Reply(client, {}, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
+        return Reply(client, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
 
 
 def _own_record(message: Message | None) -> Mapping[str, Any]:

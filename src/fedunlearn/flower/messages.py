@@ -8,19 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
-from fedunlearn.channels.plan import PruningPlan, prune
-from fedunlearn.channels.taps import Tap
+from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Train
-from fedunlearn.training.sgd import Training
+from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -58,7 +56,7 @@ __all__ = [
     "to_tensors",
 ]
 
-_SCHEMA = 1
+_SCHEMA = 2
 _LONGEST = 300
 
 # How a job travels: the one message type that each app answers and that SecAgg+ masks, and the records in it.
@@ -68,47 +66,16 @@ POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 _LONGEST_POLL = 3.0
 
 
-class _Message(BaseModel):
+class _JobMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_number: Literal[1] = Field(1, alias="schema")
+    schema_number: Literal[2] = Field(2, alias="schema")
     phase: str
     round: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)]
     plan: str
     spec: str
-
-
-class _MeasureMessage(_Message):
-    kind: Literal["measure"]
-    taps: dict[str, Tap]
-    classes: Annotated[int, Field(ge=1)]
-    sample: Annotated[int, Field(ge=1)] | None
-
-
-class _ReestimateMessage(_Message):
-    kind: Literal["reestimate"]
-    exclude: tuple[int, ...]
-    sample: Annotated[int, Field(ge=1)] | None
-
-
-class _TrainMessage(_Message):
-    kind: Literal["train"]
-    training: Training
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    exclude: tuple[int, ...]
-
-
-class _EvaluateMessage(_Message):
-    kind: Literal["evaluate"]
-    exclude: tuple[int, ...]
-    labels: tuple[int, ...] | None
-
-
-_JOBS: dict[str, type[Job]] = {"measure": Measure, "reestimate": Reestimate, "train": Train, "evaluate": Evaluate}
-_messages: TypeAdapter[Any] = TypeAdapter(
-    Annotated[_MeasureMessage | _ReestimateMessage | _TrainMessage | _EvaluateMessage, Field(discriminator="kind")]
-)
+    task: Annotated[Measure | Reestimate | Train | Evaluate, Field(discriminator="kind")]
 
 
 class _Answer(BaseModel):
@@ -130,12 +97,11 @@ def spec_of(plan: str, tensors: Mapping[str, Tensor]) -> str:
 
 def encode_job(job: Job) -> tuple[dict[str, Tensor], str]:
     """Return a job as the tensors of its model and a line of JSON; who is asked is not part of it."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in job.model.state_dict().items()}
-    plan = job.plan.to_json()
-    own = {field.name: getattr(job, field.name) for field in fields(job)}
-    own = {name: value for name, value in own.items() if name not in ("model", "plan", "clients")}
-    message = {"schema": _SCHEMA, "kind": type(job).__name__.lower(), "plan": plan, "spec": spec_of(plan, tensors)}
-    return tensors, _messages.dump_json(_messages.validate_python(message | own), by_alias=True).decode()
+    tensors = {name: tensor.detach().cpu() for name, tensor in job.model.module.state_dict().items()}
+    plan = job.model.plan.to_json()
+    about = {"phase": job.phase, "round": job.round, "seed": job.seed, "plan": plan, "spec": spec_of(plan, tensors)}
+    message = _JobMessage.model_validate({"schema": _SCHEMA, "task": job.task, **about})
+    return tensors, message.model_dump_json(by_alias=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,20 +109,21 @@ class Received:
     """A job as it arrived, checked but for its model.
 
     Attributes:
-        kind: ``measure``, ``reestimate``, ``train`` or ``evaluate``.
+        task: what is asked.
         plan: how the shapes of the tensors follow from the unpruned architecture.
         digest: SHA-256 of the message, which the reply names.
-        values: the other fields of the job.
+        key: phase, round and seed of the job.
     """
 
-    kind: str
+    task: Task
     plan: PruningPlan
     digest: str
-    values: Mapping[str, Any]
+    key: tuple[str, int, int]
 
-    def job(self, model: nn.Module) -> Job:
+    def job(self, model: Classifier) -> Job:
         """Return the job on ``model``."""
-        return _JOBS[self.kind](model=model, plan=self.plan, **self.values)
+        phase, round, seed = self.key
+        return Job(task=self.task, model=model, phase=phase, round=round, seed=seed)
 
 
 def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
@@ -168,20 +135,18 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
         RecipeError: a setting of the training is out of range.
     """
     try:
-        message = _messages.validate_json(text)
+        message = _JobMessage.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the message"
         raise FederationError(f"expected a job of schema {_SCHEMA}, but {where}: {first['msg']}") from error
     if message.spec != spec_of(message.plan, tensors):
         raise FederationError(
-            f"the {message.kind} job of {message.phase}, round {message.round + 1}, does not fit its tensors: "
+            f"the {message.task.kind} job of {message.phase}, round {message.round + 1}, does not fit its tensors: "
             "plan and weights are not of one model; give the job the plan by which its model was pruned"
         )
-    values = {name: getattr(message, name) for name in type(message).model_fields}
-    for name in ("schema_number", "kind", "plan", "spec"):
-        values.pop(name)
-    return Received(message.kind, PruningPlan.from_json(message.plan), digest_of(text), values)
+    key = (message.phase, message.round, message.seed)
+    return Received(message.task, PruningPlan.from_json(message.plan), digest_of(text), key)
 
 
 def digest_of(text: str) -> str:
@@ -189,16 +154,16 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rebuild(received: Received, tensors: Mapping[str, Tensor], build_model: Callable[[], nn.Module]) -> nn.Module:
-    """Return the client's own architecture, pruned by the plan, with the weights that came.
+def rebuild(received: Received, tensors: Mapping[str, Tensor], own: Classifier) -> Classifier:
+    """Return the client's ``own`` architecture, pruned by the plan, with the weights that came.
 
     Raises:
         PlanError: the plan is for another architecture.
         FederationError: the weights are.
     """
-    model = prune(build_model(), received.plan)
+    model = own.cut(received.plan)
     try:
-        model.load_state_dict(dict(tensors), strict=True)
+        model.module.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:
         raise FederationError(
             "the weights do not fit this client's model after pruning by the plan: build the architecture of the "
@@ -227,11 +192,11 @@ def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, diges
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the message"
-        return Reply(client, {}, error=f"it sent no reply that can be read ({where}: {first['msg']})")
+        return Reply(client, error=f"it sent no reply that can be read ({where}: {first['msg']})")
     if answer.client != client:
-        return Reply(client, {}, error=one_line(f"it answered in the name of {answer.client!r}"))
+        return Reply(client, error=one_line(f"it answered in the name of {answer.client!r}"))
     if answer.job != digest:
-        return Reply(client, {}, error="it answered another job: its plan, round or settings are stale")
+        return Reply(client, error="it answered another job: its plan, round or settings are stale")
     why = None if answer.error is None else one_line(answer.error)
     return Reply(client, tensors, answer.images, answer.samples, answer.seconds, why)
 

@@ -1,55 +1,21 @@
-"""Retraining from fresh weights without the forgotten classes: the oracle."""
+"""Retraining from fresh weights without the forgotten classes: what unlearning is held against."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import nn
-
-from fedunlearn.federation.jobs import Engine
-from fedunlearn.federation.journal import Journal, Step
-from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.rounds import Federation, Watch, train_rounds
 from fedunlearn.training.sgd import Training, one_cycle
 
 
-def retrain(
-    model: nn.Module,
-    engine: Engine,
-    *,
-    training: Training,
-    rounds: int,
-    forget: tuple[int, ...],
-    clients: Sequence[str],
-    journal: Journal,
-    participation: float = 1.0,
-    validate: int = 1,
-    seed: int = 0,
-) -> list[Step]:
-    """Train ``model``, which has fresh weights, in place on the kept classes, as the original was trained.
+def retrain(fresh: Classifier, kept: Federation, training: Training, *, rounds: int, validate: int = 1) -> Classifier:
+    """Train ``fresh`` on the kept classes as the original was trained: all rounds, one cycle of the learning rate.
 
     Args:
-        model: the original architecture; the rows of the forgotten classes stay and learn nothing.
-        engine: who runs the jobs.
+        fresh: the original architecture with fresh weights; the rows of the forgotten classes stay and learn nothing.
+        kept: the clients that hold images of the kept classes, the others' images left out.
         training: the settings of the original.
-        rounds: all are run: one cycle of the learning rate.
-        forget: classes whose images are not used.
-        clients: those that hold images of other classes.
-        journal: where each round is recorded.
-        participation: share of the clients drawn in each round.
+        rounds: likewise.
         validate: measure the accuracy on validation images after every so many rounds; never where 0.
-        seed: owner of all draws.
     """
-    return train_rounds(
-        model,
-        engine,
-        phase="retrain",
-        training=training,
-        rounds=rounds,
-        journal=journal,
-        schedule=one_cycle,
-        exclude=forget,
-        clients=clients,
-        participation=participation,
-        seed=seed,
-        validate=validate,
-    )
+    watch = Watch(every=validate)
+    return train_rounds(fresh, kept, training, rounds=rounds, phase="retrain", schedule=one_cycle, watch=watch)

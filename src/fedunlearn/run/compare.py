@@ -1,46 +1,27 @@
-"""Models that an audit must not pass: what a careless operator might call unlearned.
-
-And retrained models, what unlearning is held against, kept by what they depend on: an oracle is trained once per
-recipe.
-"""
+"""What unlearning is held against: retrained models, kept by what they depend on, and controls."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import safetensors
 from torch import nn
 
-from fedunlearn.audits.subject import Subject, without_rows
-from fedunlearn.channels.plan import PruningPlan
-from fedunlearn.federation.journal import Journal, Step
-from fedunlearn.federation.ledger import Cost
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.journal import Step
+from fedunlearn.federation.rounds import Federation
 from fedunlearn.files import cache_folder, write_tensors
-from fedunlearn.methods.finetune import finetune
+from fedunlearn.methods.base import Outcome, Request
 from fedunlearn.methods.retrain import retrain
-from fedunlearn.run.experiment import Setting, new_model, unlearned_model
+from fedunlearn.methods.table import CONTROLS
+from fedunlearn.run.experiment import Experiment, new_model
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.unlearn import Unlearned
 from fedunlearn.version import __version__
-
-
-@dataclass(frozen=True, eq=False)
-class Control:
-    """A model to compare with.
-
-    Attributes:
-        subject: the model as it would be delivered.
-        cost: what it cost the clients; None where that is nothing beyond what unlearning did.
-    """
-
-    subject: Subject
-    cost: Cost | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +34,7 @@ class Oracle:
         cached: whether it was kept from an earlier run.
     """
 
-    model: nn.Module
+    model: Classifier
     steps: list[Step]
     cached: bool
 
@@ -104,112 +85,59 @@ class RetrainedCache:
         write_tensors(self.path, model.state_dict(), {"steps": text})
 
 
-def controls(
-    setting: Setting, original: nn.Module, plan: PruningPlan, unlearned: Unlearned, journal: Journal
-) -> dict[str, Control]:
-    """Return the controls by name.
-
-    ``original``: nothing done. ``head_only``: the output rows removed, nothing else. ``pruned``: unlearning without
-    its repair. ``random``: unlearning with random scores. ``finetune``: training on the kept classes only, with as
-    many operations as unlearning took.
+def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned, fed: Federation) -> dict[str, Outcome]:
+    """Return what each control makes of ``original``, by name.
 
     Args:
-        setting: the run.
+        experiment: the run.
         original: the model before unlearning.
-        plan: how the shapes of ``original`` follow from its architecture.
         unlearned: what the controls stand beside.
-        journal: of the run.
+        fed: the clients and the record of the run.
     """
-    classes, shape = len(setting.splits.test.classes), setting.splits.test.shape
-    delivered = partial(without_rows, forget=setting.forget, classes=classes, shape=shape)
-    beside = journal.part("random")
-    if len(setting.forget) == 1 or setting.recipe.unlearn.jointly:
-        beside.adopt("measure-0", journal)  # the same job: a second answer would only tell more of the clients
-    randomly = unlearned_model(_at_random(setting), original, plan, beside)
-    tuned, cost = _finetuned(setting, original, plan, unlearned, journal)
-    return {
-        "original": Control(Subject(original, tuple(range(classes)), original)),
-        "head_only": Control(delivered(original, row_known=False)),
-        "pruned": Control(delivered(unlearned.pruned)),
-        "random": Control(Subject(randomly.model, randomly.labels, randomly.repaired), randomly.cost),
-        "finetune": Control(delivered(tuned), cost),
-    }
+    rows = [experiment.engine.clients.index(name) for name in unlearned.clients]
+    kept = experiment.table[rows][:, list(unlearned.model.labels or ())].sum()
+    request = Request(
+        experiment.forget,
+        experiment.ranking(),
+        experiment.cut(),
+        experiment.repair(),
+        experiment.recipe.unlearn.jointly,
+        unlearned,
+        float(kept) * fed.participation,
+    )
+    return {control.name: control.run(original, fed, request) for control in CONTROLS}
 
 
-def retrained_models(setting: Setting, journal: Journal, *, data: str, count: int) -> dict[str, Oracle]:
+def retrained_models(experiment: Experiment, fed: Federation, *, data: str, count: int) -> dict[str, Oracle]:
     """Return ``count`` retrained models by name, ``retrained-SEED``.
 
     Their seeds follow the recipe's, so they share neither initial weights nor draws with the original or each other.
 
     Args:
-        setting: the run.
-        journal: of the run.
+        experiment: the run.
+        fed: the clients and the record of the run.
         data: fingerprint of the images, for the cache.
         count: how many.
     """
-    seeds = [setting.recipe.federation.seed + 1 + k for k in range(count)]
+    seeds = [fed.seed + 1 + k for k in range(count)]
     return {
-        f"retrained-{seed}": _retrained(setting, journal.part(f"retrained-{seed}"), data=data, seed=seed)
+        f"retrained-{seed}": _retrained(experiment, replace(fed.part(f"retrained-{seed}"), seed=seed), data)
         for seed in seeds
     }
 
 
-def _at_random(setting: Setting) -> Setting:
-    recipe = setting.recipe
-    unlearning = recipe.unlearn.model_copy(update={"criterion": "random", "end": "highest"})
-    return replace(setting, recipe=recipe.model_copy(update={"unlearn": unlearning}))
-
-
-def _finetuned(
-    setting: Setting, original: nn.Module, plan: PruningPlan, unlearned: Unlearned, journal: Journal
-) -> tuple[nn.Module, Cost]:
-    """Return fine-tuning only, with as many operations as unlearning took."""
-    fed = setting.recipe.federation
-    model = copy.deepcopy(original)
-    finetune(
-        model,
-        setting.engine,
-        training=setting.recipe.repair(),
-        rounds=max(1, unlearned.cost.rounds),
-        flops=unlearned.cost.client_flops,
-        images=int(_images_kept(setting, unlearned)),
-        forget=setting.forget,
-        clients=unlearned.clients,
-        participation=fed.participation,
-        seed=fed.seed,
-        plan=plan,
-        journal=journal,
-    )
-    return model, Cost.of(journal.entries("finetune"))
-
-
-def _images_kept(setting: Setting, unlearned: Unlearned) -> float:
-    """Return how many images of the kept classes the clients of a round hold, on average."""
-    rows = [setting.engine.clients.index(name) for name in unlearned.clients]
-    kept = setting.table[rows][:, list(unlearned.labels)].sum()
-    return float(kept) * setting.recipe.federation.participation
-
-
-def _retrained(setting: Setting, journal: Journal, *, data: str, seed: int) -> Oracle:
-    recipe = setting.recipe
-    model = new_model(recipe, setting.splits.train, seed=seed)
-    cache = RetrainedCache.of(recipe, setting.forget, data, seed)
-    if cache is not None and not journal.steps("retrain"):
-        kept = cache.restore(model)
-        if kept is not None:
-            return Oracle(model, kept, True)
-    steps = retrain(
-        model,
-        setting.engine,
-        training=recipe.training(),
-        rounds=recipe.train.rounds,
-        forget=setting.forget,
-        clients=setting.holders(),
-        participation=recipe.federation.participation,
-        validate=recipe.train.validate_every if recipe.data.validation else 0,
-        seed=seed,
-        journal=journal,
-    )
+def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
+    recipe = experiment.recipe
+    fresh = new_model(recipe, experiment.splits.train, seed=fed.seed)
+    cache = RetrainedCache.of(recipe, experiment.forget, data, fed.seed)
+    if cache is not None and not fed.journal.steps("retrain"):
+        restored = cache.restore(fresh.module)
+        if restored is not None:
+            return Oracle(fresh, restored, True)
+    kept = fed.keeping(exclude=experiment.forget, clients=experiment.holders())
+    validate = recipe.train.validate_every if recipe.data.validation else 0
+    model = retrain(fresh, kept, recipe.training(), rounds=recipe.train.rounds, validate=validate)
+    steps = fed.journal.steps("retrain")
     if cache is not None:
-        cache.store(model, steps)
+        cache.store(model.module, steps)
     return Oracle(model, steps, False)

@@ -1,51 +1,39 @@
-"""What a recipe sets up before any training: images, clients, model.
-
-Then the phases of a run as its recipe sets them, and how its clients compute on this machine: as the recipe says, as
-the run began, or as a probe found.
-"""
+"""What a recipe sets up before any training, and the phases of a run as the recipe sets them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import nn
 
-from fedunlearn.audits.subject import AuditImages, audit_images
-from fedunlearn.channels.groups import find_groups, head_layer
-from fedunlearn.channels.plan import PruningPlan
-from fedunlearn.channels.scores import CRITERIA, Criterion, forget_classes
+from fedunlearn.audits.base import AuditImages, audit_images
+from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.channels.scores import CRITERIA, Criterion, Ranking, forget_classes
+from fedunlearn.channels.stats import Pooling, capped, mean_of_clients, pooled
 from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_checkpoint
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
 from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.federation.jobs import ClientData, Engine
-from fedunlearn.federation.journal import Journal, header_of
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.files import cache_folder, write_text
+from fedunlearn.federation.rounds import Federation, Repair, train_rounds
 from fedunlearn.models import build_model
-from fedunlearn.run.recipe import ON_FLOWER, ComputeTable, Recipe
-from fedunlearn.seeding import generator
-from fedunlearn.training.compute import Compute, cores, own_device, workers_on
+from fedunlearn.run.recipe import ComputeTable, Recipe
+from fedunlearn.training.compute import Compute, own_device, workers_on
 from fedunlearn.training.sgd import one_cycle
-from fedunlearn.training.speed import probe
 from fedunlearn.unlearn import Unlearned, unlearn
-from fedunlearn.version import __version__
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class Experiment:
     """What a recipe sets up before any training.
 
     Attributes:
@@ -63,7 +51,7 @@ class Setting:
     recipe: Recipe
     splits: Splits
     engine: Engine
-    model: nn.Module
+    model: Classifier
     weights: Weights | None
     forget: tuple[int, ...]
     table: torch.Tensor
@@ -83,10 +71,35 @@ class Setting:
             forget=self.forget,
             per_class=self.recipe.audit.images,
             seed=self.recipe.federation.seed,
+            lr=self.recipe.audit.lr,
         )
 
+    def federation(self, journal: Journal) -> Federation:
+        """Return the clients with ``journal`` as their record."""
+        fed = self.recipe.federation
+        return Federation(self.engine, journal, seed=fed.seed, participation=fed.participation)
 
-def prepare(recipe: Recipe) -> Setting:
+    def ranking(self) -> Ranking:
+        """Return how the recipe measures and ranks channels."""
+        u = self.recipe.unlearn
+        pooling: Pooling = mean_of_clients if u.mean_of_clients else pooled
+        if u.influence is not None:
+            pooling = capped(u.influence, pooling)
+        return Ranking(_criterion(self.recipe), u.hook, pooling, u.sample or None)
+
+    def cut(self) -> Cut:
+        """Return how many channels the recipe removes, and which end of the ranking."""
+        u = self.recipe.unlearn
+        return Cut(u.fraction, u.end, u.scope)
+
+    def repair(self) -> Repair:
+        """Return what the recipe does after pruning."""
+        u = self.recipe.unlearn
+        rounds = u.rounds if u.repair == "finetune" else 0
+        return Repair(self.recipe.repair(), rounds, u.repair != "none", u.target)
+
+
+def prepare(recipe: Recipe) -> Experiment:
     """Read data and weights, share the images out and build the model; refuse what cannot work before that.
 
     Raises:
@@ -99,7 +112,7 @@ def prepare(recipe: Recipe) -> Setting:
     return set_up(recipe, splits, weights)
 
 
-def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
+def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Experiment:
     """Share ``splits`` out and build the model, with fresh weights where ``weights`` is None; refuse what cannot work.
 
     Raises:
@@ -111,22 +124,21 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Setting:
     if weights is not None:
         _check_rows(weights, len(train.classes), forget)
         model = load_weights(model, weights)
-    example = torch.randn((2, *train.shape), generator=generator(0, "example"))
-    head_layer(model, example)
-    find_groups(model, example)
+    head_layer(model.module, model.example)  # refused here, not after hours of training
+    find_channels(model.module, model.example)
     clients, validation = share_out(recipe, train)
     engine = _local_engine(recipe, clients, validation)
     table = class_table(clients)
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
-    return Setting(recipe, splits, engine, model, weights, forget, table, clients, validation)
+    return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation)
 
 
-def computing(setting: Setting, table: ComputeTable) -> Setting:
-    """Return ``setting`` with a recipe and clients that compute as ``table`` says."""
-    recipe = setting.recipe.model_copy(update={"compute": table})
-    return replace(setting, recipe=recipe, engine=_local_engine(recipe, setting.clients, setting.validation))
+def computing(experiment: Experiment, table: ComputeTable) -> Experiment:
+    """Return ``experiment`` with a recipe and clients that compute as ``table`` says."""
+    recipe = experiment.recipe.model_copy(update={"compute": table})
+    return replace(experiment, recipe=recipe, engine=_local_engine(recipe, experiment.clients, experiment.validation))
 
 
 def _local_engine(
@@ -219,16 +231,16 @@ def read_data(recipe: Recipe) -> Splits:
     return READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
 
 
-def new_model(recipe: Recipe, images: LabelledImages, *, seed: int) -> nn.Module:
+def new_model(recipe: Recipe, images: LabelledImages, *, seed: int) -> Classifier:
     """Return the recipe's architecture with fresh weights, which depend on ``seed`` alone."""
+    classes, colours = len(images.classes), images.colours
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(
-            recipe.model.name, classes=len(images.classes), colours=images.colours, shortcut=recipe.model.shortcut
-        )
+        module = build_model(recipe.model.name, classes=classes, colours=colours, shortcut=recipe.model.shortcut)
+    return Classifier(module, images.shape)
 
 
-def criterion_of(recipe: Recipe) -> Criterion:
+def _criterion(recipe: Recipe) -> Criterion:
     """Return the criterion with the options the recipe gives it."""
     name = recipe.unlearn.criterion
     if name == "tf_idf":
@@ -250,111 +262,28 @@ def fingerprint(splits: Splits) -> str:
     return digest.hexdigest()
 
 
-def original_model(setting: Setting, journal: Journal) -> tuple[nn.Module, PruningPlan]:
-    """Return the original, trained or loaded, and how its shapes follow from its architecture."""
-    if setting.weights is not None:
-        return setting.model, setting.weights.plan
-    fed = setting.recipe.federation
-    train_rounds(
-        setting.model,
-        setting.engine,
-        phase="train",
-        training=setting.recipe.training(),
-        rounds=setting.recipe.train.rounds,
-        journal=journal,
-        schedule=one_cycle,
-        participation=fed.participation,
-        seed=fed.seed,
-    )
-    return setting.model, PruningPlan()
+def original_model(experiment: Experiment, fed: Federation) -> Classifier:
+    """Return the original, trained or loaded."""
+    if experiment.weights is not None:
+        return experiment.model
+    train = experiment.recipe.train
+    return train_rounds(experiment.model, fed, experiment.recipe.training(), rounds=train.rounds, schedule=one_cycle)
 
 
-def unlearned_model(setting: Setting, original: nn.Module, plan: PruningPlan, journal: Journal) -> Unlearned:
+def unlearned_model(experiment: Experiment, original: Classifier, fed: Federation) -> Unlearned:
     """Return what the recipe makes of ``original``."""
-    u = setting.recipe.unlearn
     return unlearn(
         original,
-        setting.engine,
-        forget=setting.forget,
-        fraction=u.fraction,
-        training=setting.recipe.repair(),
-        rounds=u.rounds if u.repair == "finetune" else 0,
-        criterion=criterion_of(setting.recipe),
-        hook=u.hook,
-        end=u.end,
-        scope=u.scope,
-        jointly=u.jointly,
-        mean_of_clients=u.mean_of_clients,
-        influence=u.influence,
-        sample=u.sample or None,
-        batch_norm=u.repair != "none",
-        target=u.target,
-        participation=setting.recipe.federation.participation,
-        seed=setting.recipe.federation.seed,
-        plan=plan,
-        journal=journal,
+        fed,
+        forget=experiment.forget,
+        cut=experiment.cut(),
+        repair=experiment.repair(),
+        rank=experiment.ranking(),
+        jointly=experiment.recipe.unlearn.jointly,
     )
 
 
-def settled(setting: Setting, out: Path, *, elsewhere: bool = False) -> tuple[Setting, dict[str, float]]:
-    """Return ``setting`` without ``auto`` in ``compute``, and the images per second of what a probe tried.
-
-    A run goes on in ``out`` as it began. What a probe found is kept in the cache folder, so that a machine computes the
-    same recipe in the same way each time.
-
-    Args:
-        setting: the run.
-        out: its folder.
-        elsewhere: whether the clients are not in this process; they compute in float32 then, as on a GPU.
-    """
-    recipe = setting.recipe
-    if recipe.compute.precision != "auto":
-        return setting, {}
-    if elsewhere or recipe.federation.engine != "local":
-        return computing(setting, ON_FLOWER), {}
-    try:
-        return computing(setting, ComputeTable.model_validate(header_of(out)["recipe"]["compute"])), {}
-    except (KeyError, TypeError, ValidationError):  # a new run; of a damaged one, Journal says what is wrong
-        table, rates = _probed(setting) if own_device().type == "cpu" else (ComputeTable(precision="float32"), {})
-        return computing(setting, table), rates
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def save_model(path: Path, model: nn.Module, setting: Setting, plan: PruningPlan, labels: Sequence[int]) -> None:
-    """Write a model of the run; ``labels`` is the class of each of its output rows."""
-    test = setting.splits.test
-    save_checkpoint(
-        path,
-        model,
-        plan=plan,
-        labels=labels,
-        classes=[test.classes[label] for label in labels],
-        mean=test.mean,
-        std=test.std,
-        architecture={"name": setting.recipe.model.name, "shortcut": setting.recipe.model.shortcut},
-    )
-
-
-def _probed(setting: Setting) -> tuple[ComputeTable, dict[str, float]]:
-    """Return what the probe finds best for the model of ``setting``, or found before."""
-    shape, batch_size = setting.splits.train.shape, setting.recipe.train.batch_size
-    layout = [[name, *tensor.shape] for name, tensor in setting.model.state_dict().items()]
-    about = [__version__, torch.__version__, processor(), cores(), layout, shape, batch_size]
-    kept = cache_folder() / "probe" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
-    try:
-        value: dict[str, Any] = json.loads(kept.read_text("utf-8"))
-        return ComputeTable.model_validate(value["compute"]), dict(value["images_per_second"])
-    except (OSError, ValueError, KeyError, TypeError):
-        best, tried = probe(setting.model, shape, batch_size=batch_size)
-    table = ComputeTable.model_validate(asdict(best))
-    rates = {f"{own.precision}, {own.memory_format}, {own.workers} workers": round(rate, 1) for own, rate in tried}
-    with suppress(OSError):  # a cache that cannot be written costs the next run a probe
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({"compute": table.model_dump(), "images_per_second": rates}) + "\n")
-    return table, rates
+def save_model(path: Path, model: Classifier, experiment: Experiment) -> None:
+    """Write a model of the run."""
+    test, about = experiment.splits.test, experiment.recipe.model
+    save_checkpoint(path, model, images=test, architecture={"name": about.name, "shortcut": about.shortcut})

@@ -14,62 +14,58 @@ import torch
 from torch import nn
 
 from fedunlearn.audits.audit import CANDIDATE, Findings
-from fedunlearn.audits.subject import without_rows
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import forget_classes
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.federation.jobs import count_correct
-from fedunlearn.federation.journal import Step
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, flops_per_image
 from fedunlearn.federation.privacy import epsilon
 from fedunlearn.federation.rounds import validation_accuracy
-from fedunlearn.run.compare import Control, Oracle
-from fedunlearn.run.experiment import Setting
+from fedunlearn.methods.base import Outcome
+from fedunlearn.run.compare import Oracle
+from fedunlearn.run.experiment import Experiment
 from fedunlearn.training.compute import cores, one_torch_thread
+from fedunlearn.training.evaluation import count_correct
 from fedunlearn.unlearn import Unlearned
 
 
-def unlearned_blocks(setting: Setting, original: nn.Module, unlearned: Unlearned) -> dict[str, Any]:
+def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Unlearned) -> dict[str, Any]:
     """Return the blocks ``original``, ``pruned``, ``unlearned``, ``cost`` and ``privacy``."""
-    test, forget = setting.splits.test, setting.forget
-    shipped = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired) | {
-        "validation": _validation(setting, unlearned)
-    }
+    test, forget = experiment.splits.test, experiment.forget
+    shipped = evaluate(unlearned.model, test, forget=forget, row_kept=unlearned.repaired)
     return {
         "original": evaluate(original, test, forget=forget),
         "pruned": evaluate(unlearned.pruned, test, forget=forget),
-        "unlearned": shipped,
+        "unlearned": shipped | {"validation": _validation(experiment, unlearned)},
         "cost": {"unlearn": asdict(unlearned.cost)},
-        "privacy": privacy_block(setting),
+        "privacy": privacy_block(experiment),
     }
 
 
-def privacy_block(setting: Setting) -> dict[str, Any]:
+def privacy_block(experiment: Experiment) -> dict[str, Any]:
     """Return the block ``privacy``: the clients' rules for their statistics, and the epsilon of their noise."""
-    rules, unlearning = setting.recipe.privacy, setting.recipe.unlearn
+    rules, unlearning = experiment.recipe.privacy, experiment.recipe.unlearn
     # Of several classes in turn, the random control measures models of its own from the second on.
-    measures = 1 if unlearning.jointly or len(setting.forget) == 1 else 2 * len(setting.forget)
+    measures = 1 if unlearning.jointly or len(experiment.forget) == 1 else 2 * len(experiment.forget)
     spent = epsilon(rules.noise, rules.delta, measures=measures) if rules.noise else None
     return rules.model_dump(mode="json") | {"epsilon": spent}
 
 
 def audit_blocks(
-    setting: Setting, oracles: Mapping[str, Oracle], controls: Mapping[str, Control], findings: Findings
+    experiment: Experiment, oracles: Mapping[str, Oracle], controls: Mapping[str, Outcome], findings: Findings
 ) -> dict[str, Any]:
     """Return the blocks ``controls``, ``oracles``, ``audits``, ``calibration`` and the verdict."""
-    test, forget = setting.splits.test, setting.forget
+    test, forget = experiment.splits.test, experiment.forget
     blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
     for name, control in controls.items():
-        own = control.subject
-        blocks["controls"][name] = evaluate(
-            own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept
-        ) | judged(findings.judgements[name])
+        subject = control.subject
+        figures = evaluate(subject.model, test, forget=forget, row_kept=subject.row_kept)
+        blocks["controls"][name] = figures | judged(findings.judgements[name])
         if control.cost is not None:
             blocks["controls"][name]["cost"] = asdict(control.cost)
     for name, oracle in oracles.items():
-        own = without_rows(oracle.model, forget, classes=len(test.classes), shape=test.shape)
-        blocks["oracles"][name] = evaluate(own.model, test, forget=forget, labels=own.labels, row_kept=own.row_kept) | {
-            "cached": oracle.cached
-        }
+        figures = evaluate(oracle.model.without_rows(forget), test, forget=forget, row_kept=oracle.model)
+        blocks["oracles"][name] = figures | {"cached": oracle.cached}
     judgement = findings.judgements[CANDIDATE]
     return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | judged(judgement)
 
@@ -79,43 +75,42 @@ def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
     return {key: judgement[key] for key in ("verdict", "reason", "decided_by")}
 
 
-def cost_blocks(setting: Setting, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
+def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
     reached = result["unlearned"]["validation"]["retain"]
     if reached is None or not oracles:
         return {}
     first = next(iter(oracles.values()))
     # Weights from elsewhere may have been trained on what is validation data here.
-    retraining = cost_until(first.steps, reached) | {"validation_unseen": setting.weights is None}
+    retraining = cost_until(first.steps, reached) | {"validation_unseen": experiment.weights is None}
     ratios = speedup(result["cost"]["unlearn"], retraining)
     if first.cached:  # seconds of another day, perhaps of another machine
         ratios.pop("client_seconds", None)
     return {"cost": result["cost"] | {"retrain": retraining}, "speedup": ratios}
 
 
-def _validation(setting: Setting, unlearned: Unlearned) -> dict[str, float | None]:
+def _validation(experiment: Experiment, unlearned: Unlearned) -> dict[str, float | None]:
     """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
-    engine, forget, labels = setting.engine, unlearned.forget, unlearned.labels
-    u, _ = validation_accuracy(unlearned.repaired, engine, phase="compare", exclude=labels, plan=unlearned.channels)
-    r, _ = validation_accuracy(
-        unlearned.model, engine, phase="compare", exclude=forget, labels=labels, plan=unlearned.plan
-    )
+    fed = experiment.federation(Journal())
+    forgotten, kept = fed.keeping(exclude=unlearned.model.labels or ()), fed.keeping(exclude=unlearned.forget)
+    u, _ = validation_accuracy(unlearned.repaired, forgotten, phase="compare")
+    r, _ = validation_accuracy(unlearned.model, kept, phase="compare")
     return {"forget_row_kept": u, "retain": r}
 
 
-def engine_block(setting: Setting) -> dict[str, Any]:
+def engine_block(experiment: Experiment) -> dict[str, Any]:
     """Return the block ``engine``: who held what, in counts only."""
     block = {
-        "name": setting.recipe.federation.engine,
-        "clients": len(setting.engine.clients),
-        "images": int(setting.table.sum()),
+        "name": experiment.recipe.federation.engine,
+        "clients": len(experiment.engine.clients),
+        "images": int(experiment.table.sum()),
     }
-    privacy = setting.recipe.privacy
+    privacy = experiment.recipe.privacy
     if privacy.secure or privacy.min_count or privacy.noise:
         return block  # what was kept from the server is not published either
     return block | {
-        "images_per_client": dict(zip(setting.clients, setting.table.sum(1).tolist())),
-        "clients_per_class": [int(n) for n in (setting.table > 0).sum(0)],
+        "images_per_client": dict(zip(experiment.clients, experiment.table.sum(1).tolist())),
+        "clients_per_class": [int(n) for n in (experiment.table > 0).sum(0)],
     }
 
 
@@ -140,26 +135,24 @@ def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Classifier,
     images: LabelledImages,
     *,
     forget: int | Sequence[int],
-    labels: Sequence[int] | None = None,
-    row_kept: nn.Module | None = None,
+    row_kept: Classifier | None = None,
 ) -> dict[str, Any]:
     """Return accuracy, parameters and multiply-adds of ``model`` as they stand in result.json.
 
     Args:
-        model: the CNN.
+        model: the CNN; a class that its labels leave out is never named, so its accuracy is 0.
         images: test images.
         forget: forgotten class or classes: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
-        labels: the class of each output row; row ``r`` is class ``r`` where None. A class without a row is never
-            named, so its accuracy is 0.
         row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``; where
             None, that is ``forget``, or None if the model has no such rows.
     """
+    shown = Classifier.of(model, images.shape)
     wanted = forget_classes(forget, len(images.classes))
-    correct, counts = _count(model, images, labels)
+    correct, counts = _count(shown, images)
     gone = torch.zeros(len(counts), dtype=torch.bool)
     gone[list(wanted)] = True
     accuracy: dict[str, Any] = {
@@ -169,21 +162,21 @@ def evaluate(
     }
     if row_kept is not None:
         only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
-        accuracy["forget_row_kept"] = _share(*_count(row_kept, only, None))
+        accuracy["forget_row_kept"] = _share(*_count(row_kept, only))
     else:
-        has_rows = labels is None or set(wanted) <= set(labels)
+        has_rows = shown.labels is None or set(wanted) <= set(shown.labels)
         accuracy["forget_row_kept"] = accuracy["forget"] if has_rows else None
-    forward, _ = flops_per_image(model, images.shape)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    forward, _ = flops_per_image(shown.module, images.shape)
+    parameters = sum(parameter.numel() for parameter in shown.module.parameters())
     return {"accuracy": accuracy, "parameters": parameters, "macs": forward // 2}
 
 
-def _count(model: nn.Module, images: LabelledImages, labels: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
     """Return right answers and images per class, each core counting a part of the images."""
     part = max(1, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        counted = list(pool.map(lambda p: count_correct(model, p, len(images.classes), labels=labels), parts))
+        counted = list(pool.map(lambda own: count_correct(model.module, own, labels=model.labels), parts))
     return torch.stack([c for c, _ in counted]).sum(0), torch.stack([n for _, n in counted]).sum(0)
 
 

@@ -1,0 +1,13 @@
+"""Control: pruning without the repair after it."""
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.rounds import Federation
+from fedunlearn.methods.base import Method, Outcome, Request, delivered
+
+
+def pruned(model: Classifier, fed: Federation, request: Request) -> Outcome:
+    """Return the model that unlearning had right after pruning."""
+    return Outcome(delivered(request.unlearned.pruned, request))
+
+
+PRUNED = Method("pruned", "pruning only", "forward passes over all images", pruned)

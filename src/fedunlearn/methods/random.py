@@ -1,0 +1,32 @@
+"""Control: unlearning with channels drawn at random, of equal number and cost."""
+
+from dataclasses import replace
+from functools import partial
+
+from fedunlearn.audits.base import Subject
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.scores import random_scores
+from fedunlearn.federation.rounds import Federation
+from fedunlearn.methods.base import Method, Outcome, Request
+from fedunlearn.unlearn import unlearn
+
+
+def randomly(model: Classifier, fed: Federation, request: Request) -> Outcome:
+    """Return what unlearning makes of ``model`` when its scores are random."""
+    beside = fed.part("random")
+    if len(request.forget) == 1 or request.jointly:
+        # The same job: a second answer would only tell more of the clients.
+        beside.journal.adopt("measure-0", fed.journal)
+    done = unlearn(
+        model,
+        beside,
+        forget=request.forget,
+        cut=replace(request.cut, end="highest"),
+        repair=request.repair,
+        rank=replace(request.rank, criterion=partial(random_scores, seed=fed.seed)),
+        jointly=request.jointly,
+    )
+    return Outcome(Subject(done.model, done.repaired), done.cost)
+
+
+RANDOM = Method("random", "random + repair", "forward passes over all images, then gradients on kept images", randomly)

@@ -1,0 +1,166 @@
+"""The audit of a model on disk, unlearned by this tool or another, by the server or by one client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedunlearn.audits.audit import CANDIDATE, Record, audit
+from fedunlearn.audits.base import AuditImages, Subject, audit_images
+from fedunlearn.channels.groups import head_layer
+from fedunlearn.checkpoint import Weights, load_weights, read_weights
+from fedunlearn.errors import EvidenceError, ModelError
+from fedunlearn.evidence.folder import check_folder, sha256
+from fedunlearn.evidence.words import MODELS
+from fedunlearn.run.compare import retrained_models
+from fedunlearn.run.experiment import Experiment, new_model, normalised_for, read_data, set_up
+from fedunlearn.run.machine import settled
+from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.result import engine_block, judged
+from fedunlearn.run.work import Observe, Work, finished, opened, read_result
+
+
+def audit_model(
+    recipe: Recipe,
+    out: Path,
+    *,
+    model: Path,
+    oracles: Sequence[Path] = (),
+    client: str | None = None,
+    prepared: Callable[[Experiment], None] = lambda experiment: None,
+    observe: Observe = lambda phase, done, planned: None,
+) -> dict[str, Any]:
+    """Audit a model and return the content of result.json.
+
+    Args:
+        recipe: data, federation, architecture, and the classes that were forgotten.
+        out: folder for thresholds, figures and report; created, or gone on with.
+        model: weights of the recipe's architecture, pruned with a plan of ours or whole, with all output rows or
+            without those of the forgotten classes.
+        oracles: weights of models retrained without the classes; where there are none, they are retrained by the
+            recipe, or read from the cache.
+        client: audit with the images of this client alone: its training images, and its validation images as test.
+        prepared: called once data and clients are there.
+        observe: called with phase, steps done and steps planned.
+
+    Raises:
+        FedUnlearnError: something cannot be used.
+    """
+    check_folder(out)
+    weights = read_weights(model)
+    experiment = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
+    images = experiment.audit_images() if client is None else _of_client(experiment, client)
+    if client is not None and not oracles:
+        raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
+    candidate = _subject(weights, experiment)
+    named = _retrained(oracles, experiment, besides=model)
+    about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
+    rates: Mapping[str, float] = {}
+    if not oracles:
+        experiment, rates = settled(experiment, out)
+    work = opened("audit", experiment, out, about=about, rates=rates, observe=observe)
+    work.probed()
+    prepared(work.experiment)
+    finished(work, lambda: _blocks(work, candidate, named, images) | {"model": _file(model), "client": client})
+    work.fed.journal.close()
+    from fedunlearn.evidence.report import write_report  # slow to import
+
+    write_report(out)
+    return read_result(out)
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": sha256(path)}
+
+
+def _blocks(work: Work, candidate: Subject, named: Mapping[str, Subject], images: AuditImages) -> dict[str, Any]:
+    """Retrain where no retrained model was given, audit, and return the blocks of result.json."""
+    experiment = work.experiment
+    if not named:
+        count = experiment.recipe.audit.oracles
+        retrained = retrained_models(experiment, work.fed, data=work.data, count=count)
+        named = {
+            name: Subject(oracle.model.without_rows(experiment.forget), oracle.model)
+            for name, oracle in retrained.items()
+        }
+
+    def fixed(digest: str) -> None:
+        work.events.once("thresholds fixed", sha256=digest)
+
+    findings = audit(candidate, images, oracles=named, record=Record(work.out, fixed, work.fed.journal.report))
+    work.events.once("audited", verdict=findings.verdict)
+    judgement = findings.judgements[CANDIDATE]
+    return {
+        "forget": list(experiment.forget),
+        "classes": list(experiment.splits.test.classes),
+        "engine": engine_block(experiment),
+        "oracles": {name: {} for name in named},
+        "controls": {},
+        "audits": judgement["audits"],
+        "calibration": findings.held_out,
+    } | judged(judgement)
+
+
+def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Path) -> dict[str, Subject]:
+    """Return the retrained models in files; refuse what would let one model stand for several."""
+    hashes = {sha256(besides): besides}
+    named: dict[str, Subject] = {}
+    images = experiment.splits.train
+    for path in paths:
+        weights = read_weights(path)
+        if weights.mean not in (None, images.mean) or weights.std not in (None, images.std):
+            raise EvidenceError(
+                f"{path} was trained on images normalised by {weights.mean} and {weights.std}, the audited model by "
+                f"{images.mean} and {images.std}: models that see images differently cannot be compared"
+            )
+        same = hashes.setdefault(sha256(path), path)
+        if same != path:
+            raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
+        if path.stem in named or path.stem in MODELS:
+            raise EvidenceError(f"{path}: the name {path.stem!r} is taken by another model: rename the file")
+        named[path.stem] = _without_forgotten(_subject(weights, experiment), experiment.forget)
+    return named
+
+
+def _of_client(experiment: Experiment, client: str) -> AuditImages:
+    if client not in experiment.clients:
+        known = ", ".join(list(experiment.clients)[:5])
+        raise EvidenceError(f"there is no client {client!r}; there are {len(experiment.clients)}: {known}, ...")
+    if client not in experiment.validation:
+        raise EvidenceError(f"{client} holds no validation images to test with: set data.validation above 0")
+    return audit_images(
+        experiment.clients[client],
+        experiment.validation[client],
+        forget=experiment.forget,
+        per_class=experiment.recipe.audit.images,
+        seed=experiment.recipe.federation.seed,
+        lr=experiment.recipe.audit.lr,
+    )
+
+
+def _subject(weights: Weights, experiment: Experiment) -> Subject:
+    """Return the model in a file; one without a label map has a row for every class, or for every class but these."""
+    train, forget = experiment.splits.train, experiment.forget
+    empty = new_model(experiment.recipe, train, seed=0)
+    everything = tuple(range(len(train.classes)))
+    rows = weights.state.get(f"{head_layer(empty.module, empty.example)}.weight")
+    labels = weights.labels
+    if labels is None:
+        labels = everything
+        if rows is not None and len(rows) == len(everything) - len(forget):
+            empty = empty.without_rows(forget)
+            labels = empty.labels or ()
+    kept = set(everything) - set(forget)
+    if not kept <= set(labels) <= set(everything):
+        raise ModelError(
+            f"{weights.path} has output rows for the classes {sorted(labels)}, without {list(forget)} it needs "
+            f"{sorted(kept)}: check unlearn.forget"
+        )
+    model = replace(load_weights(empty, weights), labels=labels)
+    return Subject(model, model if labels == everything else None)
+
+
+def _without_forgotten(subject: Subject, forget: Sequence[int]) -> Subject:
+    return subject if subject.row_kept is None else Subject(subject.row_kept.without_rows(forget), subject.row_kept)
