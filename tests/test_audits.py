@@ -12,11 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import logits, make_images, make_net, normalised
+from fedunlearn.audits import audit as auditing
 from fedunlearn.audits import verdict
+from fedunlearn.audits.accuracy import confusion
 from fedunlearn.audits.artefacts import artefacts
-from fedunlearn.audits.audit import audit
+from fedunlearn.audits.audit import Record, audit, measure
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Shipped, Subject, View, share
+from fedunlearn.audits.images import audit_images
 from fedunlearn.audits.linear_probe import linear_probe
-from fedunlearn.audits.measure import Figure, confusion, measure_audits, share, view
 from fedunlearn.audits.membership import membership, rmia, signal
 from fedunlearn.audits.neighbours import jensen_shannon, mean_output, total_variation
 from fedunlearn.audits.observe import observe
@@ -25,11 +28,13 @@ from fedunlearn.audits.reestimation import reestimated
 from fedunlearn.audits.relearn import relearn, with_all_rows
 from fedunlearn.audits.representation import linear_cka, procrustes
 from fedunlearn.audits.rounding import rounded
-from fedunlearn.audits.subject import Subject, audit_images, without_rows
-from fedunlearn.channels.plan import plan_pruning, plan_without_rows, prune
+from fedunlearn.audits.table import AUDITS, FIGURES
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores
 from fedunlearn.checkpoint import save_checkpoint
 from fedunlearn.errors import DataError, EvidenceError, ModelError, RunError
+from fedunlearn.evidence import words
 from fedunlearn.training.sgd import Training, train_locally
 
 distributions = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda p: sum(p) > 0.01)
@@ -45,6 +50,17 @@ def trained_net(seed, *, exclude=()):
     for epoch in range(12):
         train_locally(net, images, Training(lr=0.1, batch_size=16), lr=0.1, draw=draw(100 * seed + epoch))
     return net.eval()
+
+
+def whole_model(net):
+    """Return ``net``, which has a row for every class, as it is."""
+    model = Classifier.of(net, (1, 8, 8))
+    return Subject(model, model)
+
+
+def delivered(net):
+    """Return ``net`` without the row of class 2."""
+    return Subject.without_rows(Classifier.of(net, (1, 8, 8)), [2])
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +125,14 @@ def test_prototypes_of_all_images_are_the_class_means_of_a_loop():
             for k in range(4)
         ]
         right += distances.index(min(distances)) == int(label)
-    found = prototype_accuracy(features, truth, test, test_truth, shots=10, draws=2, generator=draw())
+    found = prototype_accuracy(features, truth, test, test_truth, shots=10, draws=2, draw=draw())
     assert found.tolist() == [right / 20, right / 20]
 
 
 def test_relearning_a_retrained_model_twice_gives_the_same_curve(nets, set_of_images):
-    own = without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8))
+    own = delivered(nets[1][0])
     forgotten = set_of_images.forgotten(set_of_images.test)
-    curves = [
-        relearn(own.model, set_of_images.known, forgotten, labels=own.labels, lr=0.05, doublings=3, draw=draw())
-        for _ in range(2)
-    ]
+    curves = [relearn(own.model, set_of_images.known, forgotten, lr=0.05, doublings=3, draw=draw()) for _ in range(2)]
     assert curves[0] == curves[1]
     assert curves[0].forget[0] == 0
     assert curves[0].samples_until(1.1) is None
@@ -127,18 +140,19 @@ def test_relearning_a_retrained_model_twice_gives_the_same_curve(nets, set_of_im
 
 def test_relearning_ends_with_fewer_images_than_a_batch(nets):
     few = make_images(20, 4)
-    curve = relearn(nets[0], few, few, labels=range(4), lr=0.01, doublings=2, draw=draw())
+    curve = relearn(Classifier.of(nets[0], few.shape), few, few, lr=0.01, doublings=2, draw=draw())
     assert curve.samples == (0, 80, 140, 260)  # epochs of 20, beyond 64, 128 and 256
 
 
 def test_relearning_starts_from_the_rows_that_are_there(nets):
-    own = without_rows(nets[0], [2], classes=4, shape=(1, 8, 8))
+    rowless = delivered(nets[0]).model
     inputs = normalised(make_images(20, 4))
-    grown = logits(with_all_rows(own.model, own.labels, 4, (1, 8, 8)), inputs)
-    torch.testing.assert_close(grown[:, :3], logits(own.model, inputs))
-    torch.testing.assert_close(grown[:, 3], own.model[-1].bias.mean().expand(20))
-    whole = with_all_rows(nets[0], (0, 1, 2, 3), 4, (1, 8, 8))
-    torch.testing.assert_close(logits(whole, inputs), logits(nets[0], inputs))
+    grown = with_all_rows(rowless, 4)
+    assert grown.labels == (0, 1, 3, 2)
+    torch.testing.assert_close(logits(grown.module, inputs)[:, :3], logits(rowless.module, inputs))
+    torch.testing.assert_close(logits(grown.module, inputs)[:, 3], rowless.module[-1].bias.mean().expand(20))
+    whole = with_all_rows(Classifier.of(nets[0], (1, 8, 8)), 4)
+    torch.testing.assert_close(logits(whole.module, inputs), logits(nets[0], inputs))
 
 
 @given(distributions, distributions)
@@ -232,12 +246,12 @@ def test_rounding_leaves_few_levels_per_channel_and_at_16_bits_the_same_logits(n
 def shipped(tmp_path):
     """A pruned net with its file, and its original."""
     net = make_net(classes=3)
+    original = Classifier.of(net, (1, 8, 8))
     scores = ChannelScores({"0": torch.arange(1.0, 7.0), "3": torch.arange(1.0, 9.0)})
-    step = plan_pruning(net, scores, fraction=0.3, example=torch.randn(2, 1, 8, 8))
-    small = prune(net, step)
-    rows = plan_without_rows(small, "8", [1])
-    write_shipped(tmp_path / "model.safetensors", prune(small, rows), step.then(rows))
-    return tmp_path / "model.safetensors", net, prune(small, rows), step.then(rows)
+    pruned = original.cut(plan_pruning(find_channels(net, original.example), scores, Cut(0.3)))
+    small = pruned.without_rows([1])
+    write_shipped(tmp_path / "model.safetensors", small.module, small.plan)
+    return tmp_path / "model.safetensors", net, small
 
 
 def write_shipped(path, model, plan, *, labels=(0, 2)):
@@ -254,19 +268,19 @@ def write_shipped(path, model, plan, *, labels=(0, 2)):
 
 
 def test_a_clean_file_has_no_artefacts(shipped):
-    path, net, _, _ = shipped
+    path, net, _ = shipped
     assert artefacts(path, state=net.state_dict(), forget=[1]) == []
 
 
 def test_artefacts_are_named(shipped):
-    path, net, small, plan = shipped
-    write_shipped(path, net, plan, labels=(0, 1, 2))
+    path, net, small = shipped
+    write_shipped(path, net, small.plan, labels=(0, 1, 2))
     found = artefacts(path, state=net.state_dict(), forget=[1])
     assert "the labels name the forgotten class 1" in found
     assert "tensor 8.weight has shape [3, 8], the plan leaves [2, 6]" in found
     assert any(line.startswith("filter 5 of 0.weight is still in the file") for line in found)
-    small.register_buffer("momentum", torch.zeros(3))
-    write_shipped(path, small, plan)
+    small.module.register_buffer("momentum", torch.zeros(3))
+    write_shipped(path, small.module, small.plan)
     assert artefacts(path, state=net.state_dict(), forget=[1]) == ["tensor momentum is not of the architecture"]
 
 
@@ -297,10 +311,8 @@ def test_duplicates_across_training_and_test_are_left_out_of_membership_and_coun
     assert own.duplicates == 3
     assert own.others.tolist() == list(range(3, 80))
     assert not any(image.equal(train.images[2]) for image in own.members.images)
-    views = [view(without_rows(net, [2], classes=4, shape=(1, 8, 8)), own) for net in nets[1]]
-    found = measure_audits(
-        without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8)), own, lr=0.05, own=views[0], references=views[1:]
-    )
+    views = [View(delivered(net), own) for net in nets[1]]
+    found = measure(AUDITS, views[0], views[1:])
     assert found.details["membership"]["duplicates_left_out"] == 3
     assert found.details["membership"]["forget"]["members"] == 39
     assert found.details["membership"]["forget"]["others"] == 19
@@ -401,15 +413,12 @@ def test_the_error_of_a_share_is_not_0_at_0_of_30():
 
 def whole(nets, images, folder, *, fixed=lambda digest: None):
     original, oracles = nets
-    deliver = {"classes": 4, "shape": (1, 8, 8)}
     return audit(
-        Subject(original, (0, 1, 2, 3), original),
-        oracles={f"retrained-{k}": without_rows(net, [2], **deliver) for k, net in enumerate(oracles)},
-        controls={"head_only": without_rows(original, [2], **deliver, row_known=False)},
-        images=images,
-        lr=0.05,
-        folder=folder,
-        fixed=fixed,
+        whole_model(original),
+        images,
+        oracles={f"retrained-{k}": delivered(net) for k, net in enumerate(oracles)},
+        controls={"head_only": Subject(delivered(original).model)},
+        record=Record(folder, fixed),
     )
 
 
@@ -447,10 +456,7 @@ def test_damaged_figures_of_an_audit_are_named(nets, set_of_images, tmp_path):
 
 
 def test_without_retrained_models_what_compares_with_them_is_left_out(nets, set_of_images):
-    original, _ = nets
-    found = audit(
-        Subject(original, (0, 1, 2, 3), original), oracles={}, controls={}, images=set_of_images, lr=0.05, folder=None
-    )
+    found = audit(whole_model(nets[0]), set_of_images, oracles={})
     assert found.verdict == verdict.NO_VERDICT
     assert not {"neighbours", "membership", "cka", "procrustes"} & set(found.models["unlearned"].figures)
     assert found.held_out["models"] == {}
@@ -463,18 +469,17 @@ def test_figures_of_another_model_are_not_taken_for_this_one_s(nets, set_of_imag
 
 
 def test_two_models_of_one_name_are_refused(nets, set_of_images):
-    own = without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8))
+    same = delivered(nets[1][0])
     with pytest.raises(EvidenceError, match="two models are named 'unlearned'"):
-        audit(own, oracles={"unlearned": own}, controls={}, images=set_of_images, lr=0.05)
+        audit(same, set_of_images, oracles={"unlearned": same})
 
 
 def test_a_candidate_does_not_pass_where_head_only_passes(nets, set_of_images):
-    deliver = {"classes": 4, "shape": (1, 8, 8)}
-    oracles = {str(k): without_rows(net, [2], **deliver) for k, net in enumerate(nets[1][:3])}
-    same = without_rows(nets[1][0], [2], **deliver)
-    passes = audit(same, oracles=oracles, controls={}, images=set_of_images, lr=0.05)
+    oracles = {str(k): delivered(net) for k, net in enumerate(nets[1][:3])}
+    same = delivered(nets[1][0])
+    passes = audit(same, set_of_images, oracles=oracles)
     assert passes.verdict == verdict.INDISTINGUISHABLE
-    blind = audit(same, oracles=oracles, controls={"head_only": same}, images=set_of_images, lr=0.05)
+    blind = audit(same, set_of_images, oracles=oracles, controls={"head_only": same})
     assert blind.verdict == verdict.NO_VERDICT
     assert "cannot tell head_only from retraining" in blind.judgements["unlearned"]["reason"]
 
@@ -483,14 +488,50 @@ def test_all_images_of_the_class_may_be_duplicates(nets):
     same = make_images(160, 4)
     own = audit_images(same, same, forget=[2], per_class=30, seed=0)
     assert (len(own.members), len(own.others)) == (0, 0)
-    found = audit(
-        without_rows(nets[1][0], [2], classes=4, shape=(1, 8, 8)),
-        oracles={"a": without_rows(nets[1][1], [2], classes=4, shape=(1, 8, 8))},
-        controls={},
-        images=own,
-        lr=0.05,
-    )
+    found = audit(delivered(nets[1][0]), own, oracles={"a": delivered(nets[1][1])})
     assert "membership" not in found.models["unlearned"].figures
+
+
+def test_an_audit_is_one_file_and_one_row(nets, set_of_images, tmp_path, monkeypatch):
+    def unsure(subject, images, seen, references):
+        of_class = torch.isin(images.test.labels, torch.tensor(images.forget))
+        return Found({"doubt": Figure(float(1 - seen.test.logits[of_class].softmax(1).amax(1).mean()))}, {"doubt": 7})
+
+    made_up = Audit("doubt", {"doubt": FigureKind("doubt", "How unsure is the model of the class?", "apart")}, unsure)
+    monkeypatch.setattr(auditing, "AUDITS", (*AUDITS, made_up))  # as if the row were in the table
+    monkeypatch.setitem(FIGURES, "doubt", made_up.figures["doubt"])
+    monkeypatch.setitem(verdict.KINDS, "doubt", made_up.figures["doubt"].kind)
+    found = whole(nets, set_of_images, tmp_path)
+    assert list(found.bands)[-1] == "doubt"
+    assert found.judgements["head_only"]["audits"]["doubt"]["verdict"] in ("inside", "above", "below")
+    assert json.loads((tmp_path / "audits" / "unlearned.json").read_text())["details"]["doubt"] == 7
+    assert words.clipped((-1.0, 3.0), "doubt") == (0.0, 1.0)
+
+
+def test_the_table_names_every_audit_and_every_figure_once():
+    assert len({audit.name for audit in AUDITS}) == len(AUDITS)
+    assert len(FIGURES) == sum(len(audit.figures) for audit in AUDITS)
+    assert list(FIGURES) == list(verdict.KINDS)
+
+
+def test_a_figure_that_an_audit_does_not_declare_is_refused(nets, set_of_images):
+    odd = Audit("odd", {}, lambda *_: Found({"surprise": Figure(1.0)}))
+    with pytest.raises(EvidenceError, match="the audit odd gives the figure 'surprise', which it does not declare"):
+        measure([odd], View(delivered(nets[0]), set_of_images))
+
+
+def test_the_shipped_file_is_looked_at_again_when_an_audit_goes_on(nets, set_of_images, tmp_path):
+    path, subject = tmp_path / "model.safetensors", delivered(nets[0])
+    subject = replace(subject, shipped=Shipped(path, nets[0].state_dict()))
+    plan = subject.model.plan
+    write_shipped(path, subject.model.module, plan, labels=(0, 1, 3))
+    found = audit(subject, set_of_images, oracles={}, record=Record(tmp_path))
+    assert found.models["unlearned"].figures["artefacts"] == Figure(0.0)
+    assert found.judgements["unlearned"]["audits"]["artefacts"]["verdict"] == "inside"
+    write_shipped(path, nets[0], plan, labels=(0, 1, 2, 3))
+    again = audit(subject, set_of_images, oracles={}, record=Record(tmp_path))
+    assert "the labels name the forgotten class 2" in again.models["unlearned"].details["artefacts"]
+    assert again.judgements["unlearned"]["audits"]["artefacts"]["verdict"] == "above"
 
 
 def test_a_figure_without_a_band_or_that_is_no_number_does_not_pass():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 from torch import Tensor
 
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
 from fedunlearn.errors import ModelError
 
 _METADATA = {"schema", "architecture", "labels", "classes", "mean", "std", "plan"}
@@ -60,3 +63,26 @@ def _inside(filter: Tensor, data: bytes) -> bool:
     """Return whether the first kernel of ``filter`` is in ``data``; a single weight, or zeros, would prove nothing."""
     kernel = filter.detach().cpu().contiguous().flatten(1)[0]
     return len(kernel) > 1 and bool(kernel.count_nonzero()) and kernel.numpy().tobytes() in data
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if subject.shipped is None:
+        return Found()
+    lines = artefacts(subject.shipped.path, state=subject.shipped.state, forget=images.forget)
+    return Found({"artefacts": Figure(float(len(lines)))}, {"artefacts": lines})
+
+
+AUDIT = Audit(
+    "artefacts",
+    {
+        "artefacts": FigureKind(
+            "artefacts",
+            "Is anything of the class left in the shipped file (findings)?",
+            "class",
+            largest=math.inf,
+            fixed=0.0,
+        )
+    },
+    _measure,
+    resumed=False,  # the file may be another one by then
+)

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fedunlearn.audits.measure import Figure, Measured, View, measure_audits, view
-from fedunlearn.audits.subject import AuditImages, Subject
+from fedunlearn.audits.base import Audit, Figure, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
+from fedunlearn.audits.table import AUDITS
 from fedunlearn.audits.verdict import (
     FEWEST,
     INDISTINGUISHABLE,
@@ -28,6 +29,41 @@ THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
 CANDIDATE = "unlearned"
 _MUST_FAIL = ("original", "head_only")  # where one of these passes, the audits have no power
+# Figures and details come first in a file in this order, which is older than the table; all others follow.
+_ORDER = (
+    "retain",
+    "forget",
+    "reestimated",
+    "int8",
+    "int4",
+    "confusion",
+    "probe",
+    "probe_retain",
+    "prototype_1",
+    "prototype_5",
+    "prototype_10",
+    "prototype_draws",
+    "relearn",
+    "neighbours",
+    "membership",
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Where an audit writes, and whom it tells.
+
+    Attributes:
+        folder: where thresholds.json and, per model, audits/NAME.json go; an audit that was cut off goes on from them.
+        fixed: called with the SHA-256 of thresholds.json before the candidate is measured.
+        observe: called with ``"audit"``, models done and models planned.
+    """
+
+    folder: Path | None = None
+    fixed: Callable[[str], None] = lambda digest: None
+    observe: Callable[[str, int, int], None] = lambda phase, done, planned: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +78,7 @@ class Findings:
     """
 
     bands: Mapping[str, Band]
-    models: Mapping[str, Measured]
+    models: Mapping[str, Found]
     judgements: Mapping[str, Mapping[str, Any]]
     held_out: Mapping[str, Any]
 
@@ -54,28 +90,20 @@ class Findings:
 
 def audit(
     candidate: Subject,
+    images: AuditImages,
     *,
     oracles: Mapping[str, Subject],
-    controls: Mapping[str, Subject],
-    images: AuditImages,
-    lr: float,
-    artefacts: Mapping[str, Sequence[str]] | None = None,
-    folder: Path | None = None,
-    fixed: Callable[[str], None] = lambda digest: None,
-    observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
+    controls: Mapping[str, Subject] = {},
+    record: Record = Record(),
 ) -> Findings:
     """Judge a model by bands that its retrained counterparts set before it is measured.
 
     Args:
         candidate: the model.
+        images: what to audit with.
         oracles: retrained models by name; fewer than three give figures and no verdict.
         controls: models that should fail, by name.
-        images: what to audit with.
-        lr: learning rate of relearning.
-        artefacts: what was found in the files of models, by name of the model, where files were looked at.
-        folder: where thresholds.json and, per model, audits/NAME.json go; an audit that was cut off goes on from them.
-        fixed: called with the SHA-256 of thresholds.json before the candidate is measured.
-        observe: called with ``"audit"``, models done and models planned.
+        record: where thresholds and figures go.
 
     Raises:
         RunError: thresholds.json is there and says something else, or a file of figures is of another model.
@@ -85,38 +113,63 @@ def audit(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")
-    views = {name: view(subject, images) for name, subject in oracles.items()}
-    models: dict[str, Measured] = {}
+    views = {name: View(subject, images) for name, subject in oracles.items()}
+    models: dict[str, Found] = {}
 
-    def measured(name: str, subject: Subject) -> Measured:
-        observe("audit", len(models), len(names))
-        references = [own for other, own in views.items() if other != name]
-        state = _state_hash(subject)
-        found = _kept(folder, name, state) or _measure(subject, images, lr, views.get(name), references)
-        if artefacts is not None and name in artefacts:
-            found.figures["artefacts"] = Figure(float(len(artefacts[name])))
-            found.details["artefacts"] = list(artefacts[name])
-        _keep(folder, name, state, found)
-        models[name] = found
-        return found
+    def measured(name: str, subject: Subject) -> Mapping[str, Figure]:
+        record.observe("audit", len(models), len(names))
+        references = [view for other, view in views.items() if other != name]
+        models[name] = _measured(record.folder, name, views.get(name) or View(subject, images), references)
+        return models[name].figures
 
-    own = {name: measured(name, subject).figures for name, subject in oracles.items()}
-    bands = calibrate(list(own.values()) if len(own) >= FEWEST else [])
-    fixed(_fix(folder, json.dumps(thresholds_json(bands, oracles=len(oracles)), indent=2) + "\n"))
-    others = {name: measured(name, subject).figures for name, subject in controls.items()}
+    retrained = {name: measured(name, subject) for name, subject in oracles.items()}
+    bands = calibrate(list(retrained.values()) if len(retrained) >= FEWEST else [])
+    record.fixed(_fix(record.folder, json.dumps(thresholds_json(bands, oracles=len(oracles)), indent=2) + "\n"))
+    others = {name: measured(name, subject) for name, subject in controls.items()}
     chance = 1 / len(images.test.classes)
-    judged = others | {CANDIDATE: measured(CANDIDATE, candidate).figures}
-    observe("audit", len(names), len(names))
+    judged = others | {CANDIDATE: measured(CANDIDATE, candidate)}
+    record.observe("audit", len(names), len(names))
     judgements = {name: judge(figures, bands, oracles=len(oracles), chance=chance) for name, figures in judged.items()}
     for name in _MUST_FAIL:
         passes = name in judgements and judgements[name]["verdict"] == INDISTINGUISHABLE
         if passes and judgements[CANDIDATE]["verdict"] == INDISTINGUISHABLE:
             judgements[CANDIDATE] = powerless(judgements[CANDIDATE], name)
-    return Findings(bands, models, judgements, leave_one_out(own, others, chance=chance))
+    return Findings(bands, models, judgements, leave_one_out(retrained, others, chance=chance))
 
 
-def _measure(subject: Subject, images: AuditImages, lr: float, own: View | None, references: list[View]) -> Measured:
-    return measure_audits(subject, images, lr=lr, own=own or view(subject, images), references=references)
+def measure(audits: Sequence[Audit], seen: View, references: Sequence[View] = ()) -> Found:
+    """Return what ``audits`` find of one model.
+
+    Args:
+        audits: rows of the table.
+        seen: what the model makes of the images.
+        references: what retrained models make of them, this model not among them.
+
+    Raises:
+        EvidenceError: an audit gives a figure that it does not declare, which no verdict would heed.
+    """
+    found = Found()
+    for audit in audits:
+        part = audit.measure(seen.subject, seen.images, seen, references)
+        for name in part.figures:
+            if name not in audit.figures:
+                raise EvidenceError(
+                    f"the audit {audit.name} gives the figure {name!r}, which it does not declare: add it to AUDIT"
+                )
+        found.figures.update(part.figures)
+        found.details.update(part.details)
+    return found
+
+
+def _measured(folder: Path | None, name: str, seen: View, references: Sequence[View]) -> Found:
+    """Read the figures of a model or measure them, and write them."""
+    state = _state_hash(seen.subject)
+    kept = _kept(folder, name, state)
+    found = measure([audit for audit in AUDITS if kept is None or not audit.resumed], seen, references)
+    if kept is not None:
+        found = Found(kept.figures | found.figures, kept.details | found.details)
+    _keep(folder, name, state, found)
+    return found
 
 
 def _fix(folder: Path | None, text: str) -> str:
@@ -135,19 +188,19 @@ def _fix(folder: Path | None, text: str) -> str:
 def _state_hash(subject: Subject) -> str:
     digest = hashlib.sha256(json.dumps(subject.labels).encode())
     for model in (subject.model, subject.row_kept):
-        for name, tensor in ({} if model is None else model.state_dict()).items():
+        for name, tensor in ({} if model is None else model.module.state_dict()).items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _kept(folder: Path | None, name: str, state: str) -> Measured | None:
+def _kept(folder: Path | None, name: str, state: str) -> Found | None:
     path = None if folder is None else folder / FOLDER / f"{name}.json"
     if path is None or not path.exists():
         return None
     try:
         value = json.loads(path.read_text("utf-8"))
-        figures = {figure: Figure(**own) for figure, own in value["figures"].items()}
-        found, state_there = Measured(figures, value["details"]), value["state"]
+        figures = {figure: Figure(**fields) for figure, fields in value["figures"].items()}
+        found, state_there = Found(figures, value["details"]), value["state"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: expected the figures of an audit, but {error}: delete {path}") from error
     if state_there != state:
@@ -155,9 +208,14 @@ def _kept(folder: Path | None, name: str, state: str) -> Measured | None:
     return found
 
 
-def _keep(folder: Path | None, name: str, state: str, found: Measured) -> None:
+def _keep(folder: Path | None, name: str, state: str, found: Found) -> None:
     if folder is not None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        figures = {figure: asdict(own) for figure, own in found.figures.items()}
-        value = {"state": state, "figures": figures, "details": found.details}
+        figures = {figure: asdict(value) for figure, value in _in_order(found.figures).items()}
+        value = {"state": state, "figures": figures, "details": _in_order(found.details)}
         write_text(folder / FOLDER / f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+
+def _in_order(values: Mapping[str, T]) -> dict[str, T]:
+    names = sorted(values, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    return {name: values[name] for name in names}

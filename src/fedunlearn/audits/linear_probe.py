@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View, share
+from fedunlearn.audits.images import AuditImages
 
 _STEPS = 300
 
@@ -42,3 +46,20 @@ def linear_probe(features: Tensor, truth: Tensor, test_features: Tensor) -> Tens
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(features.double().numpy(), truth.numpy())
     return torch.from_numpy(probe.predict(test_features.double().numpy()))
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    truth = images.test.labels
+    right = linear_probe(seen.known.features, images.known.labels, seen.test.features) == truth
+    of_class = torch.isin(truth, torch.tensor(images.forget))
+    return Found(
+        {"probe": share(int(right[of_class].sum()), int(of_class.sum()))},
+        {"probe_retain": float(right[~of_class].double().mean())},
+    )
+
+
+AUDIT = Audit(
+    "linear_probe",
+    {"probe": FigureKind("linear probe", "Can a linear probe on the frozen features tell the class?", "class")},
+    _measure,
+)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
+
 _FALSE_POSITIVES = 0.01
 _LEVEL = 0.95
 
@@ -42,7 +45,7 @@ class Membership:
 
 
 def signal(logits: Tensor, truth: Tensor, *, labels: Sequence[int]) -> Tensor:
-    """Return the log-probability of each image's class, or of the likeliest class where its own has no row.
+    """Return the log-probability of each image's class, or of the likeliest class where the image's class has no row.
 
     Args:
         logits: shape ``(images, rows)``.
@@ -56,8 +59,8 @@ def signal(logits: Tensor, truth: Tensor, *, labels: Sequence[int]) -> Tensor:
     log_probabilities = logits.double().log_softmax(1)
     value = log_probabilities.max(1).values
     for row, label in enumerate(labels):
-        own = truth == label
-        value[own] = log_probabilities[own, row]
+        of_class = truth == label
+        value[of_class] = log_probabilities[of_class, row]
     return value
 
 
@@ -102,7 +105,8 @@ def membership(members: Tensor, others: Tensor) -> Membership:
         >>> membership(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])).auc
         1.0
     """
-    from sklearn.metrics import roc_auc_score  # slow to import
+    from scipy.stats import binomtest  # slow to import
+    from sklearn.metrics import roc_auc_score
 
     m, n = len(members), len(others)
     truth = torch.cat([torch.ones(m), torch.zeros(n)])
@@ -111,13 +115,47 @@ def membership(members: Tensor, others: Tensor) -> Membership:
     threshold = others.sort().values[-1 - int(_FALSE_POSITIVES * n)]
     found = int((members > threshold).sum())
     error = float(max(spread, 0.0) / (m * n)) ** 0.5
-    return Membership(auc, error, found / m, _exact_interval(found, m), m, n)
+    interval = binomtest(found, m).proportion_ci(confidence_level=_LEVEL, method="exact")
+    return Membership(auc, error, found / m, (float(interval.low), float(interval.high)), m, n)
 
 
-def _exact_interval(found: int, total: int) -> tuple[float, float]:
-    from scipy import special  # slow to import
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if not references:
+        return Found()
+    found = Found(details={"membership": {"duplicates_left_out": images.duplicates}})
+    members, others = _signal_of_members(seen), _signal_of_others(seen)
+    members_of_references = torch.stack([_signal_of_members(reference) for reference in references])
+    others_of_references = torch.stack([_signal_of_others(reference) for reference in references])
+    for name, classes in (("forget", images.forget), ("retain", images.kept)):
+        inside = torch.isin(images.members.labels, torch.tensor(classes))
+        outside = torch.isin(images.test.labels[images.others], torch.tensor(classes))
+        if not bool(inside.any()) or not bool(outside.any()):  # all of them are duplicates
+            continue
+        told = membership(
+            rmia(members[inside], members_of_references[:, inside]),
+            rmia(others[outside], others_of_references[:, outside]),
+        )
+        found.details["membership"][name] = told.to_dict()
+        if name == "forget":
+            found.figures["membership"] = Figure(told.auc, told.auc_error)
+    return found
 
-    tail = (1 - _LEVEL) / 2
-    low = float(special.betaincinv(found, total - found + 1, tail)) if found else 0.0
-    high = float(special.betaincinv(found + 1, total - found, 1 - tail)) if found < total else 1.0
-    return low, high
+
+def _signal_of_members(view: View) -> Tensor:
+    return signal(view.members, view.images.members.labels, labels=view.subject.labels)
+
+
+def _signal_of_others(view: View) -> Tensor:
+    others, test = view.images.others, view.images.test
+    return signal(view.test.logits[others], test.labels[others], labels=view.subject.labels)
+
+
+AUDIT = Audit(
+    "membership",
+    {
+        "membership": FigureKind(
+            "membership AUC", "Can its training images be told from its test images (chance: 50)?", "class"
+        )
+    },
+    _measure,
+)

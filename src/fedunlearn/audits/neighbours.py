@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
+
 
 def mean_output(logits: Tensor, *, labels: Sequence[int], kept: Sequence[int]) -> Tensor:
     """Return the mean probability of each kept class, the rows of other classes left out.
@@ -49,3 +52,41 @@ def jensen_shannon(p: Tensor, q: Tensor) -> float:
     p, q = p.double(), q.double()
     entropy = torch.special.entr
     return float((entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum()) / math.log(2)
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if not references:
+        return Found()
+    output = _outputs(seen)
+    expected = torch.stack([_outputs(reference) for reference in references]).mean(0)
+    pairs = list(zip(output, expected))
+    return Found(
+        {"neighbours": Figure(sum(total_variation(p, q) for p, q in pairs) / len(pairs))},
+        {
+            "neighbours": {
+                "jensen_shannon": sum(jensen_shannon(p, q) for p, q in pairs) / len(pairs),
+                "output": output.tolist(),
+                "retrained": expected.tolist(),
+            }
+        },
+    )
+
+
+def _outputs(view: View) -> Tensor:
+    """Return the mean output on each forgotten class, shape ``(forgotten classes, kept classes)``."""
+    images, labels = view.images, view.subject.labels
+    of_class = [view.test.logits[images.test.labels == label] for label in images.forget]
+    return torch.stack([mean_output(logits, labels=labels, kept=images.kept) for logits in of_class])
+
+
+AUDIT = Audit(
+    "neighbours",
+    {
+        "neighbours": FigureKind(
+            "neighbours (TV)",
+            "How far is its mean output from that of retrained models (total variation)?",
+            "apart",
+        )
+    },
+    _measure,
+)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import head_layer, prunable_layers
-from fedunlearn.channels.taps import Tap, channel_means, find_taps, reading
+from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.taps import Tap, channel_means, reading
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import cores, one_torch_thread
@@ -34,7 +35,7 @@ class Observed:
     layers: Mapping[str, Tensor]
 
 
-def observe(model: nn.Module, images: LabelledImages, *, layers: bool = False) -> Observed:
+def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bool = False) -> Observed:
     """Return what ``model`` makes of ``images`` in evaluation mode, each core observing a part of them.
 
     Args:
@@ -45,15 +46,15 @@ def observe(model: nn.Module, images: LabelledImages, *, layers: bool = False) -
     Raises:
         ModelError: the model does not end in a linear layer.
     """
-    example = torch.zeros((2, *images.shape))
-    taps = {_HEAD: Tap(head_layer(model, example), "input", 0, 0)}
+    classifier = Classifier.of(model, images.shape)
+    module, example = classifier.module, classifier.example
+    taps = {_HEAD: Tap(head_layer(module, example), "input", 0, 0)}
     if layers:
-        found = find_taps(model, prunable_layers(model, example), example, hook="activation")
-        taps |= {name: tap for name, tap in found.items() if tap.module}
+        taps |= {name: tap for name, tap in find_channels(module, example).taps.items() if tap.module}
     part = -(-len(images) // cores())
     parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        seen = list(pool.map(lambda own: _observe(copy.deepcopy(model).eval(), own, taps), parts))
+        seen = list(pool.map(lambda some: _observe(copy.deepcopy(module).eval(), some, taps), parts))
     return _joined(seen)
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, share
+from fedunlearn.audits.images import AuditImages
+from fedunlearn.seeding import generator
+
+_SHOTS = (1, 5, 10)
+_DRAWS = 50
 
 
 def prototype_accuracy(
@@ -15,7 +24,7 @@ def prototype_accuracy(
     *,
     shots: int,
     draws: int,
-    generator: torch.Generator,
+    draw: torch.Generator,
 ) -> Tensor:
     """Return, per draw, the share of test images whose nearest class prototype is that of their class.
 
@@ -29,7 +38,7 @@ def prototype_accuracy(
         test_truth: their classes, int64, shape ``(test images,)``.
         shots: images per class; all where a class has fewer.
         draws: how often to draw.
-        generator: owner of the draws.
+        draw: owner of the draws.
 
     Returns:
         Shares, float64, shape ``(draws,)``.
@@ -37,7 +46,7 @@ def prototype_accuracy(
     Example:
         >>> h = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> prototype_accuracy(h, torch.tensor([0, 1]), h, torch.tensor([0, 1]), shots=1, draws=2,
-        ...                    generator=torch.Generator())
+        ...                    draw=torch.Generator())
         tensor([1., 1.], dtype=torch.float64)
     """
     unit, test_unit = F.normalize(features), F.normalize(test_features)
@@ -47,8 +56,41 @@ def prototype_accuracy(
         prototypes = []
         for label in classes:
             rows = (truth == label).nonzero().flatten()
-            chosen = rows[torch.randperm(len(rows), generator=generator)[:shots]]
+            chosen = rows[torch.randperm(len(rows), generator=draw)[:shots]]
             prototypes.append(unit[chosen].mean(0))
         named = classes[torch.cdist(test_unit, torch.stack(prototypes)).argmin(1)]
         shares.append((named == test_truth).double().mean())
     return torch.stack(shares)
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    of_class = torch.isin(images.test.labels, torch.tensor(images.forget))
+    total = int(of_class.sum())
+    found = Found(details={"prototype_draws": {}})
+    for shots in _SHOTS:
+        shares = prototype_accuracy(
+            seen.known.features,
+            images.known.labels,
+            seen.test.features[of_class],
+            images.test.labels[of_class],
+            shots=shots,
+            draws=_DRAWS,
+            draw=generator(images.seed, "audit", "prototypes", shots),
+        )
+        mean = float(shares.mean())
+        found.figures[f"prototype_{shots}"] = Figure(mean, share(round(mean * total), total).error)
+        found.details["prototype_draws"][str(shots)] = [float(shares.quantile(q)) for q in (0.05, 0.5, 0.95)]
+    return found
+
+
+AUDIT = Audit(
+    "prototypes",
+    {
+        "prototype_1": FigureKind(
+            "1-shot prototypes", "Does one image per class bring it back (nearest prototype)?", "class"
+        ),
+        "prototype_5": FigureKind("5-shot prototypes", "Do five images per class?", "class"),
+        "prototype_10": FigureKind("10-shot prototypes", "Do ten?", "class"),
+    },
+    _measure,
+)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from fedunlearn.audits.accuracy import accuracy
+from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_sums, fit_batch_norm
 
 
@@ -32,3 +37,22 @@ def reestimated(model: nn.Module, images: LabelledImages, *, draw: torch.Generat
     fitted = copy.deepcopy(model)
     fit_batch_norm(fitted, [batch_norm_sums(copy.deepcopy(model), images, draw)])
     return fitted
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if subject.row_kept is None:
+        return Found()
+    draw = generator(images.seed, "audit", "reestimation")
+    fitted = reestimated(subject.row_kept.module, images.known.without(images.forget), draw=draw)
+    return Found({"reestimated": accuracy(fitted, images.forgotten(images.test))})
+
+
+AUDIT = Audit(
+    "reestimation",
+    {
+        "reestimated": FigureKind(
+            "U, re-estimated", "Does a label-free pass over kept images bring the class back?", "class"
+        )
+    },
+    _measure,
+)

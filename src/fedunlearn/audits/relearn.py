@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, row_labels, share
+from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.groups import head_layer
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.seeding import generator
 from fedunlearn.training.sgd import Sgd
 
 _BATCH = 64
+_DOUBLINGS = 5
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,10 @@ class Relearned:
 
 
 def relearn(
-    model: nn.Module,
+    model: Classifier,
     train: LabelledImages,
     test: LabelledImages,
     *,
-    labels: Sequence[int],
     lr: float,
     doublings: int,
     draw: torch.Generator,
@@ -61,18 +65,18 @@ def relearn(
     few more where an epoch ends in a smaller batch.
 
     Args:
-        model: the CNN as delivered.
+        model: the model as delivered.
         train: images of all classes.
         test: test images of the forgotten classes.
-        labels: the class of each output row.
         lr: learning rate.
         doublings: length of the training.
         draw: owner of the shuffles.
     """
     classes = len(train.classes)
-    learner = with_all_rows(model, labels, classes, train.shape)
+    grown = with_all_rows(model, classes)
+    learner = grown.module
     row_of = torch.empty(classes, dtype=torch.int64)
-    row_of[torch.tensor(_all_labels(labels, classes))] = torch.arange(classes)
+    row_of[torch.tensor(grown.labels)] = torch.arange(classes)
     optimiser = Sgd(learner.parameters(), lr=lr, momentum=0.9)
     samples, forget, seen = [0], [_accuracy(learner, test, row_of)], 0
     points = [_BATCH * 2**k for k in range(doublings + 1)]
@@ -93,27 +97,53 @@ def relearn(
     return Relearned(tuple(samples), tuple(forget))
 
 
-def with_all_rows(model: nn.Module, labels: Sequence[int], classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Return a copy of ``model`` whose last layer has rows of zeros after its own for the classes it lacks."""
-    grown = copy.deepcopy(model)
-    missing = classes - len(labels)
-    if missing == 0:
+def with_all_rows(model: Classifier, classes: int) -> Classifier:
+    """Return a copy of ``model`` whose last layer has new rows of zeros, after the others, for the classes it lacks."""
+    labels = row_labels(model)
+    missing = sorted(set(range(classes)) - set(labels))
+    module = copy.deepcopy(model.module)
+    grown = replace(model, module=module, labels=(*labels, *missing))
+    if not missing:
         return grown
-    path, _, attribute = head_layer(grown, torch.zeros((1, *shape))).rpartition(".")
-    head: nn.Linear = getattr(grown.get_submodule(path), attribute)
-    larger = nn.Linear(head.in_features, head.out_features + missing, bias=head.bias is not None).to(head.weight)
+    path, _, attribute = head_layer(module, model.example).rpartition(".")
+    head: nn.Linear = getattr(module.get_submodule(path), attribute)
+    larger = nn.Linear(head.in_features, head.out_features + len(missing), bias=head.bias is not None).to(head.weight)
     with torch.no_grad():
         larger.weight.zero_()[: head.out_features] = head.weight
         if head.bias is not None:
             # Level with the others: a bias of 0 beside a trained -5 or +5 would be a head start or a handicap.
             larger.bias.fill_(float(head.bias.mean()))[: head.out_features] = head.bias
-    setattr(grown.get_submodule(path), attribute, larger)
+    setattr(module.get_submodule(path), attribute, larger)
     return grown
-
-
-def _all_labels(labels: Sequence[int], classes: int) -> list[int]:
-    return [*labels, *sorted(set(range(classes)) - set(labels))]
 
 
 def _accuracy(model: nn.Module, test: LabelledImages, row_of: torch.Tensor) -> float:
     return float((observe(model, test).logits.argmax(1) == row_of[test.labels]).double().mean())
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    forgotten = images.forgotten(images.test)
+    curve = relearn(
+        subject.model,
+        images.known,
+        forgotten,
+        lr=images.lr,
+        doublings=_DOUBLINGS,
+        draw=generator(images.seed, "audit", "relearn"),
+    )
+    error = share(round(curve.mean() * len(forgotten)), len(forgotten)).error
+    return Found(
+        {"relearn": Figure(curve.mean(), error)},
+        {"relearn": {"samples": list(curve.samples), "forget": list(curve.forget)}},
+    )
+
+
+AUDIT = Audit(
+    "relearn",
+    {
+        "relearn": FigureKind(
+            "relearning", "How far does a short training bring it back (mean U along the curve)?", "class"
+        )
+    },
+    _measure,
+)

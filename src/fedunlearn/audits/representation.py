@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, linalg
+
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -56,3 +61,31 @@ def procrustes(x: Tensor, y: Tensor) -> float:
 def _centred(x: Tensor) -> Tensor:
     x = x.double()
     return x - x.mean(0)
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if not references:
+        return Found()
+    distances = {
+        layer: {
+            name: sum(distance(x, reference.layers[layer]) for reference in references) / len(references)
+            for name, distance in (("cka", linear_cka), ("procrustes", procrustes))
+        }
+        for layer, x in seen.layers.items()
+    }
+    figures = {name: Figure(value) for name, value in distances["features"].items()}
+    return Found(figures, {"representation": distances})
+
+
+AUDIT = Audit(
+    "representation",
+    {
+        "cka": FigureKind(
+            "features (CKA)", "How alike are the features to those of retrained models (1: the same)?", "near"
+        ),
+        "procrustes": FigureKind(
+            "features (Procrustes)", "How far are the features from those of retrained models?", "apart", largest=2.0
+        ),
+    },
+    _measure,
+)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from fedunlearn.audits.accuracy import accuracy
+from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View
+from fedunlearn.audits.images import AuditImages
+
+_BITS = (8, 4)
 
 
 def rounded(model: nn.Module, bits: int) -> nn.Module:
@@ -32,3 +39,20 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
                 step = step.clamp_min(torch.finfo(weight.dtype).tiny).reshape(-1, *[1] * (weight.ndim - 1))
                 weight.copy_((weight / step).round() * step)
     return coarse
+
+
+def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
+    if subject.row_kept is None:
+        return Found()
+    module, forgotten = subject.row_kept.module, images.forgotten(images.test)
+    return Found({f"int{bits}": accuracy(rounded(module, bits), forgotten) for bits in _BITS})
+
+
+AUDIT = Audit(
+    "rounding",
+    {
+        "int8": FigureKind("U, 8 bits", "Does rounding the weights to 8 bits bring it back?", "class"),
+        "int4": FigureKind("U, 4 bits", "Does rounding to 4 bits?", "class"),
+    },
+    _measure,
+)

@@ -6,7 +6,7 @@ error ``e`` on the images it was measured on::
     sd   = max(s, e, 0.001)
     band = m +- t sd sqrt(1 + 1/n)        t: 97.5 % quantile of Student's t with n - 1 degrees of freedom
 
-the 95 % prediction interval of one more retrained model. ``evidence/verify.py`` computes the same on its own.
+the 95 % prediction interval of one more retrained model. ``evidence/verify.py`` computes the same independently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedunlearn.audits.measure import Figure
+from fedunlearn.audits.base import Figure, Kind
+from fedunlearn.audits.table import FIGURES
 
 INDISTINGUISHABLE = "indistinguishable from retraining"
 SUPPRESSED = "suppressed, not erased"
@@ -30,25 +31,7 @@ FEWEST = 3  # retrained models for a verdict
 _LEVEL = 0.95
 _FINEST = 0.001
 
-# What a value above the band says: "class", more of the forgotten class than a retrained model knows; "apart", further
-# from the retrained models than they are from each other; "near", the opposite of apart.
-KINDS = {
-    "forget": "class",
-    "retain": "near",
-    "reestimated": "class",
-    "probe": "class",
-    "prototype_1": "class",
-    "prototype_5": "class",
-    "prototype_10": "class",
-    "relearn": "class",
-    "int8": "class",
-    "int4": "class",
-    "membership": "class",
-    "neighbours": "apart",
-    "cka": "near",
-    "procrustes": "apart",
-    "artefacts": "class",
-}
+KINDS: dict[str, Kind] = {name: figure.kind for name, figure in FIGURES.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +51,11 @@ class Band:
     high: float
 
 
-_FIXED = {"artefacts": Band(0.0, 1.0, 0.0, 0.0)}  # nothing of the class may be in the file, whatever retraining gives
+_FIXED = {  # whatever the retrained models give
+    name: Band(figure.fixed, 1.0, figure.fixed, figure.fixed)
+    for name, figure in FIGURES.items()
+    if figure.fixed is not None
+}
 
 
 def factor(oracles: int) -> float:
@@ -97,13 +84,13 @@ def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
     """
     bands = dict(_FIXED)
     for name in KINDS:
-        own = [figures[name] for figures in oracles if name in figures]
-        if len(own) < 2 or len(own) < len(oracles):
+        measured = [figures[name] for figures in oracles if name in figures]
+        if len(measured) < 2 or len(measured) < len(oracles):
             continue
-        mean = statistics.fmean(figure.value for figure in own)
-        spread = statistics.stdev(figure.value for figure in own)
-        sd = max(spread, *(figure.error for figure in own), _FINEST)
-        half = factor(len(own)) * sd
+        mean = statistics.fmean(figure.value for figure in measured)
+        spread = statistics.stdev(figure.value for figure in measured)
+        sd = max(spread, *(figure.error for figure in measured), _FINEST)
+        half = factor(len(measured)) * sd
         bands[name] = Band(mean, sd, mean - half, mean + half)
     return bands
 
@@ -178,7 +165,7 @@ def leave_one_out(
     models: dict[str, Any] = {}
     figures = outside = 0
     for name, held in oracles.items() if len(oracles) >= FEWEST else ():
-        others = [own for other, own in oracles.items() if other != name]
+        others = [theirs for other, theirs in oracles.items() if other != name]
         bands = calibrate(others)
         # The bands of two models are wide enough to be used where three are needed: they are only a check here.
         asked = max(len(others), FEWEST)
@@ -190,7 +177,8 @@ def leave_one_out(
             "verdict": found["verdict"],
             "outside": beyond,
             "controls": {
-                control: judge(own, bands, oracles=asked, chance=chance)["verdict"] for control, own in controls.items()
+                control: judge(theirs, bands, oracles=asked, chance=chance)["verdict"]
+                for control, theirs in controls.items()
             },
         }
     return {"models": models, "figures": figures, "false_positives": outside}

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import prunable_layers
-from fedunlearn.channels.taps import find_taps, reading
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.taps import reading
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
@@ -59,7 +60,12 @@ class FeatureMaps:
 
 
 def save_feature_maps(
-    path: Path, model: nn.Module, images: LabelledImages, scores: Mapping[str, Tensor], *, forget: Sequence[int]
+    path: Path,
+    model: nn.Module | Classifier,
+    images: LabelledImages,
+    scores: Mapping[str, Tensor],
+    *,
+    forget: Sequence[int],
 ) -> None:
     """Write feature maps of the layer with the most telling channel, of those whose maps are still pictures.
 
@@ -70,22 +76,22 @@ def save_feature_maps(
         scores: per layer, of the original's channels.
         forget: the forgotten classes.
     """
-    example = torch.zeros((2, *images.shape))
-    layers = [name for name in prunable_layers(model, example) if name in scores]
-    taps = find_taps(model, layers, example, hook="activation")
+    classifier = Classifier.of(model, images.shape)
+    module = classifier.module
+    taps = {name: tap for name, tap in find_channels(module, classifier.example).taps.items() if name in scores}
     gone = images.without([label for label in range(len(images.classes)) if label not in forget])
-    shown = [(own, row) for own in (gone, images.without(forget)) for row in _spread(own.labels)]
-    picked = [own.take(torch.tensor([row])) for own, row in shown]
-    rows = [own.classes[int(own.labels[0])] for own in picked]
-    device = next(model.parameters()).device
-    model.eval()
-    with reading(model, taps) as maps, torch.inference_mode():
-        seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-        for own in picked:
-            model(next(iter(batches(own, 1, device=device)))[0])
-            for layer in layers:
-                seen[layer].append(maps[layer].clamp_min(0).cpu() if taps[layer].module else torch.zeros(1, 1))
-    pictures = [name for name in layers if seen[name][0].ndim == 4 and seen[name][0][0, 0].numel() >= _FEWEST_PIXELS]
+    shown = [(some, row) for some in (gone, images.without(forget)) for row in _spread(some.labels)]
+    picked = [some.take(torch.tensor([row])) for some, row in shown]
+    rows = [image.classes[int(image.labels[0])] for image in picked]
+    device = next(module.parameters()).device
+    module.eval()
+    with reading(module, taps) as maps, torch.inference_mode():
+        seen: dict[str, list[Tensor]] = {layer: [] for layer in taps}
+        for image in picked:
+            module(next(iter(batches(image, 1, device=device)))[0])
+            for layer, tap in taps.items():
+                seen[layer].append(maps[layer].clamp_min(0).cpu() if tap.module else torch.zeros(1, 1))
+    pictures = [name for name in taps if seen[name][0].ndim == 4 and seen[name][0][0, 0].numel() >= _FEWEST_PIXELS]
     if not pictures:
         return
     layer = max(pictures, key=lambda name: float(scores[name].max()))
@@ -95,7 +101,7 @@ def save_feature_maps(
     values = torch.cat(seen[layer])[:, [start + c for c in columns]]
     scale = values.amax((0, 2, 3), keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     tensors = {
-        "pictures": torch.cat([own.images for own in picked]),
+        "pictures": torch.cat([image.images for image in picked]),
         "maps": (255 * values / scale).round().to(torch.uint8),
     }
     write_tensors(path, tensors, {"maps": json.dumps({"layer": layer, "rows": rows, "columns": columns})})

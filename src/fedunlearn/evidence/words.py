@@ -1,30 +1,12 @@
-"""The words of the report: what each verdict and each audit means."""
+"""The words of the report: what each verdict means; the words of each figure are in the table of audits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedunlearn.audits.verdict import INDISTINGUISHABLE, KINDS, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
-
-# Figure -> label and question, in the order of the report.
-AUDITS = {
-    "forget": ("U, row in place", "Does the model still name the class, its output row in place where it is known?"),
-    "retain": ("R, other classes", "Does it still name the others?"),
-    "reestimated": ("U, re-estimated", "Does a label-free pass over kept images bring the class back?"),
-    "int8": ("U, 8 bits", "Does rounding the weights to 8 bits bring it back?"),
-    "int4": ("U, 4 bits", "Does rounding to 4 bits?"),
-    "probe": ("linear probe", "Can a linear probe on the frozen features tell the class?"),
-    "prototype_1": ("1-shot prototypes", "Does one image per class bring it back (nearest prototype)?"),
-    "prototype_5": ("5-shot prototypes", "Do five images per class?"),
-    "prototype_10": ("10-shot prototypes", "Do ten?"),
-    "relearn": ("relearning", "How far does a short training bring it back (mean U along the curve)?"),
-    "membership": ("membership AUC", "Can its training images be told from its test images (chance: 50)?"),
-    "neighbours": ("neighbours (TV)", "How far is its mean output from that of retrained models (total variation)?"),
-    "cka": ("features (CKA)", "How alike are the features to those of retrained models (1: the same)?"),
-    "procrustes": ("features (Procrustes)", "How far are the features from those of retrained models?"),
-    "artefacts": ("artefacts", "Is anything of the class left in the shipped file (findings)?"),
-}
+from fedunlearn.audits.table import FIGURES
+from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
 
 MODELS = {
     "original": "original",
@@ -48,9 +30,9 @@ LIMITS = (
 
 
 def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
-    """Return the part of a band that the figure can reach: shares end at 1, Procrustes distances at 2."""
+    """Return the part of a band that the figure can reach."""
     low, high = band
-    return max(low, 0.0), min(high, 2.0 if name == "procrustes" else 1.0)
+    return max(low, 0.0), min(high, FIGURES[name].largest)
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -88,7 +70,7 @@ def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str
     """
     names = []
     for name, audit in audits.items():
-        if audit["band"] is not None and KINDS[name] == "class" and name != "artefacts":
+        if audit["band"] is not None and FIGURES[name].kind == "class" and FIGURES[name].fixed is None:
             low, high = audit["band"]
             if low <= original.get(name, float("inf")) <= high or (low <= 0 and high >= 1):
                 names.append(name)
@@ -103,8 +85,8 @@ def in_short(verdict: str, reason: str) -> str:
 
 
 def _shows_class(audits: Mapping[str, Any], name: str) -> bool:
-    return audits[name]["verdict"] == "above" and KINDS[name] == "class"
+    return audits[name]["verdict"] == "above" and FIGURES[name].kind == "class"
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(AUDITS[name][0] for name in names)
+    return ", ".join(FIGURES[name].label for name in names)

@@ -1,0 +1,177 @@
+"""What an audit is: the model it looks at, what that model makes of the images, and the figures that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedunlearn.audits.images import AuditImages
+from fedunlearn.audits.observe import Observed, observe
+from fedunlearn.channels.plan import Classifier
+
+Kind = Literal["class", "apart", "near"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shipped:
+    """The file in which a model is delivered.
+
+    Attributes:
+        path: the ``.safetensors`` file.
+        state: tensors of the original model by name.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to audit.
+
+    Attributes:
+        model: the model as it is delivered, with the class of each of its output rows.
+        row_kept: the same model with a row for every class, where it is known: without a row for the forgotten class
+            a model never names it, whatever the model knows.
+        shipped: the file of the model, where the original is known.
+    """
+
+    model: Classifier
+    row_kept: Classifier | None = None
+    shipped: Shipped | None = None
+
+    @staticmethod
+    def without_rows(model: Classifier, classes: Collection[int]) -> Subject:
+        """Return ``model``, which has a row for every class, as it is delivered: without the rows of ``classes``."""
+        return Subject(model.without_rows(classes), model)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The class of each output row of the delivered model."""
+        return row_labels(self.model)
+
+
+def row_labels(model: Classifier) -> tuple[int, ...]:
+    """Return the class of each output row of ``model``."""
+    return tuple(range(model.rows)) if model.labels is None else model.labels
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the delivered model makes of the images: each part is computed when it is first asked for, and kept.
+
+    Attributes:
+        subject: the model.
+        images: the images of the audit.
+    """
+
+    subject: Subject
+    images: AuditImages
+
+    @cached_property
+    def test(self) -> Observed:
+        """What the model makes of the test images."""
+        return observe(self.subject.model, self.images.test)
+
+    @cached_property
+    def known(self) -> Observed:
+        """What the model makes of the training images of all classes."""
+        return observe(self.subject.model, self.images.known)
+
+    @cached_property
+    def members(self) -> Tensor:
+        """Logits of ``images.members``, shape ``(images, rows)``."""
+        members = self.images.members
+        if len(members) == 0:  # every one of them is a test image too
+            return torch.zeros((0, len(self.subject.labels)))
+        return observe(self.subject.model, members).logits
+
+    @cached_property
+    def layers(self) -> dict[str, Tensor]:
+        """Activations on ``images.compared`` by layer, the penultimate features under ``features``."""
+        compared = observe(self.subject.model, self.images.test.take(self.images.compared), layers=True)
+        return {**compared.layers, "features": compared.features}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of an audit.
+
+    Attributes:
+        value: the figure.
+        error: its standard error on the images it was measured on; 0 where none is known.
+    """
+
+    value: float
+    error: float = 0.0
+
+
+def share(correct: int, total: int) -> Figure:
+    """Return a share with its standard error after Agresti and Coull: ``sqrt(p (1-p) / n')``, ``n' = n + 4``.
+
+    ``p = (correct + 2) / n'``, so that the error of 0 of 30 is not 0.
+
+    Example:
+        >>> share(0, 96)
+        Figure(value=0.0, error=0.014)
+    """
+    p = (correct + 2) / (total + 4)
+    return Figure(correct / total, (p * (1 - p) / (total + 4)) ** 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What audits found of one model.
+
+    Attributes:
+        figures: by name; an audit that could not be done gives none.
+        details: what a reader wants beside the figures: confusion, curves, distances per layer.
+    """
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """What a figure says.
+
+    Attributes:
+        label: its name in the report.
+        question: what it answers.
+        kind: what a value above the band says. ``"class"``: the model knows more of the forgotten class than a
+            retrained model does. ``"apart"``: the model is further from the retrained models than they are from each
+            other. ``"near"``: the opposite of ``"apart"``.
+        largest: largest value that the figure can take.
+        fixed: the one value that passes, whatever the retrained models give; None where they set the band.
+    """
+
+    label: str
+    question: str
+    kind: Kind
+    largest: float = 1.0
+    fixed: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """One audit: a row of the table.
+
+    Attributes:
+        name: unlike that of any other audit.
+        figures: what it measures, by name; the names are those in result.json.
+        measure: called with the model, the images, what the model makes of them, and what retrained models, this one
+            not among them, make of them; an audit that compares with retrained models finds nothing without any.
+        resumed: whether figures that were read back stand; not those of what may change while the model stays.
+    """
+
+    name: str
+    figures: Mapping[str, FigureKind]
+    measure: Callable[[Subject, AuditImages, View, Sequence[View]], Found]
+    resumed: bool = True
