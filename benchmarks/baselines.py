@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.inputs import BATCH, example, taps_of
-from fedunlearn.channels.groups import prunable_layers
+from benchmarks.inputs import BATCH, taps_of
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
@@ -100,7 +99,7 @@ class PlainLoop:
 def image_loop(model: nn.Module, images: LabelledImages) -> Callable[[], None]:
     """Return what measures 32 images as written down: one after another, channel by channel."""
     images, model = images.take(slice(0, 32)), copy.deepcopy(model).eval()
-    layers = prunable_layers(model, example())
+    layers = tuple(taps_of(model))
 
     def run() -> None:
         sums: dict[tuple[str, int, int], float] = {}
@@ -130,7 +129,7 @@ def image_batch(model: nn.Module, images: LabelledImages) -> Callable[[], None]:
 
     def run() -> None:
         with one_torch_thread():
-            measure_channels(model, batches(images, 32), layers=taps, num_classes=10)
+            measure_channels(model, batches(images, 32), taps=taps, classes=10)
 
     return run
 

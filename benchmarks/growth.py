@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from benchmarks.baselines import Bare
-from benchmarks.inputs import averaged, done, measure_job, random_images, shares, train_job
+from benchmarks.inputs import averaged, done, empty_job, measure_job, random_images, shares, train_job
 from benchmarks.turns import overhead, timed
 from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import read_digits
-from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.models import SmallCNN, build_model
 from fedunlearn.training.compute import Compute, cores
@@ -40,7 +39,7 @@ def clients_row(clients: int) -> dict[str, Any]:
     images = read_digits().train
     model = SmallCNN(10, 1)
     engine = LocalEngine(partition(images, by="iid", clients=clients, seed=0))
-    empty, train = Evaluate(phase="empty", model=model), train_job(model)
+    empty, train = empty_job(model, images.shape), train_job(model, images.shape)
     averaged(engine, train)
     return {
         "clients": clients,

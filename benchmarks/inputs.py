@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedunlearn.channels.groups import prunable_layers
-from fedunlearn.channels.taps import Tap, find_taps
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.taps import Tap
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import partition
-from fedunlearn.federation.ask import Answers
-from fedunlearn.federation.jobs import Engine, Job, Measure, Train
+from fedunlearn.federation.ask import ask
+from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Train
+from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.rounds import fedavg
 from fedunlearn.training.sgd import Training
 
@@ -41,38 +44,38 @@ def write_npz(path: Path, images: LabelledImages) -> None:
     np.savez(path, x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
 
 
-def example() -> Tensor:
-    """Return a batch to follow a model with."""
-    return torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0))
-
-
-def taps_of(model: nn.Module, hook: str = "activation") -> dict[str, Tap]:
+def taps_of(model: nn.Module, hook: str = "activation") -> Mapping[str, Tap]:
     """Return where all layers of ``model`` are read."""
-    return find_taps(model, prunable_layers(model, example()), example(), hook=hook)
+    return find_channels(model, Classifier(model, SHAPE).example, hook=hook).taps
 
 
-def measure_job(model: nn.Module, classes: int = 10) -> Measure:
+def measure_job(model: nn.Module, classes: int = 10) -> Job:
     """Return the job of the statistics of all layers."""
-    return Measure(phase="measure", model=model, taps=taps_of(model), classes=classes)
+    return Job(task=Measure(taps=taps_of(model), classes=classes), model=Classifier(model, SHAPE), phase="measure")
 
 
-def train_job(model: nn.Module) -> Train:
-    """Return the job of one local epoch."""
-    return Train(phase="train", model=model, training=TRAINING, lr=TRAINING.lr)
+def train_job(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> Job:
+    """Return the job of one local epoch on images of ``shape``."""
+    return Job(task=Train(training=TRAINING, lr=TRAINING.lr), model=Classifier(model, shape), phase="train")
+
+
+def empty_job(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> Job:
+    """Return the job of an evaluation: nothing is computed by clients without validation images."""
+    return Job(task=Evaluate(), model=Classifier(model, shape), phase="empty")
 
 
 def done(engine: Engine, job: Job) -> None:
     """Run ``job`` with all that the server does but using the answers."""
-    answers = Answers(engine, job)
-    for _ in answers:
-        pass
-    if answers.entry.refused:
-        raise RuntimeError(f"clients were lost: {answers.entry.refused}")
+    _, entry = ask(engine, job, lambda replies: None)
+    _check(entry)
 
 
 def averaged(engine: Engine, job: Job) -> None:
     """Run a round of training, the average included."""
-    answers = Answers(engine, job)
-    fedavg((reply.tensors, reply.images) for reply in answers)
-    if answers.entry.refused:
-        raise RuntimeError(f"clients were lost: {answers.entry.refused}")
+    _, entry = ask(engine, job, lambda replies: fedavg((reply.tensors, reply.images) for reply in replies))
+    _check(entry)
+
+
+def _check(entry: Entry) -> None:
+    if entry.refused:
+        raise RuntimeError(f"clients were lost: {entry.refused}")

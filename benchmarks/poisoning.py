@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.federation.jobs import Job, Measure, Reply
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.experiment import Experiment, original_model, prepare, unlearned_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread
@@ -68,7 +69,7 @@ class Liar(LocalEngine):
 
     def run(self, job: Job) -> Iterator[Reply]:
         """Run ``job``; the liar's statistics are what the attack makes of them."""
-        lies = isinstance(job, Measure)
+        lies = isinstance(job.task, Measure)
         for reply in super().run(job):
             yield self._lie(reply) if lies and reply.client == LIAR else reply
 
@@ -86,18 +87,18 @@ def main() -> None:
     for seed in SEEDS:
         experiment = prepare(load_recipe("digits", (f"federation.seed={seed}",)))
         with one_torch_thread():
-            original, plan = original_model(experiment, Journal())
+            original = original_model(experiment, experiment.federation(Journal()))
             for cap in (None, CAP):
                 unlearning = experiment.recipe.unlearn.model_copy(update={"influence": cap})
                 own = replace(experiment, recipe=experiment.recipe.model_copy(update={"unlearn": unlearning}))
-                honest = unlearned_model(own, original, plan, Journal())
+                honest = forgotten(own, original)
                 about = {"seed": seed, "cap": cap}
                 rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, experiment.splits.test))
                 for name, attack in ATTACKS.items():
                     for factor in FACTORS:
                         engine = Liar(experiment.clients, validation=experiment.validation)
                         engine.attack, engine.factor = attack, factor
-                        done = unlearned_model(replace(own, engine=engine), original, plan, Journal())
+                        done = forgotten(replace(own, engine=engine), original)
                         rows.append(
                             about | {"attack": name, "factor": factor} | figures(done, honest, experiment.splits.test)
                         )
@@ -105,12 +106,17 @@ def main() -> None:
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def forgotten(experiment: Experiment, original: Classifier) -> Unlearned:
+    """Return what the recipe makes of ``original`` with the clients of ``experiment``."""
+    return unlearned_model(experiment, original, experiment.federation(Journal()))
+
+
 def figures(done: Unlearned, honest: Unlearned, test: LabelledImages) -> dict[str, float]:
     """Return the share of the honest plan's channels that were pruned, U and R, and the victim's accuracy."""
     ours, theirs = (
-        {(layer, c) for layer, channels in own.channels.pruned.items() for c in channels} for own in (done, honest)
+        {(layer, c) for layer, channels in own.pruned.plan.pruned.items() for c in channels} for own in (done, honest)
     )
-    accuracy = evaluate(done.model, test, forget=(FORGET,), labels=done.labels, row_kept=done.repaired)["accuracy"]
+    accuracy = evaluate(done.model, test, forget=(FORGET,), row_kept=done.repaired)["accuracy"]
     pruned = evaluate(done.pruned, test, forget=(FORGET,))
     victim = accuracy["per_class"][str(VICTIM)]
     return {

@@ -24,10 +24,10 @@ def main() -> None:
             experiment = prepare(load_recipe("digits", (f"federation.seed={seed}", f"compute.precision={precision}")))
             test, forget = experiment.splits.test, experiment.forget
             with one_torch_thread():
-                original, plan = original_model(experiment, Journal())
-                unlearned = unlearned_model(experiment, original, plan, Journal())
+                original = original_model(experiment, experiment.federation(Journal()))
+                unlearned = unlearned_model(experiment, original, experiment.federation(Journal()))
             before = evaluate(original, test, forget=forget)["accuracy"]
-            after = evaluate(unlearned.model, test, forget=forget, labels=unlearned.labels, row_kept=unlearned.repaired)
+            after = evaluate(unlearned.model, test, forget=forget, row_kept=unlearned.repaired)
             row = {
                 "seed": seed,
                 "precision": precision,

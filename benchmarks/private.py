@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.poisoning import FORGET, SEEDS, figures
+from benchmarks.poisoning import FORGET, SEEDS, figures, forgotten
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import NO_RULES, Privacy, epsilon
-from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.experiment import original_model, prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.compute import one_torch_thread
 
@@ -37,11 +37,11 @@ def main() -> None:
     for seed in SEEDS:
         experiment = prepare(load_recipe("digits", (f"federation.seed={seed}", "unlearn.sample=0")))
         with one_torch_thread():
-            original, plan = original_model(experiment, Journal())
-            honest = unlearned_model(experiment, original, plan, Journal())
+            original = original_model(experiment, experiment.federation(Journal()))
+            honest = forgotten(experiment, original)
             for rules in RULES:
                 engine = LocalEngine(experiment.clients, validation=experiment.validation, rules=rules)
-                done = unlearned_model(replace(experiment, engine=engine), original, plan, Journal())
+                done = forgotten(replace(experiment, engine=engine), original)
                 row: dict[str, Any] = {
                     "seed": seed,
                     "min_count": rules.min_count,

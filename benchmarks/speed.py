@@ -25,13 +25,14 @@ from benchmarks.baselines import Bare, Default, PlainLoop, image_batch, image_lo
 from benchmarks.growth import growth
 from benchmarks.inputs import BATCH, SHAPE, averaged, done, measure_job, random_images, shares, train_job, write_npz
 from benchmarks.turns import compared, overhead, timed
-from fedunlearn.federation.jobs import Train
+from fedunlearn.federation.jobs import Job, Train
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.launch import simulation
 from fedunlearn.models import build_model
-from fedunlearn.run.experiment import prepare, processor
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.machine import processor
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.compute import Compute, cores, has_bfloat16, one_torch_thread
 from fedunlearn.training.speed import probe
@@ -120,7 +121,8 @@ def flower_comparisons() -> dict[str, Any]:
             ),
         }.items():
             experiment = prepare(recipe)
-            job = Train(phase="train", model=experiment.model, training=recipe.training(), lr=0.01)
+            task = Train(training=recipe.training(), lr=0.01)
+            job = Job(task=task, model=experiment.model, phase="train")
             with simulation(recipe) as grid, one_torch_thread():
                 flower = FlowerEngine(grid, clients=tuple(experiment.clients), patience=300)
                 used = int(experiment.table.sum())

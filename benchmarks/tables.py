@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedunlearn.evidence.words import AUDITS, MODELS, clipped
+from fedunlearn.audits.table import FIGURES
+from fedunlearn.evidence.words import MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -159,10 +160,10 @@ def audit_table(name: str) -> str:
         columns += [("pruned", f"{criterion}, pruning only", run), ("unlearned", f"**{criterion}**", run)]
     head = ["figure", f"{len(oracles)} retrained", "band", *(text for _, text, _ in columns)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for figure, (text, _) in AUDITS.items():
-        if figure not in first["bands"] or figure == "artefacts":
+    for figure, band in first["bands"].items():
+        if FIGURES[figure].fixed is not None:
             continue
-        band, own = first["bands"][figure], [oracle[figure]["value"] for oracle in oracles]
+        own = [oracle[figure]["value"] for oracle in oracles]
         cells = [f"{100 * min(own):.1f} to {100 * max(own):.1f}"]
         low, high = clipped((band["low"], band["high"]), figure)
         cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
@@ -171,7 +172,7 @@ def audit_table(name: str) -> str:
             shown = "" if value is None else f"{100 * value:.1f}"
             outside = value is not None and not band["low"] <= value <= band["high"]
             cells.append(f"**{shown}**" if outside else shown)
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+        lines.append(f"| {FIGURES[figure].label} | " + " | ".join(cells) + " |")
     verdicts = [run["verdicts"][model] for model, _, run in columns]
     lines.append("| verdict | | | " + " | ".join(verdicts) + " |")
     return "\n".join(lines) + "\n"

@@ -5,12 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedunlearn.channels.groups import prunable_layers
-from fedunlearn.channels.taps import find_taps
-from fedunlearn.federation.ask import Answers
-from fedunlearn.federation.jobs import Engine, Evaluate, Measure, Train
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.federation.ask import ask
+from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Task, Train
 from fedunlearn.flower.app import recipe_images, recipe_model, recipe_of
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
@@ -39,24 +36,20 @@ def time_rounds(engine: Engine, recipe: Recipe, repeats: int) -> dict[str, dict[
     """
     images = read_data(recipe).train
     model = new_model(recipe, images, seed=0)
-    example = torch.zeros((2, *images.shape))
-    classes = len(images.classes)
-    taps = find_taps(model, prunable_layers(model, example), example, hook="activation")
+    taps = find_channels(model.module, model.example).taps
     training = recipe.training()
-    jobs = {
-        "empty": Evaluate(phase="empty", model=model),
-        "measure": Measure(phase="measure", model=model, taps=taps, classes=classes),
-        "train": Train(phase="train", model=model, training=training, lr=training.lr),
+    tasks: dict[str, Task] = {
+        "empty": Evaluate(),
+        "measure": Measure(taps=taps, classes=len(images.classes)),
+        "train": Train(training=training, lr=training.lr),
     }
-    seconds: dict[str, list[Any]] = {name: [] for name in jobs}
-    lost: dict[str, list[Any]] = {name: [] for name in jobs}
+    seconds: dict[str, list[Any]] = {name: [] for name in tasks}
+    lost: dict[str, list[Any]] = {name: [] for name in tasks}
     for repeat in range(-1, repeats):
-        for name, job in jobs.items():
+        for name, task in tasks.items():
             began = time.monotonic()
-            answers = Answers(engine, job)
-            for _ in answers:
-                pass
+            _, entry = ask(engine, Job(task=task, model=model, phase=name), lambda replies: None)
             if repeat >= 0:
                 seconds[name].append(time.monotonic() - began)
-                lost[name].append(len(answers.entry.refused))
+                lost[name].append(len(entry.refused))
     return {"seconds": seconds, "lost": lost}

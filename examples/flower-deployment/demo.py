@@ -41,7 +41,7 @@ class Attendance(LocalEngine):
 
     def run(self, job: Job) -> Iterator[Reply]:
         """Run ``job``; those absent from it give no answer."""
-        away = self.absent.get((job.phase, job.round, type(job).__name__.lower()), set())
+        away = self.absent.get((job.phase, job.round, job.task.kind), set())
         for reply in super().run(job):
             yield Reply(reply.client, {}, error="it was absent") if reply.client in away else reply
 
@@ -114,8 +114,8 @@ def over_flower(deployment: Deployment, out: Path) -> tuple[dict, dict[tuple[str
 def inside_this_process(out: Path, lost: dict[tuple[str, int, str], set[str]]) -> dict:
     """Run the recipe with clients in this process, the same of them absent from the same rounds."""
 
-    def engine(setting):
-        clients = Attendance(setting.clients, validation=setting.validation)
+    def engine(experiment):
+        clients = Attendance(experiment.clients, validation=experiment.validation)
         clients.absent = lost
         return clients
 

@@ -92,33 +92,23 @@ def main(grid: Grid, context: Context) -> None:
     model.load_state_dict(result.arrays.to_torch_state_dict())
     torch.save(model.state_dict(), out / "original.pt")
 
+    engine = FlowerEngine(grid, clients=len(list(grid.get_node_ids())))  # (+)
     unlearned = fu.unlearn(  # (+)
         model,
-        FlowerEngine(grid, clients=len(list(grid.get_node_ids()))),
+        fu.Federation(engine, fu.Journal(out / "journal")),
         forget=int(config["forget"]),
-        fraction=0.3,
-        criterion=fu.contrast,
-        training=fu.Training(lr=0.02),
-        rounds=1,
-        journal=fu.Journal(out / "journal"),
-    )
-    fu.save_checkpoint(  # (+)
-        out / "unlearned.safetensors",
-        unlearned.model,
-        plan=unlearned.plan,
-        labels=unlearned.labels,
-        classes=[str(label) for label in unlearned.labels],
-        mean=(0.3,),
-        std=(0.4,),
-        architecture={"name": "Net"},
+        cut=fu.Cut(0.3),
+        repair=fu.Repair(fu.Training(lr=0.02), rounds=1),
+        rank=fu.Ranking(fu.contrast),
     )
     digits = load_digits()  # the server's own test data; here simply all of them
     images = torch.tensor(digits.images * 255 / 16).round().to(torch.uint8)[:, None]
     names = tuple(str(digit) for digit in range(10))
     test = fu.LabelledImages(images, torch.tensor(digits.target, dtype=torch.int64), names, (0.3,), (0.4,))  # (+)
+    fu.save_checkpoint(out / "unlearned.safetensors", unlearned.model, images=test, architecture={"name": "Net"})  # (+)
     before = fu.evaluate(model, test, forget=unlearned.forget)["accuracy"]  # (+)
     after = fu.evaluate(  # (+)
-        unlearned.model, test, forget=unlearned.forget, labels=unlearned.labels, row_kept=unlearned.repaired
+        unlearned.model, test, forget=unlearned.forget, row_kept=unlearned.repaired
     )["accuracy"]
     for what, own in (("before", before), ("after", after)):  # (+)
         print(
