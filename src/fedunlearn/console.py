@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
-from fedunlearn.evidence.words import AUDITS, MODELS, clipped
+from fedunlearn.evidence.words import MODELS, clipped
 from fedunlearn.run.experiment import Experiment
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
@@ -27,7 +28,7 @@ _PHASES = {
 
 
 _PARTS = {"random": "random channels, for comparison"}
-_CONTROLS = ("head_only", "random", "finetune")  # those that are not elsewhere in the table
+_BLOCKS = ("original", "pruned")  # controls that result.json has a block of its own for
 
 
 class RunProgress:
@@ -122,10 +123,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(name, *_figures(result[name], None))
     if "unlearned" in result:
         table.add_row("unlearned", *_figures(result["unlearned"], cost["unlearn"]), _speedup(result), style="bold")
-    for name in _CONTROLS:
-        if name in result.get("controls", {}):
-            block = result["controls"][name]
-            table.add_row(MODELS[name], *_figures(block, block.get("cost")))
+    for name, block in result.get("controls", {}).items():
+        if name not in _BLOCKS:
+            table.add_row(MODELS.get(name, name), *_figures(block, block.get("cost")))
     for number, (name, block) in enumerate(result.get("oracles", {}).items()):
         spent = cost.get("retrain") if number == 0 else None
         table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
@@ -138,12 +138,12 @@ def audit_table(result: Mapping[str, Any]) -> Table:
     table.add_column("audit", no_wrap=True)
     for column in ("figure", "band", "sd away", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, (text, _) in AUDITS.items():
+    for name, figure in FIGURES.items():
         audit = result["audits"].get(name)
         if audit is not None:
             band = audit["band"] and " to ".join(_percent(end) for end in clipped(audit["band"], name))
             away = "" if audit["distance"] is None else f"{audit['distance']:+.1f}"
-            table.add_row(text, _percent(audit["figure"]), band or "", away, audit["verdict"] or "no band")
+            table.add_row(figure.label, _percent(audit["figure"]), band or "", away, audit["verdict"] or "no band")
     return table
 
 
@@ -151,7 +151,7 @@ def verdict_line(result: Mapping[str, Any]) -> str:
     """Return the verdict, why, and how far the figures that decided it are from their bands."""
     audits = result["audits"]
     outside = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
-    names = ", ".join(f"{AUDITS[name][0]} {audits[name]['distance']:+.1f} sd" for name in outside)
+    names = ", ".join(f"{FIGURES[name].label} {audits[name]['distance']:+.1f} sd" for name in outside)
     return f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}."
 
 

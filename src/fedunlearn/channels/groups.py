@@ -198,7 +198,6 @@ def trace(model: nn.Module, example: Tensor) -> list[Group]:
 
     names = {module: name for name, module in model.named_modules()}
     called = outputs_of(model, example, (nn.Conv2d,))[0]
-    import torch_pruning  # slow to import, and a site that does not measure never needs it
 
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
     groups: list[Group] = []

@@ -16,11 +16,12 @@ import jinja2
 import safetensors.numpy
 
 from fedunlearn.audits.relearn import Relearned
+from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import REPORT, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import AUDITS, LIMITS, MODELS, clipped, in_short, summary, unable
+from fedunlearn.evidence.words import LIMITS, MODELS, clipped, in_short, summary, unable
 from fedunlearn.files import write_text
 
 MARKDOWN = "report.md"
@@ -58,10 +59,12 @@ def write_report(folder: Path) -> None:
         "summary": summary(run.result),
         "rows": _rows(run),
         "audits": [
-            (name, *AUDITS[name], run.result["audits"][name]) for name in AUDITS if name in run.result["audits"]
+            (name, figure.label, figure.question, run.result["audits"][name])
+            for name, figure in FIGURES.items()
+            if name in run.result["audits"]
         ],
         "unable": unable(run.result["audits"], run.figures("original")),
-        "oracle_mean": {name: _mean_of_oracles(run, name) for name in AUDITS},
+        "oracle_mean": {name: _mean_of_oracles(run, name) for name in FIGURES},
         "original": run.figures("original"),
         "neighbours": run.models["unlearned"]["details"].get("neighbours", {}),
         "membership": run.models["unlearned"]["details"].get("membership", {}),
@@ -69,7 +72,7 @@ def write_report(folder: Path) -> None:
         "retrained_representation": _mean_representation(run),
         "relearned": _relearned(run),
         "models": MODELS,
-        "labels": {name: text for name, (text, _) in AUDITS.items()},
+        "labels": {name: figure.label for name, figure in FIGURES.items()},
         "plots": _plots(run),
         "pruned": json.loads(plan.read_text("utf-8"))["pruned"] if plan.exists() else {},
         "recipe": json.dumps(run.result["recipe"], indent=2),
@@ -186,9 +189,11 @@ def _plots(run: RunFolder) -> dict[str, Plot]:
 
 def _bands(run: RunFolder) -> Plot:
     audits = {
-        name: run.result["audits"][name] for name in AUDITS if name in run.result["audits"] and name != "artefacts"
+        name: run.result["audits"][name]
+        for name, figure in FIGURES.items()
+        if name in run.result["audits"] and figure.fixed is None
     }
-    outside = [AUDITS[name][0] for name, audit in audits.items() if audit["verdict"] in ("above", "below")]
+    outside = [FIGURES[name].label for name, audit in audits.items() if audit["verdict"] in ("above", "below")]
     return Plot(
         "bands",
         "Every figure beside its band",
@@ -197,7 +202,7 @@ def _bands(run: RunFolder) -> Plot:
             audits,
             [run.figures(name) for name in run.oracles],
             run.figures("original"),
-            {name: text for name, (text, _) in AUDITS.items()},
+            {name: figure.label for name, figure in FIGURES.items()},
         ),
     )
 

@@ -7,15 +7,10 @@ from typing import Any
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
+from fedunlearn.methods.table import CONTROLS
 
-MODELS = {
-    "original": "original",
-    "pruned": "pruning only",
-    "unlearned": "unlearned",
-    "head_only": "head only",
-    "random": "random + repair",
-    "finetune": "fine-tuning only",
-}
+# Name to label of each model in the tables: the candidate, then what it is compared with.
+MODELS = {"unlearned": "unlearned", **{control.name: control.label for control in CONTROLS}}
 
 LIMITS = (
     "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.audits.audit import CANDIDATE, Record, audit
-from fedunlearn.audits.base import AuditImages, Subject, audit_images
+from fedunlearn.audits.base import Subject
+from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, read_weights
 from fedunlearn.errors import EvidenceError, ModelError

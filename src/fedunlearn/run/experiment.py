@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedunlearn.audits.base import AuditImages, audit_images
+from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import CRITERIA, Criterion, Ranking, forget_classes
