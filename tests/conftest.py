@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.evidence.keys import make_keys
-from fedunlearn.federation.ask import Answers
-from fedunlearn.federation.jobs import Engine, Job, Reply
+from fedunlearn.federation.ask import ask
+from fedunlearn.federation.jobs import Engine, Job, Reply, Task
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
@@ -57,8 +58,17 @@ def make_images(count: int = 60, classes: int = 3, *, side: int = 8, colours: in
 
 def collected(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
     """Return all usable replies to ``job``, and what it cost."""
-    answers = Answers(engine, job)
-    return list(answers), answers.entry
+    return ask(engine, job, list)
+
+
+def classifier(net: nn.Module, shape: tuple[int, int, int] = (1, 8, 8), **values: object) -> Classifier:
+    """Return ``net`` as a classifier of small grey images."""
+    return Classifier(net, shape, **values)
+
+
+def job(task: Task, net: nn.Module | Classifier, *, phase: str = "test", **values: object) -> Job:
+    """Return ``task`` as a job on ``net``."""
+    return Job(task=task, model=net if isinstance(net, Classifier) else classifier(net), phase=phase, **values)
 
 
 def make_net(classes: int = 3, colours: int = 1, *, seed: int = 0) -> nn.Sequential:
