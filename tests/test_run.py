@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial as bound
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import logits, make_images, make_net, write_set
-from fedunlearn.channels.plan import PruningPlan, prune
-from fedunlearn.channels.scores import contrast, random_scores
+from conftest import classifier, logits, make_images, make_net, write_set
+from fedunlearn.channels.plan import Cut, PruningPlan, prune
+from fedunlearn.channels.scores import Ranking, contrast, random_scores
+from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
@@ -29,7 +30,7 @@ from fedunlearn.federation import journal as journals
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import retrained_models
@@ -52,37 +53,36 @@ def trained():
     """A federation and a model that knows its four classes."""
     clients, validation = hold_out(partition(make_images(200, 4), by="dirichlet", clients=4, alpha=2.0), 0.2)
     engine = LocalEngine(clients, validation=validation)
-    model = make_net(classes=4)
-    train_rounds(
-        model,
-        engine,
-        phase="train",
-        training=Training(lr=0.1, batch_size=8),
-        rounds=8,
-        journal=Journal(),
-        schedule=one_cycle,
-    )
-    return model, engine
+    training = Training(lr=0.1, batch_size=8)
+    model = train_rounds(make_net(classes=4), Federation(engine), training, rounds=8, schedule=one_cycle)
+    return model.module, engine
 
 
-UNLEARN = {"forget": [2], "fraction": 0.3, "training": Training(lr=0.05, batch_size=8), "rounds": 2}
+REPAIR = Repair(Training(lr=0.05, batch_size=8), rounds=2)
+
+
+def forgotten(model, engine, *, forget=(2,), fraction=0.3, repair=REPAIR, jointly=False, seed=0, journal=None, **rank):
+    """Unlearn with the settings of these tests, the changes given."""
+    federation = Federation(engine, journal or Journal(), seed=seed)
+    ranking = Ranking(**{"criterion": contrast, **rank})
+    return unlearn(model, federation, forget=forget, cut=Cut(fraction), repair=repair, rank=ranking, jointly=jointly)
 
 
 def test_unlearning_forgets_the_class_keeps_the_others_and_removes_channels_and_row(trained):
     model, engine = trained
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"fraction": 0.5}))
+    result = forgotten(model, engine, fraction=0.5)
     test = make_images(80, 4, seed=9)
     inputs = (test.images.float() / 255 - 0.3) / 0.25
     known = logits(model, inputs).argmax(1)
-    named = torch.tensor(result.labels)[logits(result.model, inputs).argmax(1)]
+    named = torch.tensor(result.model.labels)[logits(result.model.module, inputs).argmax(1)]
     kept = test.labels != 2
     assert (known == test.labels).float().mean() > 0.95
     assert (named[kept] == test.labels[kept]).float().mean() > 0.9
-    row_kept = logits(result.repaired, inputs).argmax(1)
+    row_kept = logits(result.repaired.module, inputs).argmax(1)
     assert (row_kept[~kept] == 2).float().mean() <= 0.6  # from above 0.95; the net has 14 channels
-    assert result.labels == (0, 1, 3)
-    assert result.model[-1].weight.shape == (3, 4)  # half of the 8 channels, one row less
+    assert result.model.labels == (0, 1, 3)
+    assert result.model.module[-1].weight.shape == (3, 4)  # half of the 8 channels, one row less
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert result.cost.rounds == 2
     assert result.cost.clients == 4
@@ -90,22 +90,21 @@ def test_unlearning_forgets_the_class_keeps_the_others_and_removes_channels_and_
 
 def test_the_plan_of_the_result_leads_from_the_architecture_to_the_shipped_shapes(trained):
     model, engine = trained
-    result = unlearn(model, engine, criterion=contrast, **UNLEARN)
-    shapes = {name: tensor.shape for name, tensor in prune(model, result.plan).state_dict().items()}
-    assert shapes == {name: tensor.shape for name, tensor in result.model.state_dict().items()}
+    result = forgotten(model, engine)
+    shapes = {name: tensor.shape for name, tensor in prune(model, result.model.plan).state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in result.model.module.state_dict().items()}
 
 
 def test_unlearning_repeats_bit_for_bit(trained):
     model, engine = trained
-    one, two = (unlearn(model, engine, criterion=contrast, **UNLEARN, seed=5) for _ in range(2))
-    assert all(tensor.equal(two.model.state_dict()[name]) for name, tensor in one.model.state_dict().items())
+    one, two = (forgotten(model, engine, seed=5).model.module.state_dict() for _ in range(2))
+    assert all(tensor.equal(two[name]) for name, tensor in one.items())
 
 
 def test_several_classes_go_one_after_another_or_jointly(trained):
     model, engine = trained
-    options = UNLEARN | {"forget": [0, 2], "rounds": 1}
-    in_turn = unlearn(model, engine, criterion=contrast, **options)
-    jointly = unlearn(model, engine, criterion=contrast, jointly=True, **options)
+    options = {"forget": [0, 2], "repair": replace(REPAIR, rounds=1)}
+    in_turn, jointly = (forgotten(model, engine, jointly=own, **options).model for own in (False, True))
     assert in_turn.labels == jointly.labels == (1, 3)
     assert len(jointly.plan.pruned["0"]) <= 1  # floor(0.3 * 6)
     assert len(in_turn.plan.pruned["3"]) > len(jointly.plan.pruned["3"])  # a share of the channels for each class
@@ -113,33 +112,33 @@ def test_several_classes_go_one_after_another_or_jointly(trained):
 
 def test_the_paper_s_mean_of_client_means_is_an_option(trained):
     model, engine = trained
-    pooled = unlearn(model, engine, criterion=contrast, **UNLEARN)
-    voted = unlearn(model, engine, criterion=contrast, mean_of_clients=True, **UNLEARN)
+    pooled, voted = forgotten(model, engine), forgotten(model, engine, pooling=mean_of_clients)
     assert int(pooled.stats.counts[2]) > 4 >= int(voted.stats.counts[2])
 
 
 def test_repair_may_stop_at_a_target(trained):
     model, engine = trained
-    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"rounds": 9}), target=0.5)
+    result = forgotten(model, engine, repair=replace(REPAIR, rounds=9, target=0.5))
     assert result.cost.rounds < 9
 
 
 def test_without_repair_the_pruned_model_keeps_its_weights(trained):
     model, engine = trained
-    result = unlearn(model, engine, criterion=contrast, **(UNLEARN | {"rounds": 0}), batch_norm=False)
-    assert all(t.equal(result.repaired.state_dict()[name]) for name, t in result.pruned.state_dict().items())
+    result = forgotten(model, engine, repair=replace(REPAIR, rounds=0, batch_norm=False))
+    repaired = result.repaired.module.state_dict()
+    assert all(t.equal(repaired[name]) for name, t in result.pruned.module.state_dict().items())
 
 
 def test_pruning_the_right_channels_is_more_selective_than_pruning_at_random(trained):
     model, engine = trained
     test = make_images(80, 4, seed=9)
     inputs = (test.images.float() / 255 - 0.3) / 0.25
-    forgotten = test.labels == 2
+    of_class = test.labels == 2
 
     def retained_minus_forgotten(criterion):
-        pruned = unlearn(model, engine, criterion=criterion, **(UNLEARN | {"rounds": 0})).pruned
-        right = logits(pruned, inputs).argmax(1) == test.labels
-        return float(right[~forgotten].float().mean() - right[forgotten].float().mean())
+        pruned = forgotten(model, engine, criterion=criterion, repair=replace(REPAIR, rounds=0)).pruned
+        right = logits(pruned.module, inputs).argmax(1) == test.labels
+        return float(right[~of_class].float().mean() - right[of_class].float().mean())
 
     chance = [retained_minus_forgotten(bound(random_scores, seed=seed)) for seed in range(5)]
     assert retained_minus_forgotten(contrast) > sum(chance) / 5
@@ -164,21 +163,21 @@ def test_bad_arguments_are_refused_before_a_client_is_asked(trained, change, tex
             raise AssertionError("a client was asked")
 
     with pytest.raises(PlanError, match=text):
-        unlearn(model, Untouched(), **(UNLEARN | change))
+        forgotten(model, Untouched(), **change)
 
 
 def test_a_class_that_no_client_holds_cannot_be_forgotten(trained):
     model, _ = trained
     engine = LocalEngine(partition(make_images(80, 4).without([2]), by="iid", clients=2))
     with pytest.raises(PlanError, match="no client holds an image of class 2"):
-        unlearn(model, engine, **UNLEARN)
+        forgotten(model, engine)
 
 
 def test_clients_left_with_nothing_are_not_asked_to_repair(trained):
     model, _ = trained
     engine = LocalEngine(partition(make_images(80, 4), by="bias", clients=4, bias=1.0))  # one class each
     journal = Journal()
-    result = unlearn(model, engine, criterion=contrast, journal=journal, **UNLEARN)
+    result = forgotten(model, engine, journal=journal)
     assert result.clients == ("client-0", "client-1", "client-3")
     for step in (*journal.steps("reestimate"), *journal.steps("repair")):
         assert step.entries[0].clients == result.clients
@@ -241,23 +240,24 @@ def test_a_finished_run_is_read_back_and_another_is_refused(tmp_path):
 def retrained(tmp_path, name, *overrides):
     """Return the first retrained model of a recipe with a shipped network, and the journal of making it."""
     recipe = load_recipe(str(write_set(tmp_path, model="small-cnn")), overrides)
-    setting, journal = prepare(recipe), Journal(tmp_path / name)
-    (oracle,) = retrained_models(setting, journal, data="images", count=1).values()
-    return setting, oracle, (tmp_path / name / "rounds.jsonl").read_text().count(".retrain")
+    experiment = prepare(recipe)
+    federation = experiment.federation(Journal(tmp_path / name))
+    (oracle,) = retrained_models(experiment, federation, data="images", count=1).values()
+    return experiment, oracle, (tmp_path / name / "rounds.jsonl").read_text().count(".retrain")
 
 
 def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared(tmp_path):
-    setting, first, trained = retrained(tmp_path, "one")
+    experiment, first, trained = retrained(tmp_path, "one")
     _, second, trained_again = retrained(tmp_path, "two", "unlearn.fraction=0.2")  # on which it does not depend
     assert (first.cached, second.cached) == (False, True)
     assert (trained, trained_again) == (3, 0)
     assert second.steps == first.steps
-    assert all(t.equal(first.model.state_dict()[name]) for name, t in second.model.state_dict().items())
+    assert all(t.equal(first.model.module.state_dict()[n]) for n, t in second.model.module.state_dict().items())
     _, other, _ = retrained(tmp_path, "three", "train.lr=0.2")
     assert not other.cached
     unlearning = Cost.of([Entry("train", ("a",), samples=1, seconds=1.0, flops=1, bytes_up=1, bytes_down=1)])
     result = {"unlearned": {"validation": {"retain": 0.0}}, "cost": {"unlearn": asdict(unlearning)}}
-    ratios = [cost_blocks(setting, {"retrained-1": oracle}, result)["speedup"] for oracle in (first, second)]
+    ratios = [cost_blocks(experiment, {"retrained-1": oracle}, result)["speedup"] for oracle in (first, second)]
     assert ratios[1] == {name: ratio for name, ratio in ratios[0].items() if name != "client_seconds"}
     assert "client_seconds" in ratios[0]
 
@@ -268,7 +268,7 @@ def test_a_damaged_kept_model_is_trained_anew(tmp_path):
     kept.write_bytes(b"damaged")
     _, second, trained = retrained(tmp_path, "two")
     assert (second.cached, trained) == (False, 3)
-    assert all(t.equal(first.model.state_dict()[name]) for name, t in second.model.state_dict().items())
+    assert all(t.equal(first.model.module.state_dict()[n]) for n, t in second.model.module.state_dict().items())
 
 
 def without_test_images_of(label, folder):
@@ -419,15 +419,14 @@ def test_a_damaged_state_is_named(tmp_path):
 
 def test_a_journal_in_memory_goes_on_too(trained):
     _, engine = trained
-    options = {"training": Training(lr=0.1, batch_size=8), "schedule": one_cycle}
-    whole, parts, journal = make_net(classes=4), make_net(classes=4), Journal()
-    train_rounds(whole, engine, rounds=4, **options)
+    training, federation = Training(lr=0.1, batch_size=8), Federation(engine)
     for rounds in (2, 4):
-        train_rounds(parts, engine, rounds=rounds, journal=journal, training=options["training"])
-    again = make_net(classes=4, seed=3)
-    train_rounds(again, engine, rounds=4, journal=journal, training=options["training"])
-    assert len(journal.steps("train")) == 4
-    assert all(tensor.equal(parts.state_dict()[name]) for name, tensor in again.state_dict().items())
+        parts = train_rounds(make_net(classes=4), federation, training, rounds=rounds)
+    again = train_rounds(make_net(classes=4, seed=3), federation, training, rounds=4)
+    whole = train_rounds(make_net(classes=4), Federation(engine), training, rounds=4)
+    assert len(federation.journal.steps("train")) == 4
+    for model in (again, whole):
+        assert all(t.equal(parts.module.state_dict()[name]) for name, t in model.module.state_dict().items())
 
 
 def test_already_pruned_weights_can_be_pruned_again_and_rows_must_be_all_there(tmp_path):
@@ -446,31 +445,26 @@ def test_already_pruned_weights_can_be_pruned_again_and_rows_must_be_all_there(t
 def test_a_model_with_other_rows_than_the_data_has_classes_is_refused(trained):
     _, engine = trained
     with pytest.raises(ModelError, match="the model has 3 output rows, the clients' data 4 classes"):
-        unlearn(make_net(classes=3), engine, **UNLEARN)
+        forgotten(make_net(classes=3), engine)
 
 
-def checkpoint_of(net, path, **change):
-    options = {
-        "plan": PruningPlan(),
-        "labels": (0, 1, 2),
-        "classes": ("a", "b", "c"),
-        "mean": (0.3,),
-        "std": (0.2,),
-        "architecture": {"name": "mine", "shortcut": "A"},
-    }
-    save_checkpoint(path, net, **(options | change))
+def checkpoint_of(model, path, *, colours=1, shortcut="A"):
+    """Write ``model`` as one of grey images, or of others, and read the file."""
+    kind = replace(make_images(4, 4, colours=colours), mean=(0.3,) * colours, std=(0.2,) * colours)
+    save_checkpoint(path, model, images=kind, architecture={"name": "mine", "shortcut": shortcut})
     return read_weights(path)
 
 
 def test_a_checkpoint_holds_weights_plan_label_map_and_normalisation(trained, tmp_path):
     model, engine = trained
-    result = unlearn(model, engine, criterion=contrast, **UNLEARN)
-    weights = checkpoint_of(result.model, tmp_path / "m.safetensors", plan=result.plan, labels=result.labels)
+    result = forgotten(model, engine)
+    weights = checkpoint_of(result.model, tmp_path / "m.safetensors")
     assert weights.labels == (0, 1, 3)
     assert (weights.mean, weights.std, weights.shortcut) == ((0.3,), (0.2,), "A")
-    again = load_weights(make_net(classes=4, seed=7), weights)
+    again = load_weights(classifier(make_net(classes=4, seed=7)), weights)
+    assert (again.labels, again.plan) == (result.model.labels, result.model.plan)
     example = torch.randn(3, 1, 8, 8)
-    assert logits(again, example).equal(logits(result.model, example))
+    assert logits(again.module, example).equal(logits(result.model.module, example))
 
 
 def test_weights_from_elsewhere_are_read(net, tmp_path):
@@ -482,7 +476,7 @@ def test_weights_from_elsewhere_are_read(net, tmp_path):
     np.savez(tmp_path / "w.npz", meta=meta, **no_counters)
     for name in ("w.pt", "w.th", "w.npz"):
         weights = read_weights(tmp_path / name)
-        loaded = load_weights(make_net(seed=4), weights)
+        loaded = load_weights(classifier(make_net(seed=4)), weights).module
         assert logits(loaded, torch.ones(1, 1, 8, 8)).equal(logits(net, torch.ones(1, 1, 8, 8)))
     assert (weights.mean, weights.std, weights.shortcut) == ((0.1,), (0.2,), "B")
 
@@ -518,26 +512,26 @@ def test_weights_that_cannot_be_used_are_refused(net, tmp_path):
 def test_weights_whose_names_or_shapes_differ_are_named(net, tmp_path):
     torch.save(make_net(classes=5).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"8.bias: the model has \(3,\), the file \(5,\): check model.name"):
-        load_weights(net, read_weights(tmp_path / "w.pt"))
+        load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
     torch.save({name: t for name, t in net.state_dict().items() if name != "3.bias"}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"3.bias: the model has \(8,\), the file no such tensor"):
-        load_weights(net, read_weights(tmp_path / "w.pt"))
+        load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
     torch.save(net.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"extra: the model has no such tensor, the file \(1,\)"):
-        load_weights(net, read_weights(tmp_path / "w.pt"))
+        load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
     plan = PruningPlan({"0.weight": (9, 1, 3, 3)}, {"0.weight": {0: (1,)}})
     with pytest.raises(ModelError, match=r"m.safetensors: the plan is for 0.weight"):
-        load_weights(net, checkpoint_of(net, tmp_path / "m.safetensors", plan=plan))
+        load_weights(classifier(net), checkpoint_of(classifier(net, plan=plan), tmp_path / "m.safetensors"))
 
 
 def test_weights_of_another_shortcut_or_colours_are_refused(tmp_path):
     recipe = str(write_set(tmp_path))
     net = build_model("nets:tiny", classes=4, colours=1)
     for change, text in (
-        ({"architecture": {"shortcut": "B"}}, "trained with shortcut B, the recipe has A: use --set model.shortcut=B"),
-        ({"mean": (0.1,) * 3, "std": (0.1,) * 3}, "trained on images of 3 colours, the data has 1"),
+        ({"shortcut": "B"}, "trained with shortcut B, the recipe has A: use --set model.shortcut=B"),
+        ({"colours": 3}, "trained on images of 3 colours, the data has 1"),
     ):
-        checkpoint_of(net, tmp_path / "m.safetensors", **change)
+        checkpoint_of(classifier(net), tmp_path / "m.safetensors", **change)
         weights = f'model.weights="{tmp_path / "m.safetensors"}"'
         with pytest.raises((RecipeError, ModelError), match=text):
             run(load_recipe(recipe, [weights]), tmp_path / "out")
