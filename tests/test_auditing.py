@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.errors import DataError, EvidenceError, ModelError
-from fedunlearn.run.commands import audit_model
+from fedunlearn.run.audit_file import audit_model
 from fedunlearn.run.recipe import load_recipe
 
 

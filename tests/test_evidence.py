@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from fedunlearn.audits.measure import Figure
+from fedunlearn.audits.base import Figure
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
