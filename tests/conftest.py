@@ -56,6 +56,11 @@ def make_images(count: int = 60, classes: int = 3, *, side: int = 8, colours: in
     return LabelledImages(images, labels, names, (0.3,) * colours, (0.25,) * colours)
 
 
+def tiers(name: str) -> pytest.MarkDecorator | tuple[()]:
+    """Return the mark of the deeper networks, which repeat the blocks of ResNet20 and VGG11."""
+    return () if name in ("small-cnn", "resnet20", "vgg11") else pytest.mark.slow
+
+
 def collected(engine: Engine, job: Job) -> tuple[list[Reply], Entry]:
     """Return all usable replies to ``job``, and what it cost."""
     return ask(engine, job, list)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import collected, make_images, make_net
+from conftest import collected, make_images, make_net, tiers
 from fedunlearn.channels.groups import prunable_layers
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap, channel_means, find_taps
@@ -34,7 +34,7 @@ EXAMPLE = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 BFLOAT16 = Compute("bfloat16")
 CONTIGUOUS = Compute(memory_format="contiguous")
 TRAINING = Training(lr=0.1, batch_size=8)
-SMALL = ("federation.clients=3", "train.rounds=1", "train.local_epochs=0.2", "evidence.feature_maps=false")
+SMALL = ("model.name=nets:tiny", "federation.clients=3", "train.rounds=1", "train.local_epochs=0.2")
 
 
 def jobs(net):
@@ -251,7 +251,7 @@ def test_an_empty_round_costs_nothing_but_the_asking(net):
 # Where channels are read
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tiers(name)) for name in MODELS])
 def test_what_a_shipped_model_hands_on_is_known_to_be_rectified(name):
     model = build_model(name, classes=3, colours=3)
     example = torch.randn(2, 3, 32, 32)

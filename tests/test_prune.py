@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import oracles
-from conftest import logits, make_net, settle
+from conftest import logits, make_net, settle, tiers
 from fedunlearn.channels.groups import find_groups, head_layer, prunable_layers
 from fedunlearn.channels.plan import PruningPlan, plan_pruning, plan_without_rows, prune
 from fedunlearn.channels.taps import find_taps
@@ -39,7 +39,8 @@ def masked(net, plan):
     return copied
 
 
-SHIPPED = [(name, "A") for name in MODELS] + [(name, "B") for name in MODELS if name.startswith("resnet")]
+SHIPPED = [pytest.param(name, "A", marks=tiers(name)) for name in MODELS]
+SHIPPED += [pytest.param(name, "B", marks=tiers(name)) for name in MODELS if name.startswith("resnet")]
 
 
 @pytest.mark.parametrize(("name", "shortcut"), SHIPPED)
