@@ -148,9 +148,7 @@ def test_pruning_the_right_channels_is_more_selective_than_pruning_at_random(tra
     ("change", "text"),
     [
         ({"forget": [4]}, r"must lie in 0 \.\. 3, got 4"),
-        ({"forget": [0, 1, 2, 3]}, "all 4 classes are to be forgotten"),
         ({"fraction": 0.0}, "fraction must lie strictly between 0 and 1, got 0.0"),
-        ({"fraction": float("nan")}, "fraction must lie strictly between 0 and 1, got nan"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_client_is_asked(trained, change, text):
