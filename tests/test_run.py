@@ -334,6 +334,7 @@ def after_the_line(path, line, append=journals._append):
     os._exit(KILLED)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12 on
 def test_a_run_that_is_killed_at_every_step_it_finishes_ends_with_the_same_files(tmp_path):
     recipe = load_recipe(str(write_set(tmp_path)), ["evidence.feature_maps=false"])
     whole, out, kills = run(recipe, tmp_path / "whole"), tmp_path / "killed", 0
