@@ -15,8 +15,8 @@ demo: $(VENV)/.core
 demo-flower: $(VENV)/.flower
 	$(BIN)/python examples/flower-deployment/demo.py
 
-# Two workers; what is dear to make, such as an audited run, is made by one of them for all who use it.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers take a file at a time, so that what the tests of a file share is made once.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint docs
 	$(PYTEST) -m "not slow and not sites"

@@ -23,18 +23,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two workers share the tests (``--dist loadgroup``), let what is dear to make be made once, and first."""
-    groups = [_group(item) for item in items]
-    for item, group in zip(items, groups):
-        item.add_marker(pytest.mark.xdist_group(group))
-    first = [group for group in ("test_deployment", "signed") if group in groups]
-    places = {group: place for place, group in enumerate(dict.fromkeys([*first, *groups]))}
-    items.sort(key=lambda item: places[_group(item)])
-
-
-def _group(item: pytest.Item) -> str:
-    """Return what must not be torn apart: the tests that use the signed run, and otherwise those of a file."""
-    return "signed" if "signed" in getattr(item, "fixturenames", ()) else item.path.stem
+    """Begin with what takes longest: two workers take a file at a time (``--dist loadfile``)."""
+    items.sort(key=lambda item: item.path.stem not in ("test_deployment", "test_run", "test_cli"))
 
 
 @pytest.fixture(autouse=True)
