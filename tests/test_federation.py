@@ -8,29 +8,30 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import collected, logits, make_images, make_net
-from fedunlearn.channels.taps import find_taps
+from conftest import classifier, collected, job, logits, make_images, make_net
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError
-from fedunlearn.federation.ask import refusal
-from fedunlearn.federation.jobs import (
-    ClientData,
-    Evaluate,
-    Job,
-    Measure,
-    Reestimate,
-    Reply,
-    Train,
-    count_correct,
-    handle,
-)
+from fedunlearn.federation.ask import ask, refusal
+from fedunlearn.federation.jobs import SUM, Answer, ClientData, Evaluate, Measure, Reestimate, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import fedavg, reestimate, train_rounds, validation_accuracy
+from fedunlearn.federation.rounds import (
+    Federation,
+    Holdings,
+    Watch,
+    fedavg,
+    measure,
+    reestimate,
+    train_rounds,
+    validation_accuracy,
+)
 from fedunlearn.training.compute import Compute
+from fedunlearn.training.evaluation import count_correct
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally
 
 EXAMPLE = torch.randn(2, 1, 8, 8)
@@ -42,9 +43,14 @@ def make_engine(images=None, *, workers=None, validation=0.0, **options):
     return LocalEngine(clients, validation=held, compute=workers and Compute(workers=workers))
 
 
-def make_train(net, **change):
-    settings = {"training": Training(lr=0.1, batch_size=8), "lr": 0.1, "phase": "train"}
-    return Train(model=net, **(settings | change))
+def make_train(net, *, exclude=(), **values):
+    task = Train(training=Training(lr=0.1, batch_size=8), lr=0.1, exclude=exclude)
+    return job(task, net, **({"phase": "train"} | values))
+
+
+def taps_of(net, *layers, hook):
+    taps = find_channels(net, EXAMPLE, hook=hook).taps
+    return {layer: taps[layer] for layer in layers}
 
 
 def states_equal(one, other):
@@ -131,34 +137,35 @@ def test_a_round_stops_with_a_clear_error_when_too_few_remain():
 
 
 def test_unusable_replies_are_refused_by_name_and_reason(net):
-    job = make_train(net)
-    expected = {name: (tuple(t.shape), t.dtype) for name, t in net.state_dict().items()}
+    train = make_train(net)
+    expected = train.task.layout(net)
+    assert expected == {name: (tuple(t.shape), t.dtype) for name, t in net.state_dict().items()}
     good = dict(net.state_dict())
     nan = good | {"0.bias": torch.full((6,), float("nan"))}
     shape = good | {"0.bias": torch.zeros(7)}
     missing = {name: t for name, t in good.items() if name != "8.bias"}
-    assert refusal(Reply("a", good, images=3), job, expected) is None
-    assert refusal(Reply("a", nan, images=3), job, expected) == "0.bias has values that are not finite"
+    assert refusal(Reply("a", good, images=3), train, expected) is None
+    assert refusal(Reply("a", nan, images=3), train, expected) == "0.bias has values that are not finite"
     assert (
-        refusal(Reply("a", shape, images=3), job, expected)
+        refusal(Reply("a", shape, images=3), train, expected)
         == "expected 0.bias of shape (6,), float32, got of shape (7,), float32"
     )
     assert (
-        refusal(Reply("a", missing, images=3), job, expected)
+        refusal(Reply("a", missing, images=3), train, expected)
         == "expected 8.bias of shape (3,), float32, got nothing of the name"
     )
     assert (
-        refusal(Reply("a", good | {"x": torch.zeros(1)}, images=3), job, expected)
+        refusal(Reply("a", good | {"x": torch.zeros(1)}, images=3), train, expected)
         == "expected x nothing of the name, got of shape (1,), float32"
     )
     whole = good | {"0.bias": torch.zeros(6, dtype=torch.int64)}
-    assert refusal(Reply("a", whole, images=3), job, expected).endswith("got of shape (6,), int64")
-    assert refusal(Reply("a", good, images=0), job, expected) == "it reports 0 images"
-    assert refusal(Reply("a", good, images=2**62), job, expected).endswith("more than any client holds")
-    measure = Measure(phase="m", model=net, taps=find_taps(net, ["0"], EXAMPLE, hook="convolution"), classes=3)
+    assert refusal(Reply("a", whole, images=3), train, expected).endswith("got of shape (6,), int64")
+    assert refusal(Reply("a", good, images=0), train, expected) == "it reports 0 images"
+    assert refusal(Reply("a", good, images=2**62), train, expected).endswith("more than any client holds")
+    statistics = job(Measure(taps=taps_of(net, "0", hook="convolution"), classes=3), net)
     sums = {"counts": torch.ones(3), "sums.0": -torch.ones(3, 6)}
     layout = {name: (tuple(t.shape), t.dtype) for name, t in sums.items()}
-    assert refusal(Reply("a", sums, images=3), measure, layout) == "sums.0 has negative values"
+    assert refusal(Reply("a", sums, images=3), statistics, layout) == "sums.0 has negative values"
 
 
 def test_fedavg_weighs_by_images_and_keeps_integers():
@@ -182,11 +189,10 @@ def test_one_step_of_full_batch_fedavg_equals_one_step_on_the_pooled_data():
     images = make_images(40)
     training = Training(lr=0.1, batch_size=100, momentum=0.0, weight_decay=0.0)
     engine = make_engine(images)
-    federated = copy.deepcopy(net)
-    train_rounds(federated, engine, training=training, rounds=1)
+    federated = train_rounds(net, Federation(engine), training, rounds=1)
     train_locally(net, images, training, lr=0.1, draw=torch.Generator())
     for name, tensor in net.state_dict().items():
-        torch.testing.assert_close(federated.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(federated.module.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_local_epochs_may_be_a_fraction(net, images):
@@ -214,18 +220,9 @@ def test_the_cycle_rises_then_falls_and_never_wastes_a_round():
 
 def test_participation_draws_repeat_and_change_by_round(net):
     def drawn(seed):
-        journal = Journal()
-        train_rounds(
-            copy.deepcopy(net),
-            make_engine(clients=10),
-            phase="train",
-            training=Training(lr=0.1),
-            rounds=4,
-            journal=journal,
-            participation=0.3,
-            seed=seed,
-        )
-        return [step.entries[0].clients for step in journal.steps("train")]
+        fed = Federation(make_engine(clients=10), participation=0.3, seed=seed)
+        train_rounds(net, fed, Training(lr=0.1), rounds=4)
+        return [step.entries[0].clients for step in fed.journal.steps("train")]
 
     assert drawn(1) == drawn(1)
     assert all(len(clients) == 3 for clients in drawn(1))
@@ -233,34 +230,18 @@ def test_participation_draws_repeat_and_change_by_round(net):
 
 
 def test_training_stops_at_the_target_and_counts_the_evaluations(net):
-    engine, journal = make_engine(make_images(200), validation=0.2), Journal()
-    steps = train_rounds(
-        net,
-        engine,
-        phase="train",
-        training=Training(lr=0.1, batch_size=8),
-        rounds=30,
-        journal=journal,
-        target=0.9,
-    )
+    fed = Federation(make_engine(make_images(200), validation=0.2))
+    train_rounds(net, fed, Training(lr=0.1, batch_size=8), rounds=30, watch=Watch(target=0.9))
+    steps = fed.journal.steps("train")
     assert len(steps) < 30
     assert steps[-1].validation >= 0.9 > max([step.validation for step in steps[:-1]], default=0)
     assert [entry.job for entry in steps[0].entries] == ["train", "evaluate"]
 
 
 def test_training_learns_what_can_be_seen(images):
-    net = make_net(seed=3)
-    engine = make_engine(make_images(200))
-    train_rounds(
-        net,
-        engine,
-        phase="train",
-        training=Training(lr=0.1, batch_size=8),
-        rounds=8,
-        journal=Journal(),
-        schedule=one_cycle,
-    )
-    correct, counts = count_correct(net, images, 3)
+    fed = Federation(make_engine(make_images(200)))
+    trained = train_rounds(make_net(seed=3), fed, Training(lr=0.1, batch_size=8), rounds=8, schedule=one_cycle)
+    correct, counts = count_correct(trained.module, images)
     assert int(correct.sum()) >= 0.95 * int(counts.sum())
 
 
@@ -271,20 +252,46 @@ def test_excluded_classes_are_not_seen(net):
     assert nothing.error == "FederationError: nothing is left without the classes [0, 1, 2]"
 
 
-def test_a_client_refuses_a_job_it_does_not_know(net):
-    reply = handle(Job(phase="x", model=net), net, ClientData("a", make_images()))
-    assert "a client knows Measure, Reestimate, Train and Evaluate, got Job" in reply.error
-    with pytest.raises(FederationError, match="the server knows Measure, Reestimate, Train and Evaluate, got Job"):
-        collected(make_engine(), Job(phase="x", model=net))
+class Count:
+    """A task of somebody else's: how many images a client has."""
+
+    kind = "count"
+
+    def answer(self, job, model, data, rules, compute):
+        if data.client == "client-0":
+            raise ValueError("this client does not count")
+        return Answer({"images": torch.tensor(len(data.train))}, len(data.train), 0)
+
+    def layout(self, model):
+        return {"images": ((), torch.int64)}
+
+    def flaw(self, reply):
+        return "it has too many" if int(reply.tensors["images"]) != reply.images or reply.client == "client-1" else None
+
+
+def test_a_task_of_another_kind_is_asked_and_judged_by_its_own_rules(net, caplog):
+    with caplog.at_level(logging.WARNING):
+        replies, entry = collected(make_engine(), job(Count(), net))
+    assert {reply.client: int(reply.tensors["images"]) for reply in replies} == {"client-2": 15, "client-3": 15}
+    assert entry.refused == {"client-0": "ValueError: this client does not count", "client-1": "it has too many"}
+    assert entry.job == "count"
+    assert "test, round 1: client-1 gave no usable reply: it has too many" in caplog.text
+
+
+def test_a_fold_that_stops_early_costs_what_all_replies_cost(net):
+    engine = make_engine()
+    first, entry = ask(engine, make_train(net), next)
+    _, whole = collected(engine, make_train(net))
+    assert first.client == "client-0"
+    assert (entry.clients, entry.samples, entry.bytes_up) == (whole.clients, whole.samples, whole.bytes_up)
 
 
 def test_samples_are_drawn_at_random_but_repeat(net):
     data = ClientData("a", make_images(60))
-    taps = find_taps(net, ["0"], EXAMPLE, hook="convolution")
+    task = Measure(taps=taps_of(net, "0", hook="convolution"), classes=3, sample=20)
 
     def counts(seed):
-        job = Measure(phase="measure-0", model=net, taps=taps, classes=3, sample=20, seed=seed)
-        return handle(job, copy.deepcopy(net), data).tensors["sums.0"]
+        return handle(job(task, net, phase="measure-0", seed=seed), copy.deepcopy(net), data).tensors["sums.0"]
 
     assert counts(1).equal(counts(1))
     assert not counts(1).equal(counts(2))
@@ -299,17 +306,17 @@ def test_validation_accuracy_is_that_of_the_kept_classes_on_clients_that_have_im
         for batch, labels in batches(kept, 50):
             right += int((logits(net, batch).argmax(1) == labels).sum())
             total += len(labels)
-    found, entry = validation_accuracy(net, engine, phase="x", exclude=(2,))
+    found, entry = validation_accuracy(classifier(net), Federation(engine, exclude=(2,)), phase="x")
     assert found == right / total
     assert entry.job == "evaluate"
-    assert validation_accuracy(net, make_engine(), phase="x", exclude=())[0] is None
+    assert validation_accuracy(classifier(net), Federation(make_engine()), phase="x")[0] is None
     with pytest.raises(FederationError, match=r"no client holds validation images.*data.validation"):
-        train_rounds(net, make_engine(), training=Training(lr=0.1), rounds=1, target=0.5)
+        train_rounds(net, Federation(make_engine()), Training(lr=0.1), rounds=1, watch=Watch(target=0.5))
 
 
 def test_nobody_to_train_with_is_an_error(net):
     with pytest.raises(FederationError, match="no client has images of the kept classes"):
-        train_rounds(net, make_engine(), phase="x", training=Training(lr=0.1), rounds=1, journal=Journal(), clients=[])
+        train_rounds(net, Federation(make_engine(), clients=()), Training(lr=0.1), rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +342,7 @@ def test_reestimation_gives_the_statistics_of_the_images_and_uses_no_gradient():
     images = make_images(64)
     with torch.no_grad():
         net[1].running_mean += 5
-    fitted = reestimate(net, make_engine(images), journal=Journal())
+    fitted = reestimate(classifier(net), Federation(make_engine(images))).module
     batch, _ = next(batches(images, 64))
     with torch.no_grad():
         maps = net[0](batch).double()
@@ -346,10 +353,9 @@ def test_reestimation_gives_the_statistics_of_the_images_and_uses_no_gradient():
 
 
 def test_reestimation_weighs_clients_by_their_images():
-    net = make_net()
     images = make_images(60)
-    even = reestimate(net, make_engine(images, clients=2), journal=Journal())
-    skewed = reestimate(net, make_engine(images, by="dirichlet", alpha=0.7, clients=3), journal=Journal())
+    engines = make_engine(images, clients=2), make_engine(images, by="dirichlet", alpha=0.7, clients=3)
+    even, skewed = (reestimate(classifier(make_net()), Federation(engine)).module for engine in engines)
     torch.testing.assert_close(even[1].running_mean, skewed[1].running_mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(even[1].running_var, skewed[1].running_var, rtol=2e-2, atol=1e-5)
 
@@ -360,7 +366,7 @@ def test_reestimation_does_not_depend_on_the_order_of_the_images_and_leaves_drop
     by_class = images.take(images.labels.argsort(stable=True))
     for source in (images, by_class):
         clients = {"a": source, "b": source}
-        fitted = reestimate(net, LocalEngine(clients), journal=Journal())
+        fitted = reestimate(classifier(net), Federation(LocalEngine(clients))).module
         batch, _ = next(batches(images, 900))
         with torch.no_grad():
             copied = copy.deepcopy(net).eval()
@@ -390,9 +396,9 @@ def test_training_settings_out_of_range_are_refused(change):
 
 def test_a_model_without_batch_normalisation_is_not_reestimated():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
-    journal = Journal()
-    reestimate(net, make_engine(), journal=journal)
-    assert journal.entries("reestimate") == []
+    fed = Federation(make_engine())
+    reestimate(classifier(net), fed)
+    assert fed.journal.entries("reestimate") == []
 
 
 def test_flops_match_the_formula():
@@ -405,10 +411,10 @@ def test_flops_match_the_formula():
 
 
 def test_ledger_entries_count_what_was_asked_and_answered(net):
-    job = make_train(net, clients=("a", "b", "c"))
-    replies = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", {}, samples=1)]
-    replies.append(Reply("c", {}, samples=7, error="late"))
-    meter = Meter(job, (1, 8, 8), 3)
+    train = make_train(net, clients=("a", "b", "c"))
+    replies = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", samples=1)]
+    replies.append(Reply("c", samples=7, error="late"))
+    meter = Meter(train, (1, 8, 8), 3)
     for reply in replies:
         meter.count(reply, refused=reply.error)
     entry = meter.entry()
@@ -416,7 +422,7 @@ def test_ledger_entries_count_what_was_asked_and_answered(net):
     assert entry.clients == ("a", "b")
     assert entry.flops == 28 * flops_per_image(net, (1, 8, 8))[1]
     assert entry.bytes_up == 20
-    assert entry.bytes_down == 3 * (size_in_bytes(net.state_dict()) + len(job.plan.to_json()))
+    assert entry.bytes_down == 3 * (size_in_bytes(net.state_dict()) + len(train.model.plan.to_json()))
     assert Entry.from_dict(entry.to_dict()) == entry
     total = Cost.of([entry, Entry("evaluate", ("a", "d"), samples=4)])
     assert (total.rounds, total.client_samples, total.clients, total.client_seconds) == (1, 32, 3, 1.5)
@@ -424,13 +430,105 @@ def test_ledger_entries_count_what_was_asked_and_answered(net):
 
 def test_the_four_jobs_answer_under_the_names_they_promise(net):
     engine = make_engine(validation=0.2)
-    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
-    for job in (
-        Measure(phase="measure-0", model=net, taps=taps, classes=3),
-        Reestimate(phase="reestimate", model=net),
+    for asked in (
+        job(Measure(taps=taps_of(net, "0", "3", hook="activation"), classes=3), net, phase="measure-0"),
+        job(Reestimate(), net, phase="reestimate"),
         make_train(net),
-        Evaluate(phase="x", model=net),
+        job(Evaluate(), net, phase="x"),
     ):
-        replies, entry = collected(engine, job)  # refuses other names and shapes
+        replies, entry = collected(engine, asked)  # refuses other names and shapes
         assert len(replies) == 4
         assert entry.refused == {}
+        assert entry.job == asked.task.kind
+
+
+def test_a_job_for_other_classes_is_refused_by_the_client(net):
+    task = Measure(taps=taps_of(net, "0", hook="activation"), classes=4)
+    reply = handle(job(task, net), copy.deepcopy(net), ClientData("a", make_images()))
+    assert reply.error == "FederationError: the job is for 4 classes, this client has 3"
+
+
+# The federation
+
+
+def test_a_federation_that_keeps_classes_out_keeps_its_clients_unless_others_are_named(net):
+    fed = Federation(make_engine(clients=4), seed=7, clients=("client-1", "client-2"))
+    kept = fed.keeping(exclude=[1])
+    assert (kept.exclude, kept.clients, kept.seed) == ((1,), ("client-1", "client-2"), 7)
+    assert kept.keeping(exclude=(), clients=["client-3"]).clients == ("client-3",)
+    train_rounds(net, kept, Training(lr=0.1, batch_size=8), rounds=1)
+    (entry,) = fed.journal.entries("train")
+    assert entry.clients == ("client-1", "client-2")
+    assert entry.samples == 20  # of 30, a third is of class 1
+
+
+def test_the_cost_of_phases_is_that_of_their_entries(net):
+    fed = Federation(make_engine(validation=0.2))
+    train_rounds(net, fed, Training(lr=0.1, batch_size=8), rounds=2, watch=Watch(every=2))
+    reestimate(classifier(net), fed)
+    assert fed.cost("train") == Cost.of(fed.journal.entries("train"))
+    assert fed.cost("train").rounds == 2
+    assert fed.cost("train", "reestimate") == Cost.of(fed.journal.entries("train", "reestimate"))
+    assert fed.cost("repair") == Cost()
+
+
+def test_a_part_of_a_federation_records_its_steps_under_its_own_name(net):
+    fed = Federation(make_engine())
+    train_rounds(net, fed.part("other"), Training(lr=0.1), rounds=1)
+    assert fed.journal.steps("train") == []
+    assert [step.phase for step in fed.journal.steps("other.train")] == ["other.train"]
+    assert fed.part("other").cost("train") == fed.cost("other.train")
+
+
+def test_clients_are_measured_once_and_what_they_hold_is_told(net):
+    asked = []
+
+    class Counting(LocalEngine):
+        def run(self, job):
+            asked.append(job.task.kind)
+            return super().run(job)
+
+    fed = Federation(Counting(partition(make_images(), by="bias", clients=3, bias=1.0)))
+    taps = taps_of(net, "0", hook="activation")
+    stats, held = measure(classifier(net), fed, taps)
+    again, known = measure(classifier(net), fed, taps)  # as a run that goes on does
+    assert asked == ["measure"]
+    assert again.counts.equal(stats.counts)
+    assert again.sums["0"].equal(stats.sums["0"])
+    for holdings in (held, known):
+        counts = [row.tolist() for row in holdings.counts.values()]
+        assert counts == [[20, 0, 0], [0, 20, 0], [0, 0, 20]]
+        assert holdings.with_images_besides([1]) == ("client-0", "client-2")
+
+
+def test_clients_of_whom_nothing_is_known_may_hold_images_of_the_kept_classes():
+    counts = {"a": torch.tensor([3, 0, 0]), "b": torch.tensor([3, 1, 0]), "c": torch.zeros(3, dtype=torch.int64)}
+    holdings = Holdings(counts, ("a", "b", "c", "d"))
+    assert holdings.with_images_besides([0]) == ("b", "c", "d")
+    assert holdings.with_images_besides([0, 1]) == ("c", "d")
+
+
+def test_the_mean_of_clients_cannot_be_made_of_their_sum(net):
+    class Summing(LocalEngine):
+        def run(self, job):
+            replies = list(super().run(job))
+            total = {name: sum(reply.tensors[name] for reply in replies) for name in replies[0].tensors}
+            yield Reply(SUM, total, sum(reply.images for reply in replies), members=self.clients)
+
+    fed = Federation(Summing(partition(make_images(), by="iid", clients=3)))
+    taps = taps_of(net, "0", hook="activation")
+    with pytest.raises(FederationError, match=r"under secure aggregation only the sum of the statistics is known: "):
+        measure(classifier(net), fed, taps, pooling=mean_of_clients)
+    stats, held = measure(classifier(net), fed, taps)
+    assert stats.counts.tolist() == [20, 20, 20]
+    assert held.with_images_besides([0, 1, 2]) == fed.engine.clients  # nothing is known of any
+
+
+def test_training_goes_on_from_the_journal_and_leaves_the_model_as_it_was(net, tmp_path):
+    before = copy.deepcopy(net.state_dict())
+    training = Training(lr=0.1, batch_size=8)
+    whole = train_rounds(net, Federation(make_engine(), seed=1), training, rounds=3)
+    train_rounds(net, Federation(make_engine(), Journal(tmp_path), seed=1), training, rounds=2)
+    resumed = train_rounds(net, Federation(make_engine(), Journal(tmp_path), seed=1), training, rounds=3)
+    assert states_equal(net.state_dict(), before)
+    assert states_equal(whole.module.state_dict(), resumed.module.state_dict())
