@@ -3,8 +3,15 @@ import torch
 from torch import nn
 
 from conftest import make_images, make_net
-from fedunlearn.channels.groups import prunable_layers
-from fedunlearn.channels.stats import ChannelStats, measure_channels
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.stats import (
+    ChannelStats,
+    capped,
+    limit_influence,
+    mean_of_clients,
+    measure_channels,
+    pooled,
+)
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import DataError
@@ -13,8 +20,8 @@ EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def measured(net, images, *, hook="activation", size=7):
-    layers = prunable_layers(net, EXAMPLE)
-    return measure_channels(net, batches(images, size), layers=layers, num_classes=3, hook=hook)
+    taps = find_channels(net, EXAMPLE, hook=hook).taps
+    return measure_channels(net, batches(images, size), taps=taps, classes=3)
 
 
 @pytest.mark.parametrize("hook", ["activation", "convolution"])
@@ -31,10 +38,11 @@ def test_merging_clients_equals_measuring_their_pooled_data(net, images, hook, b
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merge(part)
-    pooled = measured(net, images, hook=hook)
-    assert merged.counts.tolist() == pooled.counts.tolist() == [20, 20, 20]
-    for layer in pooled.sums:
-        torch.testing.assert_close(merged.sums[layer], pooled.sums[layer], rtol=1e-5, atol=1e-6)
+    whole = measured(net, images, hook=hook)
+    assert merged.counts.tolist() == whole.counts.tolist() == [20, 20, 20]
+    for layer in whole.sums:
+        torch.testing.assert_close(merged.sums[layer], whole.sums[layer], rtol=1e-5, atol=1e-6)
+        assert pooled(iter(parts)).sums[layer].equal(merged.sums[layer])
 
 
 def test_sums_match_a_loop_over_images_with_the_convolution_hook(net, images):
@@ -93,7 +101,7 @@ def test_hooks_are_gone_and_the_mode_restored_also_after_a_failure(net, images):
     net.train()
     wrong = [(torch.randn(2, 1, 8, 8), torch.tensor([0, 7]))]
     with pytest.raises(DataError, match=r"labels must lie in 0 \.\. 2, got 0 \.\. 7"):
-        measure_channels(net, wrong, layers=["0"], num_classes=3)
+        measure_channels(net, wrong, taps=find_channels(net, EXAMPLE).taps, classes=3)
     measured(net, images)
     assert net.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
@@ -112,6 +120,21 @@ def test_one_vote_per_class_gives_the_mean_of_client_means():
     voted = big.one_vote_per_class().merge(small.one_vote_per_class())
     assert voted.means("0").tolist() == [[2.0], [2.0]]  # (3 + 1) / 2, and the one client that holds class 1
     assert big.merge(small).means("0").tolist() == [[31 / 11], [2.0]]
+    assert mean_of_clients([big, small]).means("0").tolist() == [[2.0], [2.0]]
+
+
+def test_a_capped_pooling_limits_each_client_before_it_pools():
+    parts = [
+        ChannelStats({"0": torch.tensor([[mean * count]], dtype=torch.float64)}, torch.tensor([count]))
+        for mean, count in ((1.0, 10), (2.0, 10), (100.0, 1000))
+    ]
+    for pooling in (pooled, mean_of_clients):
+        found, expected = capped(1.5, pooling)(iter(parts)), pooling(limit_influence(parts, 1.5))
+        assert found.sums["0"].equal(expected.sums["0"])
+        assert found.counts.equal(expected.counts)
+    assert capped(1.5)(parts).counts.tolist() == [10 + 10 + 15]
+    assert capped(1.5)(parts).sums["0"].tolist() == [[10 * 1.0 + 10 * 2.0 + 15 * 3.0]]
+    assert capped(1.5, mean_of_clients)(parts).means("0").tolist() == [[(1.0 + 2.0 + 3.0) / 3]]
 
 
 def test_statistics_survive_a_round_trip_to_disk(net, images, tmp_path):
@@ -123,15 +146,20 @@ def test_statistics_survive_a_round_trip_to_disk(net, images, tmp_path):
     assert "60 images; 0 (3, 6)" in repr(read)
 
 
-def test_bad_statistics_are_refused(net, tmp_path):
+def test_bad_statistics_are_refused(tmp_path):
     one = ChannelStats({"0": torch.zeros(3, 2)}, torch.zeros(3))
     with pytest.raises(DataError, match=r"must agree in layers and shapes.*\(3, 2\).*\(3, 4\)"):
         one.merge(ChannelStats({"0": torch.zeros(3, 4)}, torch.zeros(3)))
     (tmp_path / "broken").write_bytes(b"nothing")
     with pytest.raises(DataError, match="expected channel statistics as safetensors, but"):
         ChannelStats.load(tmp_path / "broken")
-    with pytest.raises(DataError, match="there is no batch to measure"):
-        measure_channels(net, [], layers=["0"], num_classes=3)
+
+
+def test_statistics_of_no_image_are_zero(net):
+    stats = measure_channels(net, [], taps=find_channels(net, EXAMPLE).taps, classes=3)
+    assert stats.counts.tolist() == [0, 0, 0]
+    assert stats.shapes() == {"0": (3, 6), "3": (3, 8)}
+    assert not any(bool(sums.any()) for sums in stats.sums.values())
 
 
 def test_statistics_do_not_depend_on_the_batch_size():
