@@ -11,20 +11,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import oracles
-from conftest import logits, make_net, settle, tiers
-from fedunlearn.channels.groups import find_groups, head_layer, prunable_layers
-from fedunlearn.channels.plan import PruningPlan, plan_pruning, plan_without_rows, prune
-from fedunlearn.channels.taps import find_taps
+from conftest import classifier, logits, make_net, settle, tiers
+from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning, plan_without_rows, prune
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.models import MODELS, build_model
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def scores_for(net, example, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    groups, _ = find_groups(net, example)
-    return {layer: torch.rand(group.width, generator=draw) for group in groups for layer in group.layers}
+def plan_for(net, scores=None, *, fraction, example=EXAMPLE, seed=0, **cut):
+    """Return the plan by ``scores``, random ones where there are none."""
+    channels, draw = find_channels(net, example), torch.Generator().manual_seed(seed)
+    drawn = {layer: torch.rand(group.width, generator=draw) for group in channels.groups for layer in group.layers}
+    return plan_pruning(channels, drawn if scores is None else scores, Cut(fraction, **cut))
 
 
 def masked(net, plan):
@@ -49,7 +49,7 @@ def test_the_sliced_model_equals_the_masked_model(name, shortcut):
     net = build_model(name, classes=10, colours=3, shortcut=shortcut)
     settle(net, 3, side=32)
     example = torch.randn(2, 3, 32, 32)
-    plan = plan_pruning(net, scores_for(net, example), fraction=0.3, example=example)
+    plan = plan_for(net, fraction=0.3, example=example)
     sliced = prune(net, plan)
     assert sum(p.numel() for p in sliced.parameters()) < 0.8 * sum(p.numel() for p in net.parameters())
     expected = logits(masked(net, plan), example)
@@ -59,8 +59,11 @@ def test_the_sliced_model_equals_the_masked_model(name, shortcut):
 def test_zero_padded_shortcuts_lose_only_block_inner_channels_and_the_plan_says_why():
     net = build_model("resnet20", classes=10, colours=3, shortcut="A")
     example = torch.randn(2, 3, 32, 32)
-    assert prunable_layers(net, example) == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
-    plan = plan_pruning(net, scores_for(net, example), fraction=0.2, example=example)
+    channels = find_channels(net, example)
+    assert list(channels.taps) == [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]
+    assert "layer1.0.conv1: read at the input of layer1.0.conv2" in str(channels)
+    assert "layer1.0.conv2: left out, its channels cross" in str(channels)
+    plan = plan_for(net, fraction=0.2, example=example)
     assert "zero-padded shortcut" in plan.left_out["layer1.0.conv2"]
     assert "layer1.0.conv2: left out, its channels cross" in str(plan)
     assert "layer1.0.conv1: 3 channels removed" in str(plan)
@@ -68,17 +71,15 @@ def test_zero_padded_shortcuts_lose_only_block_inner_channels_and_the_plan_says_
 
 def test_residual_additions_tie_their_convolutions_together():
     net = build_model("resnet20", classes=10, colours=3, shortcut="B")
-    groups, left_out = find_groups(net, torch.randn(2, 3, 32, 32))
-    assert left_out == {}
-    tied = next(group for group in groups if "conv1" in group.layers)
+    channels = find_channels(net, torch.randn(2, 3, 32, 32))
+    assert channels.left_out == {}
+    tied = next(group for group in channels.groups if "conv1" in group.layers)
     assert tied.layers == ("conv1", "layer1.0.conv2", "layer1.1.conv2", "layer1.2.conv2")
 
 
 def test_the_empty_plan_changes_no_logit(net):
     assert logits(prune(net, PruningPlan()), EXAMPLE).equal(logits(net, EXAMPLE))
-    none = plan_pruning(
-        net, {layer: torch.zeros(n) for layer, n in (("0", 6), ("3", 8))}, fraction=0.5, example=EXAMPLE
-    )
+    none = plan_for(net, {layer: torch.zeros(n) for layer, n in (("0", 6), ("3", 8))}, fraction=0.5)
     assert str(none) == "nothing removed"
     assert logits(prune(net, none), EXAMPLE).equal(logits(net, EXAMPLE))
 
@@ -87,14 +88,14 @@ def test_removing_a_channel_whose_outgoing_weights_are_zero_changes_no_logit(net
     with torch.no_grad():
         net[3].weight[:, 2] = 0
     scores = {"0": torch.tensor([0, 0, 1.0, 0, 0, 0])}
-    plan = plan_pruning(net, scores, fraction=0.2, example=EXAMPLE)
+    plan = plan_for(net, scores, fraction=0.2)
     assert plan.pruned == {"0": (2,)}
     torch.testing.assert_close(logits(prune(net, plan), EXAMPLE), logits(net, EXAMPLE), rtol=1e-5, atol=1e-6)
 
 
 def test_pruning_leaves_the_original_alone_and_sizes_in_line(net):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    pruned = prune(net, plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE))
+    pruned = prune(net, plan_for(net, fraction=0.5))
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
     assert (pruned[0].out_channels, pruned[1].num_features, pruned[3].in_channels) == (3, 3, 3)
     assert (pruned[3].out_channels, pruned[4].num_features, pruned[8].in_features) == (4, 4, 4)
@@ -110,48 +111,48 @@ def test_pruning_leaves_the_original_alone_and_sizes_in_line(net):
 def test_the_removed_channels_are_the_highest_scored_ones(first, second, fraction):
     net = make_net()
     scores = {"0": torch.tensor(first, dtype=torch.float64), "3": torch.tensor(second, dtype=torch.float64)}
-    plan = plan_pruning(net, scores, fraction=fraction, example=EXAMPLE)
+    plan = plan_for(net, scores, fraction=fraction)
     expected = oracles.to_remove({"0": first, "3": second}, fraction)
     assert {layer: list(channels) for layer, channels in plan.pruned.items()} == expected
 
 
 def test_a_fraction_is_not_fooled_by_binary_floats():
     net = nn.Sequential(nn.Conv2d(1, 100, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(100, 2))
-    plan = plan_pruning(net, {"0": torch.rand(100) + 1}, fraction=0.29, example=EXAMPLE)  # 0.29 * 100 = 28.999...
+    plan = plan_for(net, {"0": torch.rand(100) + 1}, fraction=0.29)  # 0.29 * 100 = 28.999...
     assert len(plan.pruned["0"]) == 29
 
 
 def test_ties_break_by_index():
-    plan = plan_pruning(make_net(), {"0": torch.ones(6)}, fraction=0.5, example=EXAMPLE)
+    plan = plan_for(make_net(), {"0": torch.ones(6)}, fraction=0.5)
     assert plan.pruned["0"] == (0, 1, 2)
 
 
 def test_a_global_cut_may_take_more_from_one_layer_but_never_its_last_channel():
     scores = {"0": torch.full((6,), 9.0), "3": torch.ones(8)}
-    plan = plan_pruning(make_net(), scores, fraction=0.5, example=EXAMPLE, scope="global")
+    plan = plan_for(make_net(), scores, fraction=0.5, scope="global")
     assert {layer: len(channels) for layer, channels in plan.pruned.items()} == {"0": 5, "3": 2}
 
 
 def test_the_lowest_end_is_the_other_end_whatever_the_sign():
     scores = {"0": torch.tensor([3.0, -1.0, 0.0, 2.0, 5.0, 4.0])}
-    plan = plan_pruning(make_net(), scores, fraction=0.5, example=EXAMPLE, end="lowest")
+    plan = plan_for(make_net(), scores, fraction=0.5, end="lowest")
     assert plan.pruned["0"] == (1, 2, 3)
 
 
 def test_a_layer_without_scores_is_left_out_by_name():
-    plan = plan_pruning(make_net(), {"0": torch.ones(6)}, fraction=0.5, example=EXAMPLE)
+    plan = plan_for(make_net(), {"0": torch.ones(6)}, fraction=0.5)
     assert plan.left_out == {"3": "it was not scored"}
 
 
 def test_a_plan_survives_json(net):
-    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    plan = plan_for(net, fraction=0.5)
     assert PruningPlan.from_json(plan.to_json()) == plan
 
 
 def test_two_plans_in_a_row_equal_the_plan_of_both(net):
-    first = plan_pruning(net, scores_for(net, EXAMPLE, 1), fraction=0.4, example=EXAMPLE)
+    first = plan_for(net, fraction=0.4, seed=1)
     smaller = prune(net, first)
-    second = plan_pruning(smaller, scores_for(smaller, EXAMPLE, 2), fraction=0.4, example=EXAMPLE)
+    second = plan_for(smaller, fraction=0.4, seed=2)
     in_turn, at_once = prune(smaller, second), prune(net, first.then(second))
     assert logits(in_turn, EXAMPLE).equal(logits(at_once, EXAMPLE))
     assert len(first.then(second).pruned["0"]) == 6 - in_turn[0].out_channels
@@ -161,6 +162,39 @@ def test_output_rows_are_removed_by_a_plan_too(net):
     assert head_layer(net, EXAMPLE) == "8"
     shipped = prune(net, plan_without_rows(net, "8", [1]))
     torch.testing.assert_close(logits(shipped, EXAMPLE), logits(net, EXAMPLE)[:, [0, 2]])
+
+
+def test_a_classifier_knows_which_class_each_of_its_rows_names(net):
+    whole = classifier(net)
+    assert whole.rows == 3
+    one = whole.without_rows([1])
+    assert (one.rows, one.labels, one.shape) == (2, (0, 2), (1, 8, 8))
+    two = one.without_rows([2, 1])  # of which class 1 has no row any more
+    assert (two.rows, two.labels) == (1, (0,))
+    torch.testing.assert_close(logits(two.module, EXAMPLE), logits(net, EXAMPLE)[:, [0]])
+    assert logits(prune(net, two.plan), EXAMPLE).equal(logits(two.module, EXAMPLE))
+    assert (whole.rows, whole.labels, whole.plan) == (3, None, PruningPlan())
+
+
+def test_the_plan_of_a_classifier_is_all_that_was_cut(net):
+    once = classifier(net).cut(plan_for(net, fraction=0.4, seed=1))
+    twice = once.cut(plan_for(once.module, fraction=0.4, seed=2)).without_rows([0])
+    assert logits(prune(net, twice.plan), EXAMPLE).equal(logits(twice.module, EXAMPLE))
+    assert twice.plan.pruned["0"] != once.plan.pruned["0"]
+    with pytest.raises(PlanError, match=r"the plan is for 0.weight of shape \(6, 1, 3, 3\), the model has \(3, "):
+        twice.cut(once.plan)
+
+
+def test_a_copy_of_a_classifier_has_a_module_of_its_own(net):
+    whole = classifier(net)
+    copied = whole.copy()
+    with torch.no_grad():
+        copied.module[8].weight.zero_()
+    assert not whole.module[8].weight.eq(0).all()
+    assert Classifier.of(whole, (3, 9, 9)) is whole
+    assert Classifier.of(net, (1, 8, 8)).module is net
+    assert whole.example.equal(copied.example)
+    assert whole.example.shape == (2, 1, 8, 8)
 
 
 class Concatenated(nn.Module):
@@ -179,9 +213,10 @@ class Concatenated(nn.Module):
 def test_concatenated_branches_are_followed():
     torch.manual_seed(0)
     net = Concatenated()
-    taps = find_taps(net, ["left", "right"], EXAMPLE, hook="activation")
-    assert [(tap.module, tap.start, tap.stop) for tap in taps.values()] == [("join", 0, 4), ("join", 4, 10)]
-    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    taps = find_channels(net, EXAMPLE, hook="activation").taps
+    read = [(taps[layer].module, taps[layer].start, taps[layer].stop) for layer in ("left", "right")]
+    assert read == [("join", 0, 4), ("join", 4, 10)]
+    plan = plan_for(net, fraction=0.5)
     sliced = prune(net, plan)
     assert (sliced.left.out_channels, sliced.right.out_channels, sliced.join.in_channels) == (2, 3, 5)
     torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
@@ -215,7 +250,7 @@ class Scaled(Normed):
 )
 def test_unprunable_models_are_refused_with_module_reason_and_remedy(model, text):
     with pytest.raises(ModelError, match=text):
-        prunable_layers(model, EXAMPLE)
+        find_channels(model, EXAMPLE)
 
 
 def test_a_model_whose_output_is_not_a_linear_layer_is_refused():
@@ -226,20 +261,18 @@ def test_a_model_whose_output_is_not_a_linear_layer_is_refused():
 def test_images_that_the_model_cannot_take_are_refused():
     net = build_model("vgg11", classes=3, colours=1)  # five times halved: 8 x 8 pixels are too few
     with pytest.raises(ModelError, match=r"the model cannot take images of shape \(1, 8, 8\)"):
-        prunable_layers(net, EXAMPLE)
+        find_channels(net, EXAMPLE)
 
 
 def test_a_convolution_that_is_never_called_is_left_alone(net):
     net.spare = nn.Identity()
     net.spare.unused = nn.Conv2d(1, 2, 3)
-    assert prunable_layers(net, EXAMPLE) == ["0", "3"]
+    assert list(find_channels(net, EXAMPLE).taps) == ["0", "3"]
 
 
-def test_unknown_layers_and_hooks_are_refused(net):
-    with pytest.raises(ModelError, match="'1' is no Conv2d of the model"):
-        find_taps(net, ["1"], EXAMPLE, hook="activation")
+def test_unknown_hooks_are_refused(net):
     with pytest.raises(ModelError, match=r"unlearn.hook must be one of activation, convolution, got 'output'"):
-        find_taps(net, ["0"], EXAMPLE, hook="output")
+        find_channels(net, EXAMPLE, hook="output")
 
 
 @pytest.mark.parametrize(
@@ -254,11 +287,11 @@ def test_unknown_layers_and_hooks_are_refused(net):
 )
 def test_plans_refuse_bad_arguments(net, options, text):
     with pytest.raises(PlanError, match=text):
-        plan_pruning(net, **{"scores": {"0": torch.ones(6)}, "fraction": 0.5, "example": EXAMPLE, **options})
+        plan_for(net, **{"scores": {"0": torch.ones(6)}, "fraction": 0.5, **options})
 
 
 def test_a_plan_for_another_model_is_refused(net):
-    plan = plan_pruning(net, scores_for(net, EXAMPLE), fraction=0.5, example=EXAMPLE)
+    plan = plan_for(net, fraction=0.5)
     with pytest.raises(PlanError, match=r"for 0.weight of shape \(6, 1, 3, 3\), the model has \(6, 3, 3, 3\)"):
         prune(make_net(colours=3), plan)
     with pytest.raises(PlanError, match=r"the plan is for 0.weight of shape .* the model has None"):
