@@ -7,8 +7,10 @@ import pytest
 from fedunlearn.channels.plan import ENDS, SCOPES
 from fedunlearn.channels.scores import CRITERIA, REFERENCES
 from fedunlearn.channels.taps import HOOKS
+from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.partition import PARTITIONS
 from fedunlearn.data.readers import READERS
+from fedunlearn.engines import ENGINES, Order, carry_out
 from fedunlearn.errors import RecipeError
 from fedunlearn.models import MODELS, SHORTCUTS
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
@@ -53,9 +55,17 @@ def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
         ("unlern.fraction=0.2", "unknown recipe key unlern, did you mean 'unlearn'?"),
         ("data.zzz=1", "unknown recipe key data.zzz; known here: source, path, validation, official, size"),
         *((f"unlearn.fraction={f}", f"recipe key unlearn.fraction: .*, got {f}") for f in ("0", "1", "-0.1", "nan")),
-        ("unlearn.criterion=best", "recipe key unlearn.criterion: Input should be 'tf_idf', .* got 'best'"),
+        *(
+            (f"{key}=best", f"recipe key {key}: Input should be one of {', '.join(table)}, got 'best'")
+            for key, table in (("unlearn.criterion", CRITERIA), ("data.source", READERS))
+        ),
+        ("unlearn.end=top", "recipe key unlearn.end: Input should be 'highest' or 'lowest', got 'top'"),
+        ("train.augment=flip", "recipe key train.augment: Input should be a valid tuple, got 'flip'"),
         ("federation.participation=0", "recipe key federation.participation: .* got 0"),
-        ("train.augment=['blur']", "train.augment: expected names among crop, flip, cutout, got 'blur'"),
+        (
+            "train.augment=['flip', 'blur']",
+            "recipe key train.augment.1: Input should be one of crop, translate, flip, cutout, got 'blur'",
+        ),
         ("fraction=1", "--set expects table.key=value, got 'fraction=1'"),
         ("unlearn.fraction", "--set expects table.key=value, got 'unlearn.fraction'"),
     ],
@@ -63,6 +73,24 @@ def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
 def test_bad_keys_and_values_are_refused(override, text):
     with pytest.raises(RecipeError, match=text):
         load_recipe("digits", [override])
+
+
+@pytest.mark.parametrize("engine", ["ray", "Local", ""])
+def test_engines_that_are_not_there_are_refused_before_anything_is_done(tmp_path, engine):
+    recipe = load_recipe("digits", [f"federation.engine={engine!r}"])
+    with pytest.raises(RecipeError) as error:
+        carry_out(Order(command="train", recipe=recipe, out=tmp_path / "run"))
+    assert str(error.value) == f"federation.engine must be one of local, flower-simulation, flower, got {engine!r}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_address_of_a_superlink_goes_with_the_engine_flower_alone(tmp_path, engine):
+    superlink = None if engine == "flower" else "127.0.0.1:9093"
+    recipe = load_recipe("digits", [f"federation.engine={engine}"])
+    with pytest.raises(RecipeError, match="the engine flower needs --superlink ADDRESS:PORT, and no other engine"):
+        carry_out(Order(command="run", recipe=recipe, out=tmp_path / "run", superlink=superlink))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_target_needs_validation_images():
@@ -91,10 +119,8 @@ def test_the_recipe_page_lists_every_key():
 
 def test_choices_are_those_of_the_code_they_choose():
     choices = {
-        ("data", "source"): READERS,
         ("federation", "partition"): PARTITIONS,
         ("model", "shortcut"): SHORTCUTS,
-        ("unlearn", "criterion"): CRITERIA,
         ("unlearn", "reference"): REFERENCES,
         ("unlearn", "hook"): HOOKS,
         ("unlearn", "end"): ENDS,
@@ -103,3 +129,23 @@ def test_choices_are_those_of_the_code_they_choose():
     for (table, key), known in choices.items():
         field = Recipe.model_fields[table].annotation.model_fields[key]
         assert get_args(field.annotation) == tuple(known), key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"data.source={name}" for name in READERS),
+        *(f"unlearn.criterion={name}" for name in CRITERIA),
+        *(f"train.augment=['{name}']" for name in AUGMENTATIONS),
+        *(f"federation.engine={name}" for name in ENGINES),
+    ],
+)
+def test_every_row_of_a_table_can_be_named(override):
+    load_recipe("digits", [override])
+
+
+def test_who_adds_a_criterion_has_nothing_to_add_to_the_recipe(monkeypatch):
+    monkeypatch.setitem(CRITERIA, "loudest", CRITERIA["margin"])
+    assert load_recipe("digits", ["unlearn.criterion=loudest"]).unlearn.criterion == "loudest"
+    with pytest.raises(RecipeError, match="one of tf_idf, contrast, margin, random, loudest, got 'quietest'"):
+        load_recipe("digits", ["unlearn.criterion=quietest"])
