@@ -18,7 +18,7 @@ from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.federation.rounds import Federation, Watch, train_rounds
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.training.sgd import Sgd, Training, train_locally
 
@@ -146,6 +146,6 @@ def test_a_step_with_smoothed_labels_is_that_of_the_formula():
 @pytest.mark.parametrize(("every", "rounds", "measured"), [(0, 3, []), (1, 3, [0, 1, 2]), (2, 5, [1, 3, 4])])
 def test_validation_accuracy_is_measured_every_so_many_rounds_and_at_the_last(every, rounds, measured):
     shares, held = hold_out(partition(make_images(30), by="iid", clients=2, seed=0), 0.2, seed=0)
-    engine = LocalEngine(shares, validation=held)
-    steps = train_rounds(make_net(), engine, training=Training(lr=0.01), rounds=rounds, validate=every)
-    assert [step.round for step in steps if step.validation is not None] == measured
+    fed = Federation(LocalEngine(shares, validation=held))
+    train_rounds(make_net(), fed, Training(lr=0.01), rounds=rounds, watch=Watch(every))
+    assert [step.round for step in fed.journal.steps("train") if step.validation is not None] == measured
