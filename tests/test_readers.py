@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import (
@@ -152,6 +153,7 @@ def test_npz_with_colours_classes_and_groups(tmp_path):
         ({"x_train": np.zeros((4, 5, 5))}, "x_train must be uint8 with 3 or 4 axes, got float64"),
         ({"y_train": np.zeros(3, int)}, "y_train must be 4 whole numbers"),
         ({"x_train": np.array([object()])}, "expected an .npz of plain arrays, but"),
+        ({"groups_test": np.zeros(2)}, "groups_test must be whole numbers, one per image, got float64"),
     ],
 )
 def test_bad_npz_files_are_refused(tmp_path, change, text):
@@ -272,5 +274,7 @@ def test_the_published_weights_fit_resnet20():
     weights = read_weights(SHARED / "resnet20_akamaster.npz")
     assert weights.shortcut == "A"
     assert weights.mean == (0.485, 0.456, 0.406)
-    model = load_weights(build_model("resnet20", classes=10, colours=3, shortcut="A"), weights)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722
+    empty = Classifier(build_model("resnet20", classes=10, colours=3, shortcut="A"), (3, 32, 32))
+    model = load_weights(empty, weights)
+    assert sum(parameter.numel() for parameter in model.module.parameters()) == 269_722
+    assert (model.rows, model.labels, model.plan) == (10, None, empty.plan)
