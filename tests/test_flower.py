@@ -12,24 +12,23 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from conftest import collected, make_images, make_net
-from fedunlearn.channels.plan import plan_pruning, prune
-from fedunlearn.channels.scores import contrast
-from fedunlearn.channels.taps import find_taps
+from conftest import classifier, collected, job, make_images, make_net
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.plan import Cut, plan_pruning
+from fedunlearn.channels.scores import Ranking, contrast
 from fedunlearn.data.batches import batches
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Watch, train_rounds
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.flower.messages import digest_of, encode_reply
+from fedunlearn.flower.messages import digest_of, encode_job, encode_reply
 from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 from loopback import APP, CLIENTS, VALIDATION, Loopback, build_model, load_images, nodes, same
 
-EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TRAINING = Training(0.1, 8)
 
 
@@ -37,32 +36,38 @@ def engine(grid=None, **options):
     return FlowerEngine(grid or Loopback(nodes()), **({"clients": 4, "deadline": 0.5, "patience": 0.1} | options))
 
 
-def train_job(**change):
-    return Train(**({"phase": "train", "model": make_net(), "training": TRAINING, "lr": 0.1} | change))
+def train_job(model=None, *, exclude=(), phase="train", **change):
+    return job(Train(training=TRAINING, lr=0.1, exclude=exclude), model or make_net(), phase=phase, **change)
 
 
 def measure_job(**change):
-    net = make_net()
-    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
-    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+    model = classifier(make_net())
+    taps = find_channels(model.module, model.example).taps
+    return job(Measure(taps=taps, classes=3), model, phase="measure-0", **change)
 
 
-def forget(chosen, journal=None):
-    net = make_net()
-    steps = train_rounds(net, chosen, training=TRAINING, rounds=2, validate=1, journal=journal)
-    done = unlearn(
-        net, chosen, forget=1, fraction=0.4, training=TRAINING, rounds=2, criterion=contrast, journal=journal
-    )
-    return steps, done
+def pruned(scores=None):
+    """Return the classifier without half of the channels of these layers."""
+    whole = classifier(make_net())
+    scores = scores or {"0": torch.arange(6.0)}
+    return whole.cut(plan_pruning(find_channels(whole.module, whole.example), scores, Cut(0.5)))
+
+
+def forget(chosen):
+    fed = Federation(chosen)
+    trained = train_rounds(make_net(), fed, TRAINING, rounds=2, watch=Watch(every=1))
+    repair = Repair(TRAINING, rounds=2)
+    done = unlearn(trained, fed, forget=1, cut=Cut(0.4), repair=repair, rank=Ranking(contrast))
+    return fed.journal.steps("train"), done
 
 
 def test_the_engines_agree_to_the_bit():
     ours, mine = forget(LocalEngine(CLIENTS, validation=VALIDATION))
     theirs, other = forget(engine())
     assert [step.validation for step in ours] == [step.validation for step in theirs]
-    assert mine.plan == other.plan
-    assert same(mine.model, other.model)
-    assert mine.labels == other.labels == (0, 2)
+    assert mine.model.plan == other.model.plan
+    assert same(mine.model.module, other.model.module)
+    assert mine.model.labels == other.model.labels == (0, 2)
     assert mine.cost.client_flops == other.cost.client_flops
     assert mine.cost.bytes_up == other.cost.bytes_up
 
@@ -110,7 +115,7 @@ def set_first(value):
 def stale(message, reply):
     """Answer as to the round before."""
     text = message.content["fedunlearn"]["job"].replace('"round":0', '"round":1')
-    answer = Reply("client-0", {}, images=3)
+    answer = Reply("client-0", images=3)
     reply.content["fedunlearn"] = ConfigRecord({"reply": encode_reply(answer, digest_of(text))[1]})
     return reply
 
@@ -224,32 +229,38 @@ def test_a_client_that_cannot_do_the_job_says_why():
     broken = client_app(lambda context: Dark(), load_images)
     entry = collected(engine(Loopback(nodes() | {102: (broken, 2)})), train_job())[1]
     assert "the weights do not fit this client's model after pruning by the plan" in entry.refused["client-2"]
-    pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
-    job = train_job(model=prune(make_net(), pruned), plan=pruned)
-    entry = collected(engine(Loopback(nodes() | {102: (broken, 2)})), job)[1]
+    entry = collected(engine(Loopback(nodes() | {102: (broken, 2)})), train_job(pruned()))[1]
     assert "the plan is for" in entry.refused["client-2"]
 
 
+def test_clients_refuse_the_job_of_a_server_of_another_schema_and_it_says_who_and_why(monkeypatch):
+    def encode(job):
+        tensors, text = encode_job(job)
+        return tensors, text.replace('"schema":2', '"schema":3')
+
+    monkeypatch.setattr("fedunlearn.flower.engine.encode_job", encode)
+    with pytest.raises(FederationError) as error:
+        collected(engine(), train_job())
+    assert "train, round 1: only 0 of 4 clients gave a usable reply" in str(error.value)
+    assert "client-3: expected a job of schema 2, but schema: Input should be 2" in str(error.value)
+
+
 def test_the_plan_must_be_that_of_the_weights():
-    pruned = plan_pruning(make_net(), {"0": torch.arange(6.0)}, fraction=0.5, example=EXAMPLE)
     with pytest.raises(FederationError, match=r"only 0 of 4 clients gave a usable reply.*the weights do not fit"):
-        collected(engine(), train_job(model=prune(make_net(), pruned)))  # forgot the plan
+        collected(engine(), train_job(classifier(pruned().module)))  # forgot the plan
 
 
 def test_with_all_clients_gone_the_error_comes_after_the_deadline_and_nothing_is_lost(tmp_path):
     grid = Loopback(nodes())
-    chosen = engine(grid)
-    journal = Journal(tmp_path)
-    net = make_net()
-    train_rounds(net, chosen, training=TRAINING, rounds=2, journal=journal)
+    fed = Federation(engine(grid), Journal(tmp_path))
+    train_rounds(make_net(), fed, TRAINING, rounds=2)
     grid.nodes = {}
     with pytest.raises(FederationError, match=r"train, round 3: only 0 of 4 clients .*it is not connected"):
-        train_rounds(net, chosen, training=TRAINING, rounds=4, journal=journal)
-    again = make_net()
-    train_rounds(again, engine(), training=TRAINING, rounds=4, journal=Journal(tmp_path))  # a server started anew
-    straight = make_net()
-    train_rounds(straight, engine(), training=TRAINING, rounds=4)
-    assert same(again, straight)
+        train_rounds(make_net(), fed, TRAINING, rounds=4)
+    anew = Federation(engine(), Journal(tmp_path))  # a server started anew
+    again = train_rounds(make_net(), anew, TRAINING, rounds=4)
+    straight = train_rounds(make_net(), Federation(engine()), TRAINING, rounds=4)
+    assert same(again.module, straight.module)
 
 
 def test_a_client_that_joins_late_or_comes_back_takes_part_from_then_on():
@@ -386,7 +397,7 @@ def test_an_engine_that_brings_replies_twice_or_unasked_does_no_harm(caplog):
     class Double(LocalEngine):
         def run(self, job):
             replies = list(super().run(job))
-            return [*replies, Reply(replies[0].client, {}, error="again"), Reply("stranger", {}, images=1)]
+            return [*replies, Reply(replies[0].client, error="again"), Reply("stranger", images=1)]
 
     replies, entry = collected(Double(CLIENTS), train_job())
     assert [reply.client for reply in replies] == list(CLIENTS)
@@ -430,14 +441,13 @@ def app_with_mod(**options):
 
 
 def test_a_train_function_for_the_whole_model_trains_the_pruned_one():
-    plan = plan_pruning(make_net(), {"0": torch.arange(6.0), "3": torch.arange(8.0)}, fraction=0.5, example=EXAMPLE)
-    job = train_job(model=prune(make_net(), plan), plan=plan, exclude=(1,))
-    replies = collected(engine(Loopback(nodes(app_with_mod()))), job)[0]
+    model = pruned({"0": torch.arange(6.0), "3": torch.arange(8.0)})
+    replies = collected(engine(Loopback(nodes(app_with_mod()))), train_job(model, exclude=(1,)))[0]
     for reply in replies:
-        pruned = copy.deepcopy(job.model)
-        sgd(pruned, CLIENTS[reply.client].without((1,)), 0.1)
+        trained = model.copy().module
+        sgd(trained, CLIENTS[reply.client].without((1,)), 0.1)
         assert reply.images == len(CLIENTS[reply.client].without((1,)))
-        for name, tensor in pruned.state_dict().items():
+        for name, tensor in trained.state_dict().items():
             torch.testing.assert_close(reply.tensors[name], tensor, rtol=1e-5, atol=1e-6)
 
 
@@ -445,14 +455,15 @@ def test_an_app_with_the_mod_forgets_with_its_own_training():
     steps, done = forget(engine(Loopback(nodes(app_with_mod()))))
     assert len(steps) == 2
     correct, counts = done_counts(done)
-    assert done.labels == (0, 2)
+    assert done.model.labels == (0, 2)
     assert float(correct.sum() / counts.sum()) > 0.9
 
 
 def done_counts(done):
     images = make_images(60, seed=4).without((1,))
-    job = Evaluate(phase="test", model=done.model, labels=done.labels)
-    reply = handle(job, done.model, ClientData("x", images, images))
+    reply = handle(
+        job(Evaluate(labels=done.model.labels), done.model), done.model.module, ClientData("x", images, images)
+    )
     return reply.tensors["correct"], reply.tensors["counts"]
 
 
