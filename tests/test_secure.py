@@ -12,15 +12,17 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import collected, make_images, make_net
-from fedunlearn.channels.scores import contrast
-from fedunlearn.channels.taps import find_taps
+from conftest import classifier, collected, job, make_images, make_net
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.plan import Cut
+from fedunlearn.channels.scores import Ranking, contrast
+from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import measure
+from fedunlearn.federation.rounds import Federation, Repair, measure
 from fedunlearn.flower import secure
 from fedunlearn.flower.client import add_secure_measure, client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
@@ -30,7 +32,6 @@ from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 from loopback import Loopback, build_model, nodes, same
 
-EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 CLIENTS, _ = hold_out(partition(make_images(100), by="iid", clients=5), 0.0)
 STAGES = ("setup", "share_keys", "collect_masked_vectors", "unmask")
 
@@ -43,10 +44,16 @@ def load_images(context):
 APP = client_app(build_model, load_images, secure=True)
 
 
-def job(**change):
-    net = make_net()
-    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
-    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+MODEL = classifier(make_net())
+TAPS = find_channels(MODEL.module, MODEL.example).taps
+
+
+def measure_job(classes=3, **change):
+    return job(Measure(taps=TAPS, classes=classes), MODEL, phase="measure-0", **change)
+
+
+def train_job():
+    return job(Train(training=Training(0.1), lr=0.1), MODEL, phase="t")
 
 
 def engine(grid=None, **options):
@@ -56,7 +63,7 @@ def engine(grid=None, **options):
 
 def in_the_clear(names=tuple(CLIENTS)):
     """Return each client's statistics, as the in-process engine gives them."""
-    return {reply.client: reply.tensors for reply in LocalEngine(CLIENTS).run(job(clients=tuple(names)))}
+    return {reply.client: reply.tensors for reply in LocalEngine(CLIENTS).run(measure_job(clients=tuple(names)))}
 
 
 def assert_is_sum(tensors, names):
@@ -87,7 +94,7 @@ def test_numbers_that_cannot_be_added_up_are_refused(value):
 
 
 def test_the_server_gets_the_sum():
-    replies, entry = collected(engine(), job())
+    replies, entry = collected(engine(), measure_job())
     (reply,) = replies
     assert (reply.client, reply.members) == (SUM, tuple(CLIENTS))
     assert_is_sum(reply.tensors, tuple(CLIENTS))
@@ -97,15 +104,17 @@ def test_the_server_gets_the_sum():
 
 
 def test_unlearning_prunes_the_same_channels():
-    options = {"forget": 1, "fraction": 0.4, "training": Training(0.1, 8), "rounds": 1, "criterion": contrast}
-    mine = unlearn(make_net(), LocalEngine(CLIENTS), **options)
+    options = {"forget": 1, "cut": Cut(0.4), "repair": Repair(Training(0.1, 8)), "rank": Ranking(contrast)}
+    mine = unlearn(make_net(), Federation(LocalEngine(CLIENTS)), **options)
     journal = Journal()
-    other = unlearn(make_net(), engine(), journal=journal, **options)
-    assert mine.plan == other.plan
-    assert same(mine.model, other.model)
+    other = unlearn(make_net(), Federation(engine(), journal), **options)
+    assert mine.model.plan == other.model.plan
+    assert same(mine.model.module, other.model.module)
     assert other.clients == tuple(CLIENTS)
-    read, held = measure(job(), engine(), journal)  # read back, not asked again
-    assert held == {}
+    silent = engine()
+    silent._grid.nodes = {}
+    read, held = measure(MODEL, Federation(silent, journal), TAPS, phase="measure-0")  # read back, not asked again
+    assert held.counts == {}
     assert torch.equal(read.counts, mine.stats.counts)
 
 
@@ -142,7 +151,7 @@ def test_the_server_sees_masked_statistics_only():
     grid = Wiretap(nodes(APP, 5))
     chosen = engine(grid)
     grid.seen.clear()
-    chosen.run(job())
+    chosen.run(measure_job())
     allowed = {
         "setup": {"pk1", "pk2"},
         "share_keys": {"dsts", "ctxts"},
@@ -181,7 +190,7 @@ def test_the_server_sees_masked_statistics_only():
     # One client's masks do not repeat, so its statistics cannot be had by asking twice.
     first = vectors
     grid.seen.clear()
-    chosen.run(job())
+    chosen.run(measure_job())
     assert all(not np.any(vector == first[node]) for node, vector in masked_vectors(grid).items())
 
 
@@ -201,7 +210,7 @@ def failing_at(stage, *, silent):
 @pytest.mark.parametrize("stage", STAGES)
 def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
     lost = {101: (failing_at(stage, silent=silent), 1), 104: (failing_at(stage, silent=silent), 4)}
-    replies, entry = collected(engine(Loopback(nodes(APP, 5) | lost)), job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 5) | lost)), measure_job())
     # Who is lost after it sent its masked numbers is in the sum all the same: the others remove its mask.
     inside = tuple(CLIENTS) if stage == "unmask" else ("client-0", "client-2", "client-3")
     assert replies[0].members == inside
@@ -212,7 +221,7 @@ def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
 def test_with_most_clients_lost_there_is_no_sum():
     lost = {100 + k: (failing_at("collect_masked_vectors", silent=True), k) for k in range(3)}
     with pytest.raises(FederationError, match="fewer than 3 of 5 clients went through all its stages"):
-        collected(engine(Loopback(nodes(APP, 5) | lost)), job())
+        collected(engine(Loopback(nodes(APP, 5) | lost)), measure_job())
 
 
 def test_a_client_whose_numbers_cannot_be_added_drops_out():
@@ -222,7 +231,7 @@ def test_a_client_whose_numbers_cannot_be_added_drops_out():
         return net
 
     bad = client_app(broken, load_images, secure=True)
-    replies, entry = collected(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), measure_job())
     assert list(entry.refused) == ["client-2"]
     assert_is_sum(replies[0].tensors, replies[0].members)
 
@@ -244,9 +253,9 @@ def test_statistics_that_do_not_fit_the_others_are_an_error_not_a_wrong_sum():
     # Which of the two it is depends on the order in which the vectors are added up.
     either = r"secure aggregation (failed: a client's answer does not fit|gave 1 arrays, expected 4)"
     with pytest.raises(FederationError, match=either):
-        collected(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), job())
+        collected(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), measure_job())
     with pytest.raises(FederationError, match="secure aggregation gave 1 arrays, expected 4"):
-        collected(engine(Loopback(nodes(odd, 5))), job())
+        collected(engine(Loopback(nodes(odd, 5))), measure_job())
 
 
 def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
@@ -255,34 +264,36 @@ def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
         return Message(RecordDict(), reply_to=message) if own else APP(message, context)
 
     with pytest.raises(FederationError, match="secure aggregation failed: a client's answer does not fit"):
-        collected(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), job())
+        collected(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), measure_job())
 
 
 def test_nothing_but_measure_goes_under_secure_aggregation():
-    chosen = engine()
-    net = make_net()
-    tensors, text = encode_job(Train(phase="t", model=net, training=Training(0.1), lr=0.1))
+    grid = Wiretap(nodes(APP, 5))
+    tensors, text = encode_job(train_job())
     content = RecordDict({"arrays": to_arrays(tensors), "fedunlearn": ConfigRecord({"job": text})})
     with pytest.raises(FederationError, match="fewer than 3 of 5 clients"):
-        secure_sum(chosen._grid, [100, 101, 102, 103, 104], content, ["counts"], deadline=1.0)
+        secure_sum(grid, [100, 101, 102, 103, 104], content, ["counts"], deadline=1.0)
+    failures = [message.error.reason for message in grid.seen if message.has_error()]
+    assert len(failures) == 5
+    assert all("expected a measure job under secure aggregation, got train" in why for why in failures)
 
 
 def test_fewer_than_three_clients_have_nothing_to_hide_behind():
     with pytest.raises(FederationError, match="secure aggregation needs at least 3 clients, got 2"):
-        collected(engine(Loopback(nodes(APP, 2)), clients=2), job())
+        collected(engine(Loopback(nodes(APP, 2)), clients=2), measure_job())
 
 
 def test_a_client_under_secure_aggregation_answers_no_plain_measure():
     with pytest.raises(FederationError, match="this client reports statistics under secure aggregation only"):
-        collected(engine(secure=False), job())
-    assert collected(engine(), Train(phase="t", model=make_net(), training=Training(0.1), lr=0.1))[1].refused == {}
+        collected(engine(secure=False), measure_job())
+    assert collected(engine(), train_job())[1].refused == {}
 
 
 def test_an_app_with_the_mod_reports_under_secure_aggregation_too():
     app = ClientApp(mods=[unlearning_mod(build_model, load_images, secure=True)])
     app.train()(lambda message, context: None)
     add_secure_measure(app, build_model, load_images)
-    replies, _ = collected(engine(Loopback(nodes(app, 5))), job())
+    replies, _ = collected(engine(Loopback(nodes(app, 5))), measure_job())
     assert_is_sum(replies[0].tensors, tuple(CLIENTS))
 
 
@@ -327,10 +338,10 @@ def test_terms_that_would_reveal_one_client_are_refused(terms, text):
     assert text in str(error.value)
 
 
-def test_what_needs_each_clients_statistics_is_refused():
-    for options in ({"mean_of_clients": True}, {"influence": 2.0}):
-        with pytest.raises(FederationError, match="only the sum of the statistics is known"):
-            measure(job(), engine(), Journal(), **options)
+@pytest.mark.parametrize("pooling", [mean_of_clients, capped(2.0)], ids=["mean_of_clients", "influence"])
+def test_what_needs_each_clients_statistics_is_refused(pooling):
+    with pytest.raises(FederationError, match="only the sum of the statistics is known"):
+        measure(MODEL, Federation(engine()), TAPS, pooling=pooling)
 
 
 def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypatch):
@@ -343,7 +354,7 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
 
     masks = secure._masks
     monkeypatch.setattr(secure, "_masks", recorded)
-    collected(engine(), job())
+    collected(engine(), measure_job())
     assert theirs.pseudo_rand_gen is weak
     assert len(set(seeds)) >= 5 + 10  # a private one per client, one per pair
     assert min(len(seed) for seed in seeds) >= 32
@@ -354,11 +365,17 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
 
 def test_a_client_keeps_no_key_of_a_sum_that_is_over():
     grid = Loopback(nodes(APP, 5) | {101: (failing_at("unmask", silent=False), 1)})
-    collected(engine(grid), job())
+    collected(engine(grid), measure_job())
     for node in (100, 102, 103, 104):
         assert "secaggplus_state" not in grid.contexts[node].state.config_records
 
 
 def test_a_client_that_measures_nothing_it_knows_is_left_out():
-    reply = handle(job(classes=2), make_net(), ClientData("x", CLIENTS["client-0"]))
+    reply = handle(measure_job(classes=2), make_net(), ClientData("x", CLIENTS["client-0"]))
     assert "the job is for 2 classes, this client has 3" in reply.error
+    grid = Wiretap(nodes(APP, 5))
+    with pytest.raises(FederationError, match="fewer than 3 of 5 clients"):
+        engine(grid).run(measure_job(classes=2))
+    failures = [message.error.reason for message in grid.seen if message.has_error()]
+    assert len(failures) == 5
+    assert all("the job is for 2 classes, this client has 3" in why for why in failures)
