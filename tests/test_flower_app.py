@@ -10,6 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from typer.testing import CliRunner
 
+from conftest import job
 from fedunlearn import cli
 from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.federation.jobs import Evaluate
@@ -27,12 +28,12 @@ def context(number=1, node=(), **config):
 
 
 def test_a_client_holds_what_the_recipe_gives_it():
-    setting = prepare(load_recipe("digits", ("federation.clients=3",)))
-    for number, name in enumerate(setting.clients):
+    experiment = prepare(load_recipe("digits", ("federation.clients=3",)))
+    for number, name in enumerate(experiment.clients):
         held = recipe_images(context(number, set="federation.clients=3"))
         assert held.client == name
-        assert torch.equal(held.train.images, setting.clients[name].images)
-        assert torch.equal(held.validation.labels, setting.validation[name].labels)
+        assert torch.equal(held.train.images, experiment.clients[name].images)
+        assert torch.equal(held.validation.labels, experiment.validation[name].labels)
 
 
 def test_a_recipe_travels_by_name_and_overrides_or_whole():
@@ -147,12 +148,12 @@ def test_a_simulation_that_fails_in_the_middle_is_told_at_once(monkeypatch):
 
     simulated_by(monkeypatch, fail_later)
     began = time.monotonic()
-    job = Evaluate(phase="test", model=recipe_model(context(0)))
+    asked = job(Evaluate(), recipe_model(context(0)))
     with simulation(TWO) as grid:
         engine = engine_on(grid, patience=0.0, hello=60.0)(prepare(TWO))
         assert engine.clients == ("client-0", "client-1")
         with pytest.raises(FederationError, match="Flower's simulation failed: RuntimeError: Ray is gone"):
-            engine.run(job)
+            engine.run(asked)
     assert time.monotonic() - began < 20
 
 
