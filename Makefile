@@ -48,7 +48,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.flower: $(VENV)/.core
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[flower]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[flower]' psutil trustme
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.engine_app.engine_app import time_rounds
 from fedunlearn.data.partition import partition
 from fedunlearn.federation.local import LocalEngine
@@ -106,16 +108,11 @@ def _memory(processes: Callable[[], Iterable[int]]) -> Iterator[list[float]]:
 
 def _below_this() -> set[int]:
     """Return this process and all below it, those of Ray that have no parent left included."""
-    parents, ray = {}, set()
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit():
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if b"ray" in (folder / "cmdline").read_bytes().split(b"\0")[0]:
-                    ray.add(int(folder.name))
-        except OSError:
-            pass  # it ended meanwhile
-    found = {os.getpid()} | ray
+    parents, found = {}, {os.getpid()}
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        parents[process.pid] = process.info["ppid"]
+        if "ray" in "".join((process.info["cmdline"] or [])[:1]):
+            found.add(process.pid)
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found
@@ -124,12 +121,9 @@ def _below_this() -> set[int]:
 def _pss(number: int) -> float:
     """Return the proportional set size of a process in kilobytes, 0 where it has ended."""
     try:
-        for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return float(line.split()[1])
-    except OSError:
-        pass
-    return 0.0
+        return float(psutil.Process(number).memory_full_info().pss / 1024)
+    except psutil.Error:
+        return 0.0
 
 
 _ENGINES = {"local": _local, "simulation": _simulation, "deployment": _deployment}

@@ -1,12 +1,11 @@
 """A Flower deployment on this machine: SuperLink and SuperNodes on loopback, HTTPS, node authentication.
 
-Certificates and keys are made for it and thrown away with its folder. Linux: processes are found through /proc.
+Certificates and keys are made for it and thrown away with its folder. Needs ``trustme`` and ``psutil`` (extra dev).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import re
@@ -18,13 +17,12 @@ import sys
 import time
 import urllib.request
 import uuid
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+import psutil
+import trustme
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 HOST = "127.0.0.1"
 _BIN = Path(sys.executable).parent
@@ -150,12 +148,11 @@ class Deployment:
         self._processes[name].wait()
 
     def below(self, name: str) -> set[int]:
-        """Return the processes of ``superlink`` or ``node-K``: its own, and those started from it."""
-        found = {self._processes[name].pid}
-        parents = _parents()
-        while more := {child for child, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
+        """Return the processes of ``superlink`` or ``node-K``: its own, and those started from it; none if it ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self._processes[name].pid)
+            return {first.pid, *(process.pid for process in first.children(recursive=True))}
+        return set()
 
     def busy(self, number: int) -> bool:
         """Return whether SuperNode ``number`` is working on a message."""
@@ -211,12 +208,10 @@ class Deployment:
     def processes(self) -> dict[int, str]:
         """Return the living processes of the deployment, by number, whoever started them."""
         found = {}
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and f"{_TAG}={self._tag}".encode() in (folder / "environ").read_bytes():
-                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                pass  # it ended meanwhile
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile, or is another user's
+                if process.environ().get(_TAG) == self._tag:
+                    found[process.pid] = " ".join(process.cmdline())
         return found
 
     def _start(self, name: str, *command: str) -> None:
@@ -256,33 +251,11 @@ class Deployment:
 
 def make_certificates(folder: Path) -> None:
     """Write ``ca.crt``, and ``server.crt`` with ``server.key`` for this machine; the CA's own key is not kept."""
-    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedunlearn example CA")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
-    own = (
-        _certificate(issuer, issuer, authority.public_key(), authority.public_key())
-        .add_extension(x509.BasicConstraints(True, 0), True)
-        .add_extension(_usage(authority=True), True)
-    )
-    its = (
-        _certificate(
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]),
-            issuer,
-            server.public_key(),
-            authority.public_key(),
-        )
-        .add_extension(x509.BasicConstraints(False, None), True)
-        .add_extension(_usage(authority=False), True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
-        .add_extension(x509.SubjectAlternativeName(names), False)
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "ca.crt").write_bytes(own.sign(authority, hashes.SHA256()).public_bytes(pem))
-    (folder / "server.crt").write_bytes(its.sign(authority, hashes.SHA256()).public_bytes(pem))
-    _write_private(
-        folder / "server.key",
-        server.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
+    authority = trustme.CA()
+    server = authority.issue_cert("localhost", HOST)
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    server.cert_chain_pems[0].write_to_path(folder / "server.crt")
+    _write_private(folder / "server.key", server.private_key_pem.bytes())
 
 
 def make_node_key(path: Path) -> None:
@@ -292,35 +265,6 @@ def make_node_key(path: Path) -> None:
     _write_private(path, key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption()))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.with_suffix(".pub").write_bytes(public)
-
-
-def _certificate(subject, issuer, key, signer):
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=30))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), False)
-    )
-
-
-def _usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _write_private(path: Path, data: bytes) -> None:
@@ -337,18 +281,6 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for own in sockets:
             own.close()
-
-
-def _parents() -> dict[int, int]:
-    """Return the parent of every process."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit():
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            pass  # it ended meanwhile
-    return parents
 
 
 def _signal(process: int, number: int) -> None:
