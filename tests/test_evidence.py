@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from fedunlearn.audits.base import Figure
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from fedunlearn.audits import verdict
+from fedunlearn.audits.base import Figure
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
 from fedunlearn.evidence.dossier import write_dossier
