@@ -199,7 +199,7 @@ def trace(model: nn.Module, example: Tensor) -> list[Group]:
     names = {module: name for name, module in model.named_modules()}
     called = outputs_of(model, example, (nn.Conv2d,))[0]
 
-    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
+    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example.clone())
     groups: list[Group] = []
     seen: set[str] = set()
     for module, name in names.items():
@@ -291,7 +291,7 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
     training = model.training
     try:
         with torch.no_grad():
-            output: Tensor = model.eval()(images)
+            output: Tensor = model.eval()(images.clone())  # a model may change its input in place
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; choose another model or size"
