@@ -104,11 +104,12 @@ def _noised(values: Tensor, scale: float) -> Tensor:
         raise RecipeError("privacy.noise needs OpenDP: pip install 'fedunlearn[privacy]'") from error
     dp.enable_features("contrib")  # where OpenDP keeps mechanisms whose proofs are not reviewed by others yet
     space: tuple[Any, Any]
+    size = values.numel()
     if values.is_floating_point():
-        space = dp.vector_domain(dp.atom_domain(T=float, nan=False)), dp.l2_distance(T=float)
+        space = dp.vector_domain(dp.atom_domain(T=float, nan=False), size=size), dp.l2_distance(T=float)
         mechanism = dp.m.make_gaussian(*space, scale=scale, k=math.floor(math.log2(scale)) - _FINER)
     else:
-        space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l2_distance(T=float)
+        space = dp.vector_domain(dp.atom_domain(T="i64"), size=size), dp.l2_distance(T=float)
         mechanism = dp.m.make_gaussian(*space, scale=scale)
     noised = torch.tensor(mechanism(values.flatten().tolist()), dtype=values.dtype)
     return noised.reshape(values.shape).clamp_min(0)
