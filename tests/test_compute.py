@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import collected, make_images, make_net, tiers
-from fedunlearn.channels.groups import prunable_layers
+from conftest import collected, job, make_images, make_net, tiers
+from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.stats import measure_channels
-from fedunlearn.channels.taps import Tap, channel_means, find_taps
+from fedunlearn.channels.taps import HOOKS, Tap, channel_means
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import RecipeError
@@ -24,7 +24,8 @@ from fedunlearn.federation.local import Copies, LocalEngine, Values
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache
-from fedunlearn.run.experiment import prepare, settled
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import ComputeTable, load_recipe
 from fedunlearn.training.compute import FLOAT32, Compute, cores, has_bfloat16
 from fedunlearn.training.sgd import Training
@@ -38,19 +39,19 @@ SMALL = ("model.name=nets:tiny", "federation.clients=3", "train.rounds=1", "trai
 
 
 def jobs(net):
-    taps = find_taps(net, prunable_layers(net, EXAMPLE), EXAMPLE, hook="activation")
+    taps = find_channels(net, EXAMPLE, hook="activation").taps
     return {
-        "measure": Measure(phase="m", model=net, taps=taps, classes=3),
-        "reestimate": Reestimate(phase="r", model=net),
-        "train": Train(phase="t", model=net, training=TRAINING, lr=0.1),
-        "evaluate": Evaluate(phase="e", model=net),
+        "measure": job(Measure(taps=taps, classes=3), net),
+        "reestimate": job(Reestimate(), net),
+        "train": job(Train(training=TRAINING, lr=0.1), net),
+        "evaluate": job(Evaluate(), net),
     }
 
 
-def answer(job, compute, images=None):
+def answer(asked, compute, images=None):
     images = images or make_images(120)
     data = ClientData("a", images, images.take(slice(0, 60)))
-    reply = handle(job, compute.placed(copy.deepcopy(job.model)), data, compute=compute)
+    reply = handle(asked, compute.placed(asked.model.copy().module), data, compute=compute)
     assert reply.error is None
     return reply.tensors
 
@@ -63,16 +64,16 @@ def test_settings_that_do_not_exist_are_refused(change):
 
 @pytest.mark.parametrize("kind", ["measure", "reestimate", "train", "evaluate"])
 def test_memory_format_changes_no_answer_but_by_rounding(net, kind):
-    job = jobs(net)[kind]
-    one, other = answer(job, FLOAT32), answer(job, CONTIGUOUS)
+    asked = jobs(net)[kind]
+    one, other = answer(asked, FLOAT32), answer(asked, CONTIGUOUS)
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["measure", "reestimate"])
 def test_bfloat16_sums_are_those_of_float32_to_its_eight_bits(net, kind):
-    job = jobs(net)[kind]
-    exact, rough = answer(job, FLOAT32), answer(job, BFLOAT16)
+    asked = jobs(net)[kind]
+    exact, rough = answer(asked, FLOAT32), answer(asked, BFLOAT16)
     assert {name: tensor.dtype for name, tensor in rough.items()} == {name: t.dtype for name, t in exact.items()}
     for name, tensor in exact.items():
         if tensor.is_floating_point() and tensor.ndim:
@@ -83,15 +84,13 @@ def test_bfloat16_sums_are_those_of_float32_to_its_eight_bits(net, kind):
 def test_bfloat16_trains_float32_weights():
     net = make_net(seed=3)
     images = make_images(120)
-    state = answer(replace(jobs(net)["train"], training=Training(lr=0.1, batch_size=8, local_epochs=6)), BFLOAT16)
+    state = answer(job(Train(training=replace(TRAINING, local_epochs=6), lr=0.1), net, phase="t"), BFLOAT16)
     assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
     trained = copy.deepcopy(net)
     trained.load_state_dict(state)
-    right = answer(Evaluate(phase="e", model=trained), FLOAT32, images)
+    right, rough = (answer(jobs(trained)["evaluate"], compute, images) for compute in (FLOAT32, BFLOAT16))
     assert int(right["correct"]) >= 0.95 * int(right["counts"])
-    assert (
-        abs(int(answer(Evaluate(phase="e", model=trained), BFLOAT16, images)["correct"]) - int(right["correct"])) <= 1
-    )
+    assert abs(int(rough["correct"]) - int(right["correct"])) <= 1
 
 
 def test_autocast_is_what_a_pass_runs_in(net):
@@ -183,7 +182,7 @@ def test_the_momentum_of_batch_normalisation_comes_back_even_after_a_failure(net
 
     for model in (net, Broken()):
         data = ClientData("a", make_images())
-        reply = handle(Reestimate(phase="r", model=model), model, data)
+        reply = handle(job(Reestimate(), model), model, data)
         assert (reply.error is None) == (model is net)
         assert net[1].momentum == 0.1
 
@@ -255,9 +254,10 @@ def test_an_empty_round_costs_nothing_but_the_asking(net):
 def test_what_a_shipped_model_hands_on_is_known_to_be_rectified(name):
     model = build_model(name, classes=3, colours=3)
     example = torch.randn(2, 3, 32, 32)
-    layers = prunable_layers(model, example)
-    assert all(tap.rectified for tap in find_taps(model, layers, example, hook="activation").values())
-    assert not any(tap.rectified for tap in find_taps(model, layers, example, hook="convolution").values())
+    activation, convolution = (find_channels(model, example, hook=hook).taps for hook in HOOKS)
+    assert all(tap.rectified for tap in activation.values())
+    assert not any(tap.rectified for tap in convolution.values())
+    assert list(activation) == list(convolution)
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def test_only_what_a_relu_made_goes_without_a_clamp(between, rectified):
     torch.manual_seed(0)
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 4, 3), *between, nn.Conv2d(4, 2, 1), nn.ReLU())
     net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)).eval()
-    (tap,) = find_taps(net, ["1"], EXAMPLE, hook="activation").values()
+    tap = find_channels(net, EXAMPLE, hook="activation").taps["1"]
     assert tap.rectified is rectified
     images = make_images(20)
-    found = measure_channels(net, batches(images, 7), layers={"1": tap}, num_classes=3).sums["1"]
+    found = measure_channels(net, batches(images, 7), taps={"1": tap}, classes=3).sums["1"]
     batch, labels = next(batches(images, 20))
     with torch.no_grad():
         read = net[: 2 + len(between)](batch.clone()).clamp_min(0).double().mean((2, 3))
@@ -294,8 +294,11 @@ def test_a_model_that_normalises_its_input_in_place_can_be_followed(net):
                 colour.sub_(0.5)
             return super().forward(images)
 
-    model = Normalising(*net).eval()
-    assert find_taps(model, ["0", "3"], EXAMPLE, hook="activation")["0"].rectified
+    example = EXAMPLE.clone()
+    channels = find_channels(Normalising(*net).eval(), example, hook="activation")
+    assert list(channels.taps) == ["0", "3"]
+    assert channels.taps["0"].rectified
+    assert example.equal(EXAMPLE)
 
 
 def test_means_of_bfloat16_maps_are_not_rounded_to_bfloat16():
@@ -347,9 +350,9 @@ def test_a_run_records_what_the_probe_chose_and_goes_on_with_it(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "rounds.jsonl").write_text(json.dumps(header) + "\n")
-    setting, rates = settled(prepare(recipe), elsewhere)
-    assert setting.recipe.compute == ComputeTable.model_validate(other)
-    assert setting.engine._compute == Compute("float32", "contiguous", cores())
+    experiment, rates = settled(prepare(recipe), elsewhere)
+    assert experiment.recipe.compute == ComputeTable.model_validate(other)
+    assert experiment.engine._compute == Compute("float32", "contiguous", cores())
     assert rates == {}
     # The same settings, said aloud, are the same run.
     said = [f"compute.{key}={value}" for key, value in chosen.items() if key != "workers"]
@@ -357,25 +360,25 @@ def test_a_run_records_what_the_probe_chose_and_goes_on_with_it(tmp_path):
 
 
 def test_a_cache_that_cannot_be_used_costs_a_probe_and_nothing_else(tmp_path, monkeypatch):
-    setting = prepare(load_recipe("digits", (*SMALL, "compute.precision=auto")))
+    experiment = prepare(load_recipe("digits", (*SMALL, "compute.precision=auto")))
     cache = tmp_path / "cache"
     monkeypatch.setenv("FEDUNLEARN_CACHE", str(cache))
-    first = settled(setting, tmp_path / "run")
+    first = settled(experiment, tmp_path / "run")
     (kept,) = (cache / "probe").iterdir()
-    assert settled(setting, tmp_path / "run")[1] == first[1]  # rates and all: nothing was timed
+    assert settled(experiment, tmp_path / "run")[1] == first[1]  # rates and all: nothing was timed
     kept.write_text("{")
-    assert settled(setting, tmp_path / "run")[1].keys() == first[1].keys()
+    assert settled(experiment, tmp_path / "run")[1].keys() == first[1].keys()
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("FEDUNLEARN_CACHE", str(blocked))
-    assert settled(setting, tmp_path / "run")[1].keys() == first[1].keys()
+    assert settled(experiment, tmp_path / "run")[1].keys() == first[1].keys()
 
 
 def test_a_gpu_works_for_one_client_at_a_time_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    setting, rates = settled(prepare(load_recipe("digits", (*SMALL, "compute.precision=auto"))), tmp_path)
-    assert (setting.recipe.compute.precision, rates) == ("float32", {})
-    assert setting.engine._compute.workers == 1
+    experiment, rates = settled(prepare(load_recipe("digits", (*SMALL, "compute.precision=auto"))), tmp_path)
+    assert (experiment.recipe.compute.precision, rates) == ("float32", {})
+    assert experiment.engine._compute.workers == 1
 
 
 def test_a_site_may_have_its_model_on_another_device():
@@ -388,8 +391,8 @@ def test_nothing_is_probed_where_the_recipe_says_it_or_flower_runs_the_clients(t
     assert settled(said, tmp_path) == (said, {})
     recipe = load_recipe("digits", (*SMALL, "compute.precision=auto", "federation.engine=flower-simulation"))
     local = prepare(load_recipe("digits", (*SMALL, "compute.precision=auto")))
-    for setting, rates in (settled(prepare(recipe), tmp_path), settled(local, tmp_path, elsewhere=True)):
-        assert (setting.recipe.compute, rates) == (ComputeTable(precision="float32"), {})
+    for experiment, rates in (settled(prepare(recipe), tmp_path), settled(local, tmp_path, elsewhere=True)):
+        assert (experiment.recipe.compute, rates) == (ComputeTable(precision="float32"), {})
     assert header_of(tmp_path) == {}
 
 
