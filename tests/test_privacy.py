@@ -8,32 +8,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_images, make_net, write_set
-from fedunlearn.channels.stats import ChannelStats, limit_influence, measure_channels
-from fedunlearn.channels.taps import find_taps
+import conftest
+from conftest import classifier, make_images, make_net, write_set
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.stats import ChannelStats, capped, limit_influence, measure_channels
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import ClientData, Measure, handle
-from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
-from fedunlearn.federation.rounds import measure
+from fedunlearn.federation.rounds import Federation, measure
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+TAPS = find_channels(make_net(), EXAMPLE, hook="activation").taps
+
+
 def job(**change):
-    net = make_net()
-    taps = find_taps(net, ["0", "3"], EXAMPLE, hook="activation")
-    return Measure(**({"phase": "measure-0", "model": net, "taps": taps, "classes": 3} | change))
+    return conftest.job(Measure(**({"taps": TAPS, "classes": 3} | change)), make_net(), phase="measure-0")
 
 
-def answer(images, rules):
-    made = job()
-    return handle(made, made.model, ClientData("x", images), rules)
+def answer(images, rules, **change):
+    made = job(**change)
+    return handle(made, made.model.module, ClientData("x", images), rules)
 
 
 def stats_of(reply):
@@ -64,7 +65,7 @@ def test_clipping_is_the_slow_loop_image_by_image():
     norms = []
     for place, label in enumerate(images.labels.tolist()):
         alone = batches(images.take(slice(place, place + 1)), 1)
-        one = measure_channels(make_net(), alone, layers=["0", "3"], num_classes=3)
+        one = measure_channels(make_net(), alone, taps=TAPS, classes=3)
         row = {layer: sums[label] for layer, sums in one.sums.items()}
         norm = math.sqrt(sum(float((own**2).sum()) for own in row.values()))
         norms.append(norm)
@@ -85,16 +86,16 @@ def test_one_image_moves_clipped_sums_by_the_clip_at_most():
 
 
 def test_with_noise_a_client_measures_all_its_images_whatever_is_asked():
-    made = job(sample=4)
-    reply = handle(made, made.model, ClientData("x", make_images(300)), Privacy(clip=1.0, noise=0.5))
+    reply = answer(make_images(300), Privacy(clip=1.0, noise=0.5), sample=4)
     assert reply.images == pytest.approx(300, abs=20)
-    assert handle(made, made.model, ClientData("x", make_images(300)), Privacy(clip=1.0)).images == 4
+    assert answer(make_images(300), Privacy(clip=1.0), sample=4).images == 4
 
 
 def test_weights_that_give_nan_for_an_image_tell_nothing_through_noise():
     made = job()
-    made.model[0].weight.data[2] = float("nan")
-    reply = handle(made, made.model, ClientData("x", make_images(30)), Privacy(clip=1.0, noise=0.1))
+    made.model.module[0].weight.data[2] = float("nan")
+    reply = handle(made, made.model.module, ClientData("x", make_images(30)), Privacy(clip=1.0, noise=0.1))
+    assert reply.error is None
     assert all(bool(torch.isfinite(tensor).all()) for tensor in reply.tensors.values())
 
 
@@ -111,6 +112,35 @@ def test_noise_has_the_spread_it_says_and_hides_the_counts():
     assert torch.equal(noised["held"], noised["counts"])
     again = protect(tensors, Privacy(clip=2.0, noise=3.0))
     assert not torch.equal(noised["sums.0"], again["sums.0"])  # no seed that a server could know
+
+
+@pytest.mark.parametrize(("clip", "noise"), [(2.0, 3.0), (0.7, 0.5), (1e-4, 1.0)])
+def test_noise_is_of_whole_images_and_of_a_grid_far_finer_than_its_scale(clip, noise):
+    """A continuous Gaussian in floating point tells of the value by the digits it rounds to; one on a grid cannot."""
+    draw = torch.Generator().manual_seed(0)
+    sums = 200 * clip * torch.rand(200, 5, generator=draw, dtype=torch.float64)  # as 200 clipped images give
+    counts = torch.full((200,), 100)
+    noised = protect({"counts": counts, "held": counts, "sums.0": sums}, Privacy(clip=clip, noise=noise))
+    assert noised["counts"].dtype == torch.int64
+    assert noised["sums.0"].dtype == torch.float64
+    step = 2.0 ** (math.floor(math.log2(noise * clip)) - 40)
+    steps = noised["sums.0"] / step  # exact: a power of two
+    assert steps.equal(steps.round())
+    assert not (sums / step).equal((sums / step).round())  # the exact sums are not on it
+    assert not (steps / 2).equal((steps / 2).round())  # nor is the grid a coarser one
+    assert float((noised["sums.0"] - sums)[sums > 10 * noise * clip].std()) == pytest.approx(noise * clip, rel=0.15)
+
+
+def test_noise_on_counts_is_the_discrete_gaussian():
+    """Against its definition: P(n) is proportional to exp(-n^2 / (2 s^2)) over the whole numbers."""
+    counts, scale = torch.full((4000,), 1000), 0.8
+    tensors = {"counts": counts, "held": counts, "sums.0": torch.zeros(4000, 1, dtype=torch.float64)}
+    moved = (protect(tensors, Privacy(clip=1.0, noise=scale))["counts"] - counts).tolist()
+    weights = {n: math.exp(-(n**2) / (2 * scale**2)) for n in range(-12, 13)}
+    for n in range(-2, 3):
+        expected = weights[n] / sum(weights.values())
+        spread = math.sqrt(expected * (1 - expected) / len(moved))
+        assert abs(moved.count(n) / len(moved) - expected) < 6 * spread, n
 
 
 def test_noised_statistics_are_still_statistics():
@@ -147,13 +177,24 @@ def test_the_result_says_what_was_spent(tmp_path):
     assert result["privacy"]["noise"] == 4.0
 
 
-def test_the_privacy_extra_is_asked_for_by_name(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "dp_accounting"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+@pytest.mark.parametrize(
+    ("module", "name", "use"),
+    [
+        ("dp_accounting", "dp-accounting", lambda: epsilon(1.0, 1e-5)),
+        (
+            "opendp",
+            "OpenDP",
+            lambda: protect({name: torch.ones(3).long() for name in ("counts", "held")}, Privacy(clip=1.0, noise=1.0)),
+        ),
+    ],
+)
+def test_the_privacy_extra_is_asked_for_by_name(monkeypatch, module, name, use):
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RecipeError) as error:
-        epsilon(1.0, 1e-5)
-    assert str(error.value) == "privacy.noise needs dp-accounting: pip install 'fedunlearn[privacy]'"
+        use()
+    assert str(error.value) == f"privacy.noise needs {name}: pip install 'fedunlearn[privacy]'"
 
 
 @pytest.mark.parametrize(
@@ -236,13 +277,14 @@ def test_a_poisoner_weighs_no_more_than_the_cap():
             return [type(replies[0])("client-0", loud, replies[0].images), *replies[1:]]
 
     clients = partition(make_images(100), by="iid", clients=5)
-    honest, _ = measure(job(), LocalEngine(clients), Journal())
-    poisoned, _ = measure(job(), Poisoned(clients), Journal())
-    capped, _ = measure(job(), Poisoned(clients), Journal(), influence=2.0)
+    net = classifier(make_net())
+    honest, _ = measure(net, Federation(LocalEngine(clients)), TAPS)
+    poisoned, _ = measure(net, Federation(Poisoned(clients)), TAPS)
+    limited, _ = measure(net, Federation(Poisoned(clients)), TAPS, pooling=capped(2.0))
     for layer in honest.sums:
         ratio = poisoned.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
         assert float(ratio.min()) > 1e4
-        ratio = capped.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
+        ratio = limited.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
         assert float(ratio.max()) < 2.0
 
 
@@ -252,11 +294,11 @@ def test_a_run_measures_its_clients_once(tmp_path):
 
     class Counting(LocalEngine):
         def run(self, job):
-            asked.append(type(job).__name__)
+            asked.append(job.task.kind)
             return super().run(job)
 
     settings = ["audit.oracles=0", "train.rounds=1", "evidence.feature_maps=false"]
-    engine = lambda setting: Counting(setting.clients, validation=setting.validation)  # noqa: E731
+    engine = lambda experiment: Counting(experiment.clients, validation=experiment.validation)  # noqa: E731
     result = run(load_recipe(str(write_set(tmp_path)), settings), tmp_path / "run", engine=engine)
-    assert asked.count("Measure") == 1
+    assert asked.count("measure") == 1
     assert result["controls"]["random"]["cost"]["client_samples"] == result["cost"]["unlearn"]["client_samples"]
