@@ -186,6 +186,12 @@ def test_the_result_says_what_was_spent(tmp_path):
             "OpenDP",
             lambda: protect({name: torch.ones(3).long() for name in ("counts", "held")}, Privacy(clip=1.0, noise=1.0)),
         ),
+        (
+            "opendp",
+            "OpenDP",
+            "from fedunlearn.run.experiment import prepare; from fedunlearn.run.recipe import load_recipe; "
+            "prepare(load_recipe('digits', ['privacy.clip=1.0', 'privacy.noise=1.0', 'unlearn.sample=0']))",
+        ),
     ],
 )
 def test_the_privacy_extra_is_asked_for_by_name(monkeypatch, module, name, use):

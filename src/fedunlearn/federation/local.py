@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
-from fedunlearn.federation.privacy import NO_RULES, Privacy
+from fedunlearn.federation.privacy import NO_RULES, Privacy, check_noise
 from fedunlearn.training.compute import Compute, one_torch_thread, own_device, workers_on
 
 
@@ -38,6 +38,7 @@ class LocalEngine:
 
     Raises:
         FederationError: fewer than two clients, an empty client, or clients whose images differ in shape or classes.
+        RecipeError: the rules ask for noise and OpenDP is not installed.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LocalEngine:
                     f"{name} holds images of shape {images.shape} in {len(images.classes)} classes, "
                     f"the first client {first.shape} in {len(first.classes)}: all must agree"
                 )
+        check_noise(rules)
         held = validation or {}
         self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
         place = own_device() if device is None else torch.device(device)

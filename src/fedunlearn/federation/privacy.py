@@ -96,13 +96,28 @@ def epsilon(noise: float, delta: float, *, measures: int = 1) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def _noised(values: Tensor, scale: float) -> Tensor:
-    """Return ``values`` with discrete Gaussian noise, none below 0; int64 stays int64."""
+def check_noise(rules: Privacy) -> None:
+    """Refuse noise that cannot be drawn here, before anything is computed.
+
+    Raises:
+        RecipeError: there is noise and OpenDP is not installed.
+    """
+    if rules.noise:
+        _opendp()
+
+
+def _opendp() -> Any:
     try:
         import opendp.prelude as dp
     except ImportError as error:
         raise RecipeError("privacy.noise needs OpenDP: pip install 'fedunlearn[privacy]'") from error
     dp.enable_features("contrib")  # where OpenDP keeps mechanisms whose proofs are not reviewed by others yet
+    return dp
+
+
+def _noised(values: Tensor, scale: float) -> Tensor:
+    """Return ``values`` with discrete Gaussian noise, none below 0; int64 stays int64."""
+    dp = _opendp()
     space: tuple[Any, Any]
     size = values.numel()
     if values.is_floating_point():
