@@ -20,6 +20,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
 from fedunlearn.federation.rounds import Federation, measure
 from fedunlearn.run.commands import run
+from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -182,21 +183,18 @@ def test_the_result_says_what_was_spent(tmp_path):
     [
         ("dp_accounting", "dp-accounting", lambda: epsilon(1.0, 1e-5)),
         (
-            "opendp",
+            "opendp.prelude",
             "OpenDP",
             lambda: protect({name: torch.ones(3).long() for name in ("counts", "held")}, Privacy(clip=1.0, noise=1.0)),
         ),
         (
-            "opendp",
+            "opendp.prelude",
             "OpenDP",
-            "from fedunlearn.run.experiment import prepare; from fedunlearn.run.recipe import load_recipe; "
-            "prepare(load_recipe('digits', ['privacy.clip=1.0', 'privacy.noise=1.0', 'unlearn.sample=0']))",
+            lambda: prepare(load_recipe("digits", ["privacy.clip=1.0", "privacy.noise=1.0", "unlearn.sample=0"])),
         ),
     ],
 )
 def test_the_privacy_extra_is_asked_for_by_name(monkeypatch, module, name, use):
-    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RecipeError) as error:
         use()
