@@ -14,7 +14,7 @@ from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import FederationError, RecipeError
+from fedunlearn.errors import FederationError, RecipeError, RunError
 from fedunlearn.federation.ask import ask, refusal
 from fedunlearn.federation.jobs import SUM, Answer, ClientData, Evaluate, Measure, Reestimate, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
@@ -532,3 +532,51 @@ def test_training_goes_on_from_the_journal_and_leaves_the_model_as_it_was(net, t
     resumed = train_rounds(net, Federation(make_engine(), Journal(tmp_path), seed=1), training, rounds=3)
     assert states_equal(net.state_dict(), before)
     assert states_equal(whole.module.state_dict(), resumed.module.state_dict())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"run: cannot be made \(Not a directory\): choose another --out"):
+        Journal(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "images", "text"),
+    [
+        (Reestimate(), {"square:1": -torch.ones(6, dtype=torch.float64)}, 3, "square:1 has negative values"),
+        (Reestimate(), {"images": torch.tensor(-1.0, dtype=torch.float64)}, 3, "images has negative values"),
+        (Reestimate(), {"mean:1": -torch.ones(6, dtype=torch.float64)}, 3, None),
+        (Reestimate(), {}, 0, "it reports 0 images"),
+        (Evaluate(), {"correct": torch.tensor(-1)}, 3, "correct has negative values"),
+        (Evaluate(), {}, 0, None),
+        (
+            Train(training=Training(0.1), lr=0.1),
+            {"1.running_var": -torch.ones(6)},
+            3,
+            "running_var has negative values",
+        ),
+        (Train(training=Training(0.1), lr=0.1), {"1.running_mean": -torch.ones(6)}, 3, None),
+    ],
+)
+def test_what_no_honest_answer_says_is_refused(net, task, change, images, text):
+    layout = task.layout(net)
+    tensors = {name: torch.ones(shape, dtype=kind) for name, (shape, kind) in layout.items()} | change
+    found = refusal(Reply("a", tensors, images), job(task, net), layout)
+    assert found is None if text is None else found.endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, None),
+        ({"counts": torch.tensor([2, 0, 1])}, "it counts 3 images of 3 that it holds"),
+        ({"held": torch.tensor([0, 0, 1])}, "it counts 2 images of 1 that it holds"),
+        ({"counts": torch.tensor([1, 0, 0])}, "sums.0 has values for classes of which it counts no image"),
+        ({"held": torch.tensor([1, -1, 1])}, "held has negative values"),
+    ],
+)
+def test_statistics_that_contradict_themselves_are_refused(net, change, text):
+    task = Measure(taps=taps_of(net, "0", hook="activation"), classes=3)
+    sums = torch.ones(3, 6, dtype=torch.float64) * torch.tensor([[1], [0], [1]])
+    tensors = {"counts": torch.tensor([1, 0, 1]), "held": torch.tensor([1, 1, 1]), "sums.0": sums} | change
+    assert refusal(Reply("a", tensors, images=2), job(task, net), task.layout(net)) == text
