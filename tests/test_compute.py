@@ -22,6 +22,7 @@ from fedunlearn.federation.journal import header_of
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import Copies, LocalEngine, Values
 from fedunlearn.models import MODELS, build_model
+from fedunlearn.run import machine
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache
 from fedunlearn.run.experiment import prepare
@@ -360,18 +361,34 @@ def test_a_run_records_what_the_probe_chose_and_goes_on_with_it(tmp_path):
 
 
 def test_a_cache_that_cannot_be_used_costs_a_probe_and_nothing_else(tmp_path, monkeypatch):
+    probes = []
+
+    def counted(*args, **options):
+        probes.append(probe(*args, **options))
+        return probes[-1]
+
+    monkeypatch.setattr(machine, "probe", counted)
     experiment = prepare(load_recipe("digits", (*SMALL, "compute.precision=auto")))
     cache = tmp_path / "cache"
     monkeypatch.setenv("FEDUNLEARN_CACHE", str(cache))
-    first = settled(experiment, tmp_path / "run")
+
+    def settles(*, probed):
+        found, rates = settled(experiment, tmp_path / "run")
+        best, tried = probes[-1]
+        assert len(probes) == probed
+        assert found.engine._compute == best
+        assert list(rates.values()) == [round(rate, 1) for _, rate in tried]
+
+    settles(probed=1)
     (kept,) = (cache / "probe").iterdir()
-    assert settled(experiment, tmp_path / "run")[1] == first[1]  # rates and all: nothing was timed
+    settles(probed=1)  # rates and all: nothing was timed
     kept.write_text("{")
-    assert len(settled(experiment, tmp_path / "run")[1]) >= 2  # timed anew; which is fastest may differ
+    settles(probed=2)
+    settles(probed=2)  # and it is mended
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("FEDUNLEARN_CACHE", str(blocked))
-    assert len(settled(experiment, tmp_path / "run")[1]) >= 2  # timed anew; which is fastest may differ
+    settles(probed=3)
 
 
 def test_a_gpu_works_for_one_client_at_a_time_in_float32(tmp_path, monkeypatch):
