@@ -43,7 +43,7 @@ class Attendance(LocalEngine):
         """Run ``job``; those absent from it give no answer."""
         away = self.absent.get((job.phase, job.round, job.task.kind), set())
         for reply in super().run(job):
-            yield Reply(reply.client, {}, error="it was absent") if reply.client in away else reply
+            yield Reply(reply.client, error="it was absent") if reply.client in away else reply
 
 
 def main(folder: Path) -> int:
