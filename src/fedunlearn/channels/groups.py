@@ -8,20 +8,18 @@ sliced away must give the same logits as the model with those channels masked.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
 from fedunlearn.channels.taps import HOOKS, Tap, rectified
 from fedunlearn.errors import ModelError
 
 FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _TRIAL_TOLERANCE = 1e-4
-
-# tensor name -> axis -> the positions that stay
-Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -299,47 +297,3 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
     finally:
         model.train(training)
     return output
-
-
-def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
-    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input)."""
-    owner = model.get_submodule(module)
-    tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-    return [(f"{module}.{name}", tensor.shape[axis]) for name, tensor in tensors if tensor.ndim > axis]
-
-
-def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Return what all ``parts`` keep: groups meet in one tensor where maps are concatenated."""
-    kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for part in parts:
-        for name, axes in part.items():
-            for axis, positions in axes.items():
-                before = kept.setdefault(name, {}).get(axis)
-                kept[name][axis] = positions if before is None else tuple(sorted(set(before) & set(positions)))
-    return kept
-
-
-def slice_tensors(model: nn.Module, kept: Kept) -> None:
-    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
-    owners = set()
-    for name, axes in kept.items():
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        owners.add(owner)
-        tensor: Tensor = getattr(owner, attribute)
-        value = tensor.detach()
-        for axis, positions in axes.items():
-            value = value.index_select(axis, torch.tensor(positions, dtype=torch.int64, device=value.device))
-        if isinstance(tensor, nn.Parameter):
-            setattr(owner, attribute, nn.Parameter(value, requires_grad=tensor.requires_grad))
-        else:
-            setattr(owner, attribute, value)
-    for owner in owners:
-        if isinstance(owner, nn.Conv2d):
-            owner.out_channels, owner.in_channels = owner.weight.shape[:2]
-        elif isinstance(owner, nn.Linear):
-            owner.out_features, owner.in_features = owner.weight.shape
-        elif isinstance(owner, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            owner.num_features = next(
-                len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
-            )

@@ -10,15 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import (
-    Channels,
-    Group,
-    Kept,
-    combine,
-    head_layer,
-    parameter_layers,
-    slice_tensors,
-)
+from fedunlearn.channels.groups import Channels, Group, head_layer
+from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
 from fedunlearn.errors import PlanError
 from fedunlearn.seeding import generator
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import Kept
+from fedunlearn.channels.slicing import Kept
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.jobs import ClientData, Measure, Reply, Train, handle
