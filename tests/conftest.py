@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from fedunlearn.channels.plan import Classifier
@@ -20,6 +21,9 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
 torch.set_num_threads(1)
+# A machine at work on something else is slow, not wrong; pytest-timeout ends what hangs.
+settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

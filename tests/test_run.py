@@ -594,3 +594,11 @@ def test_a_run_that_cannot_be_audited_is_refused_before_any_work(tmp_path):
     with pytest.raises(DataError, match=r"the test images hold none of class 2"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "original.safetensors").exists()
+
+
+@pytest.mark.parametrize("engine", ["flower", "flwoer"])
+def test_a_run_in_python_needs_the_engine_that_its_recipe_names(tmp_path, engine):
+    recipe = load_recipe(str(write_set(tmp_path)), [f"federation.engine={engine}"])
+    with pytest.raises(RecipeError, match=rf"federation.engine is '{engine}': give run\(\) the engine"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

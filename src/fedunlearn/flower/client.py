@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.slicing import Kept
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.slicing import Kept
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.jobs import ClientData, Measure, Reply, Train, handle
 from fedunlearn.federation.privacy import NO_RULES, Privacy

@@ -12,6 +12,7 @@ from fedunlearn.audits.base import Shipped, Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import forget_classes
 from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.errors import RecipeError
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
@@ -64,6 +65,11 @@ def run(
     Raises:
         FedUnlearnError: something cannot be used; what was finished stays in ``out``.
     """
+    if engine is None and recipe.federation.engine != "local":
+        raise RecipeError(
+            f"federation.engine is {recipe.federation.engine!r}: give run() the engine, or use carry_out() of "
+            "fedunlearn.engines, which makes it"
+        )
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
