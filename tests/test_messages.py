@@ -90,6 +90,19 @@ def test_a_job_that_was_changed_is_refused(change, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["exclude", "lr", "training.momentum"])
+def test_a_field_that_was_not_sent_gets_no_default(name):
+    tensors, text = encode_job(TRAIN)
+    message = json.loads(text)
+    *path, last = name.split(".")
+    place = message["task"]
+    for step in path:
+        place = place[step]
+    del place[last]
+    with pytest.raises(FederationError, match=rf"expected a job of schema 2, but .*{name}"):
+        decode_job(tensors, json.dumps(message))
+
+
 def test_a_message_of_the_schema_before_is_refused():
     tensors, text = encode_job(TRAIN)
     message = json.loads(text)

@@ -9,8 +9,8 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -69,7 +69,7 @@ _LONGEST_POLL = 3.0
 class _JobMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_number: Literal[2] = Field(2, alias="schema")
+    schema_number: Literal[2] = Field(alias="schema")
     phase: str
     round: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)]
@@ -140,6 +140,10 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the message"
         raise FederationError(f"expected a job of schema {_SCHEMA}, but {where}: {first['msg']}") from error
+    # A field that is left out would get the default of this client's version: images of a class it was told to leave.
+    missing = _missing(message.task, json.loads(text)["task"])
+    if missing is not None:
+        raise FederationError(f"expected a job of schema {_SCHEMA}, but its task has no {missing}")
     if message.spec != spec_of(message.plan, tensors):
         raise FederationError(
             f"the {message.task.kind} job of {message.phase}, round {message.round + 1}, does not fit its tensors: "
@@ -147,6 +151,18 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
         )
     key = (message.phase, message.round, message.seed)
     return Received(message.task, PruningPlan.from_json(message.plan), digest_of(text), key)
+
+
+def _missing(value: Any, sent: Mapping[str, Any]) -> str | None:
+    """Return the first field of the dataclass ``value``, or of one in it, that was not sent; None where all were."""
+    for own in fields(value):
+        if own.name not in sent:
+            return own.name
+        inner = getattr(value, own.name)
+        missing = _missing(inner, sent[own.name]) if is_dataclass(inner) else None
+        if missing is not None:
+            return f"{own.name}.{missing}"
+    return None
 
 
 def digest_of(text: str) -> str:

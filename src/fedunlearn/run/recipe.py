@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
 
 from fedunlearn.channels.scores import CRITERIA
 from fedunlearn.data.batches import AUGMENTATIONS
@@ -46,7 +45,7 @@ def _among(table: Collection[str]) -> AfterValidator:
 
     def known(name: str) -> str:
         if name not in table:
-            raise PydanticCustomError("among", "Input should be one of {names}", {"names": ", ".join(table)})
+            raise ValueError(f"Input should be one of {', '.join(table)}")  # pydantic says which key it is
         return name
 
     return AfterValidator(known)
@@ -327,7 +326,7 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, 1)
         hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(keys)}"
         return f"unknown recipe key {where}{hint}"
-    return f"recipe key {where}: {first['msg']}, got {first['input']!r}"
+    return f"recipe key {where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
 
 
 def _keys(table: str) -> Sequence[str]:
