@@ -17,7 +17,7 @@ from fedunlearn.flower.launch import run_on
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
-pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 SETTINGS = ("federation.clients=3", "train.rounds=2", "unlearn.rounds=1")
 SMALLEST = "federation.clients=3 train.rounds=1"
 ROOT = Path(__file__).parents[1]
