@@ -1,5 +1,7 @@
 """Images, batches and partitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import make_images
 from fedunlearn.data.batches import AUGMENTATIONS, batches
-from fedunlearn.data.images import LabelledImages, pixel_statistics
+from fedunlearn.data.images import LabelledImages, joined, pixel_statistics
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.errors import DataError
 
@@ -121,6 +123,12 @@ def test_other_bad_arguments_are_refused(images):
         next(batches(images, 4, augment=("blur",)))
     with pytest.raises(DataError, match="give the generator that owns the draw"):
         next(batches(images, 4, augment=("flip",)))
+    with pytest.raises(DataError, match=r"a sequence of names, got the string 'crop': use \['crop'\]"):
+        next(batches(images, 4, augment="crop", draw=torch.Generator()))
+    with pytest.raises(DataError, match="a batch must hold at least one image, got the size 0"):
+        next(batches(images, 0))
+    with pytest.raises(DataError, match="translate mirrors 4 pixels and needs images of more than 4 x 4, got 2 x 2"):
+        next(batches(numbered(), 4, augment=("translate",), draw=torch.Generator()))
 
 
 @pytest.mark.parametrize(
@@ -128,10 +136,39 @@ def test_other_bad_arguments_are_refused(images):
     [
         ({"images": torch.zeros(4, 1, 2, 2)}, "images must be uint8 of shape .*, got torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be int64 of shape \(4,\)"),
-        ({"labels": torch.tensor([0, 1, 2, 9])}, r"labels must lie in 0 \.\. 2, got 0 \.\. 9"),
-        ({"mean": (0.1, 0.2)}, "one value per colour"),
-        ({"std": (0.0,)}, "std above 0"),
-        ({"groups": torch.zeros(2)}, r"groups must have shape \(4,\)"),
+        (
+            {"images": np.zeros((4, 1, 2, 2), np.uint8)},
+            "images must be a tensor, got ndarray: torch.as_tensor makes one",
+        ),
+        (
+            {"images": torch.zeros(4, 1, 0, 2, dtype=torch.uint8)},
+            r"images must have pixels, got the shape \(4, 1, 0, 2\)",
+        ),
+        (
+            {"images": torch.zeros(4, 16, 16, 3, dtype=torch.uint8), "mean": (0.5,) * 16, "std": (0.5,) * 16},
+            r"got \(4, 16, 16, 3\), which looks like .*: use images.permute\(0, 3, 1, 2\)",
+        ),
+        ({"labels": [0, 1, 2, 0]}, "labels must be a tensor, got list: torch.as_tensor makes one"),
+        (
+            {"labels": torch.tensor([0, 1, 2, 9])},
+            r"labels must lie in 0 \.\. 2, .*, got 0 \.\. 9: count the classes from",
+        ),
+        ({"classes": ("a", "b", "a")}, "names of the classes must differ, 'a' is there twice: name each class once"),
+        ({"classes": "abc"}, "classes must be a tuple of names, one string per class, got 'abc'"),
+        ({"classes": (0, 1, 2)}, r"classes must be a tuple of names, one string per class, got \(0, 1, 2\)"),
+        ({"mean": (0.1, 0.2)}, r"mean must be a tuple of 1 floats, one value per colour, got \(0.1, 0.2\)"),
+        ({"mean": 0.1}, "mean must be a tuple of 1 floats, one value per colour, got 0.1"),
+        ({"std": (torch.tensor(1.0),)}, "std must be a tuple of 1 floats"),
+        (
+            {"mean": (127.0,), "std": (60.0,)},
+            r"mean must lie in \[0, 1\] and std .* got mean \(127.0,\) .*: divide by 255",
+        ),
+        ({"mean": (float("nan"),)}, r"mean must lie in \[0, 1\]"),
+        ({"std": (0.0,)}, "std above 0, up to 1"),
+        ({"std": (60.0,)}, "std above 0, up to 1"),
+        ({"groups": np.zeros(4, int)}, "groups must be a tensor, got ndarray"),
+        ({"groups": torch.zeros(2).long()}, r"groups must have shape \(4,\)"),
+        ({"groups": torch.zeros(4)}, r"groups must have shape \(4,\), a whole number per image, got torch.float32"),
     ],
 )
 def test_images_that_do_not_fit_together_are_refused(change, text):
@@ -152,6 +189,31 @@ def test_pixel_statistics_match_a_float_copy():
     floats = pixels.double() / 255
     assert mean == pytest.approx(floats.mean((0, 2, 3)).tolist())
     assert std == pytest.approx(floats.std((0, 2, 3), unbiased=False).tolist())
+
+
+def test_a_colour_that_never_changes_does_not_drown_the_others():
+    pixels = torch.randint(0, 256, (50, 4, 4, 4), dtype=torch.uint8)
+    pixels[:, 3] = 255
+    mean, std = pixel_statistics(pixels)
+    assert (mean[3], std[3]) == (1.0, 1.0)
+    pixels[:, 3] = 254  # in test images: one level off is 1 / 255 off
+    found, _ = next(batches(LabelledImages(pixels, torch.zeros(50).long(), ("a",), mean, std), 50))
+    assert found[:, 3].unique().tolist() == pytest.approx([-1 / 255])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"classes": ("b", "a", "c", "d")}, r"agree in classes, got \('a', 'b', 'c', 'd'\) and \('b', 'a', 'c', 'd'\)"),
+        ({"mean": (0.5,)}, r"agree in mean, got \(0.0,\) and \(0.5,\)"),
+        ({"std": (0.5,)}, r"agree in std, got \(1.0,\) and \(0.5,\)"),
+        ({"images": torch.zeros(120, 1, 2, 3, dtype=torch.uint8)}, r"agree in shape, got \(1, 2, 2\) and \(1, 2, 3\)"),
+    ],
+)
+def test_images_that_mean_different_things_are_not_joined(change, text):
+    with pytest.raises(DataError, match=text):
+        joined([numbered(), replace(numbered(), **change)])
+    assert numbers(joined([numbered(), numbered()])) == numbers(numbered()) * 2
 
 
 def test_batches_in_order_are_the_normalised_images():

@@ -153,13 +153,79 @@ def test_npz_with_colours_classes_and_groups(tmp_path):
         ({"x_train": np.zeros((4, 5, 5))}, "x_train must be uint8 with 3 or 4 axes, got float64"),
         ({"y_train": np.zeros(3, int)}, "y_train must be 4 whole numbers"),
         ({"x_train": np.array([object()])}, "expected an .npz of plain arrays, but"),
-        ({"groups_test": np.zeros(2)}, "groups_test must be whole numbers, one per image, got float64"),
+        ({"x_train": np.zeros((4, 5, 5), np.uint16)}, r"got uint16 of shape \(4, 5, 5\): scale pixels to 0 .. 255"),
+        ({"y_train": np.array([[0], [1], [2], [1]])}, r"got int64 of shape \(4, 1\): use y_train.ravel\(\)"),
+        ({"y_test": np.eye(2, dtype=int)}, r"of shape \(2, 2\): of one-hot labels, use y_test.argmax\(1\)"),
+        ({"y_train": np.array(["a", "b", "c", "a"])}, "got <U1 .*: number the classes from 0 and store their names"),
+        ({"y_train": np.array([0.0, 1, 2, 1])}, r"y_train must be 4 whole numbers, one per image, got float64"),
+        (
+            {"y_train": np.array([1, 2, 3, 2])},
+            r"expected labels 0 .. 2, for 3 different ones in y_train, y_train holds 3:",
+        ),
+        (
+            {"y_train": np.array([0, 1, 10**6, 1])},
+            r"expected labels 0 .. 2, .* y_train holds 1000000: number the classes",
+        ),
+        ({"y_train": np.array([0, 1, 2**64 - 1, 1], np.uint64)}, r"y_train holds 18446744073709551615: number"),
+        (
+            {"y_train": np.array([-1, 0, 1, 1])},
+            r"expected labels 0 .. 2, .* y_train holds -1: number the classes from 0",
+        ),
+        ({"y_test": np.array([0, 3])}, r"y_test holds 3: number .* without a gap, or store a name of every class as"),
+        ({"y_test": np.array([0, -1]), "classes": np.array(["a", "b", "c"])}, r"set.npz: labels must lie in 0 \.\. 2"),
+        ({"classes": np.array(["a", "a", "b"])}, "set.npz: the names of the classes must differ, 'a' is there twice"),
+        ({"classes": np.array([["a", "b", "c"]])}, r"classes must be a list of names, one per class, got <U1 of shape"),
+        ({"classes": np.array([b"a", b"b", b"c"])}, r"classes must be a list of names, one per class, got \|S1"),
+        (
+            {"x_test": np.zeros((2, 6, 5), np.uint8)},
+            r"test images of shape \(1, 5, 5\) .* got \(1, 6, 5\): resize them",
+        ),
+        ({"x_test": np.zeros((0, 5, 5), np.uint8), "y_test": np.zeros(0, int)}, "x_test must hold one image or more"),
+        (
+            {"x_train": np.zeros((4, 3, 5, 3), np.uint8)},
+            r"shape \(4, 3, 5, 3\) does not say which axis the colours are",
+        ),
+        (
+            {"x_train": np.zeros((4, 5, 6, 7), np.uint8)},
+            r"shape \(4, 5, 6, 7\) does not say which axis the colours are",
+        ),
+        ({"groups_test": np.zeros(2)}, "groups_test must be 2 whole numbers, one per image, got float64"),
+        ({"groups_train": np.zeros(3, int)}, r"groups_train must be 4 whole numbers, .* of shape \(3,\)"),
     ],
 )
 def test_bad_npz_files_are_refused(tmp_path, change, text):
     np.savez(tmp_path / "set.npz", **npz_arrays(**change))
     with pytest.raises(DataError, match=text):
         read_npz(tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((16, 16, 3), (3, 16, 16)),
+        ((3, 16, 16), (3, 16, 16)),
+        ((1, 5, 7), (1, 5, 7)),
+        ((5, 7, 4), (4, 5, 7)),
+        ((4, 4, 1), (1, 4, 4)),
+        ((8, 8, 13), (13, 8, 8)),
+        ((13, 8, 8), (13, 8, 8)),
+    ],
+)
+def test_the_axis_of_the_colours_is_found(tmp_path, shape, expected):
+    pixels = np.arange(4 * np.prod(shape)).astype(np.uint8).reshape(4, *shape)
+    np.savez(tmp_path / "set.npz", **npz_arrays(x_train=pixels, x_test=pixels[:2]))
+    train, _ = read_npz(tmp_path / "set.npz")
+    assert train.shape == expected
+    colour, row, column = expected[0] - 1, 1, 2
+    where = (colour, row, column) if shape == expected else (row, column, colour)
+    assert train.images[1, colour, row, column] == pixels[(1, *where)]
+
+
+def test_named_classes_without_images_are_said(tmp_path, caplog):
+    np.savez(tmp_path / "set.npz", **npz_arrays(classes=np.array(["a", "b", "c", "d"])))
+    train, _ = read_npz(tmp_path / "set.npz")
+    assert train.counts().tolist() == [1, 2, 1, 0]
+    assert "set.npz: 1 classes have no image to train on (d)" in caplog.text
 
 
 class Planted:
@@ -215,6 +281,20 @@ def test_truncated_idx_files_are_refused(tmp_path):
         read_mnist(folder, official=False)
 
 
+def test_idx_files_that_do_not_fit_together_are_refused_by_name(tmp_path):
+    folder = write_mnist(tmp_path / "mnist")
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, 5) + bytes([0, 1, 2, 3, 12]))
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte: labels must lie in 0 \.\. 9.*got 0 \.\. 12"):
+        read_mnist(folder, official=False)
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, 0))
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte: expected one image or more, got the shape \(0,\)"):
+        read_mnist(folder, official=False)
+    np.savez(folder / "writers.npz", train=np.array([0.5] * 5))
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, 5) + bytes(5))
+    with pytest.raises(DataError, match=r"writers.npz: train must be 5 whole numbers, one per image, got float64"):
+        read_mnist(folder, official=False)
+
+
 def test_missing_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected the folder cifar-10-batches-py with the file data_batch_1"):
         READERS["cifar10"](tmp_path)
@@ -230,7 +310,7 @@ def test_bad_image_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"wide.png: expected 6 x 6 pixels .* got 9 x 6: set data.size"):
         read_folder(folder)
     (folder / "pears" / "wide.png").write_text("no image")
-    with pytest.raises(DataError, match=r"wide.png: expected an image, but"):
+    with pytest.raises(DataError, match=r"wide.png: expected an image .*, but cannot identify image file"):
         read_folder(folder)
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="expected images of the class empty, found none"):
@@ -241,6 +321,11 @@ def test_bad_image_folders_are_refused(tmp_path):
     (split / "test" / "pears").rename(split / "test" / "plums")
     with pytest.raises(DataError, match=r"train holds the classes .*pears.*test holds .*plums"):
         read_folder(split)
+    other = write_pictures(tmp_path / "sizes", splits=("train",))
+    write_pictures(other / "test", side=7)
+    with pytest.raises(DataError, match=r"sizes: expected test images of shape \(3, 6, 6\) .* got \(3, 7, 7\): resize"):
+        read_folder(other)
+    assert read_folder(other, size=6).test.shape == (3, 6, 6)
 
 
 @pytest.fixture(scope="session")

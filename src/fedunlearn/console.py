@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -87,10 +88,16 @@ def describe(experiment: Experiment) -> str:
     per_class = experiment.table.sum(0).sort().values
     holders = (experiment.table > 0).sum(0)
     train, test = experiment.splits
-    names = ", ".join(f"{label} ({train.classes[label]})" for label in experiment.forget)
+    held, unseen = experiment.table.sum(0).tolist(), test.counts().tolist()
+    forgotten = "".join(
+        f"to forget: class {label} ({escape(train.classes[label])}), {held[label]} images to train on and "
+        f"{unseen[label]} to test with\n"
+        for label in experiment.forget
+    )
     used = int(sizes.sum())
     return (
-        f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes; forget {names}\n"
+        f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
+        f"{forgotten}"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
         f"{per_class[-1]} per class\n"

@@ -86,13 +86,22 @@ def batches(
         memory_format: how they lie there.
 
     Raises:
-        DataError: an unknown augmentation, or one without ``draw``.
+        DataError: a batch of no images, an unknown augmentation, one without ``draw`` or one that needs larger images.
     """
+    if isinstance(augment, str):
+        raise DataError(f"augment must be a sequence of names, got the string {augment!r}: use [{augment!r}]")
+    if size < 1:
+        raise DataError(f"a batch must hold at least one image, got the size {size}")
     unknown = [name for name in augment if name not in AUGMENTATIONS]
     if unknown:
         raise DataError(f"augmentations must be among {', '.join(AUGMENTATIONS)}, got {unknown[0]!r}")
     if augment and draw is None:
         raise DataError("augmentation draws at random: give the generator that owns the draw")
+    if "translate" in augment and min(images.shape[1:]) <= _PADDING:
+        raise DataError(
+            f"translate mirrors {_PADDING} pixels and needs images of more than {_PADDING} x {_PADDING}, got "
+            f"{images.shape[2]} x {images.shape[1]}: take it out of augment"
+        )
     total = len(images) if limit is None else min(limit, len(images))
     order = torch.randperm(len(images), generator=draw) if draw is not None else torch.arange(len(images))
     mean = torch.tensor(images.mean)[:, None, None] * 255

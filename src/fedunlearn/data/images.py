@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedunlearn.errors import DataError
+
+COLOURS = (1, 3, 4)  # numbers of colours by which the axis of the colours is known
+_CONSTANT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,13 +22,13 @@ class LabelledImages:
     Attributes:
         images: uint8, shape ``(images, colours, height, width)``.
         labels: int64, shape ``(images,)``, each in ``0 .. classes - 1``.
-        classes: the name of each class.
-        mean: per colour, of pixels in [0, 1]; a model sees ``(pixel / 255 - mean) / std``.
-        std: per colour, of pixels in [0, 1].
+        classes: the name of each class, all different.
+        mean: per colour, of pixels in [0, 1], ``0 <= mean <= 1``; a model sees ``(pixel / 255 - mean) / std``.
+        std: per colour, of pixels in [0, 1], ``0 < std <= 1``.
         groups: int64, shape ``(images,)``, who made each image (a writer, a site), if known.
 
     Raises:
-        DataError: shapes, types or labels do not fit together.
+        DataError: shapes, types, labels or names do not fit together, or the normalisation is not of pixels in [0, 1].
     """
 
     images: Tensor
@@ -35,28 +39,57 @@ class LabelledImages:
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
-            raise DataError(
-                "images must be uint8 of shape (images, colours, height, width), "
-                f"got {self.images.dtype} of shape {tuple(self.images.shape)}"
-            )
+        for name in ("images", "labels") if self.groups is None else ("images", "labels", "groups"):
+            if not isinstance(getattr(self, name), Tensor):
+                kind = type(getattr(self, name)).__name__
+                raise DataError(f"{name} must be a tensor, got {kind}: torch.as_tensor makes one of an array or a list")
+        self._check_images()
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise DataError(
                 f"labels must be int64 of shape ({len(self.images)},), one per image, "
                 f"got {self.labels.dtype} of shape {tuple(self.labels.shape)}"
             )
+        _check_names(self.classes)
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise DataError(
-                f"labels must lie in 0 .. {len(self.classes) - 1}, "
-                f"got {int(self.labels.min())} .. {int(self.labels.max())}"
+                f"labels must lie in 0 .. {len(self.classes) - 1}, a number per name of a class, "
+                f"got {int(self.labels.min())} .. {int(self.labels.max())}: count the classes from 0"
             )
-        if not len(self.mean) == len(self.std) == self.colours or not all(s > 0 for s in self.std):
+        self._check_normalisation()
+        if self.groups is not None and (self.groups.is_floating_point() or self.groups.shape != self.labels.shape):
             raise DataError(
-                f"mean and std need one value per colour ({self.colours}), std above 0, got {self.mean} and {self.std}"
+                f"groups must have shape ({len(self.labels)},), a whole number per image, "
+                f"got {self.groups.dtype} of shape {tuple(self.groups.shape)}"
             )
-        if self.groups is not None and self.groups.shape != self.labels.shape:
+
+    def _check_images(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise DataError(
-                f"groups must have shape ({len(self.labels)},), one per image, got {tuple(self.groups.shape)}"
+                "images must be uint8 of shape (images, colours, height, width), pixels in 0 .. 255, "
+                f"got {self.images.dtype} of shape {tuple(self.images.shape)}"
+            )
+        _, first, second, last = self.images.shape
+        if 0 in (first, second, last):
+            raise DataError(f"images must have pixels, got the shape {tuple(self.images.shape)}")
+        if last in COLOURS and first > max(COLOURS) and second != last:
+            raise DataError(
+                f"images must have the shape (images, colours, height, width), got {tuple(self.images.shape)}, which "
+                "looks like (images, height, width, colours): use images.permute(0, 3, 1, 2)"
+            )
+
+    def _check_normalisation(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            numbers = isinstance(values, Sequence) and all(
+                isinstance(value, int | float) and not isinstance(value, bool) for value in values
+            )
+            if not numbers or len(values) != self.colours:
+                raise DataError(
+                    f"{name} must be a tuple of {self.colours} floats, one value per colour, got {values!r}"
+                )
+        if not all(0 <= mean <= 1 for mean in self.mean) or not all(0 < std <= 1 for std in self.std):
+            raise DataError(
+                f"mean must lie in [0, 1] and std above 0, up to 1, for pixels scaled to [0, 1], got mean {self.mean} "
+                f"and std {self.std}: divide by 255 what was measured on pixels of 0 to 255"
             )
 
     def __len__(self) -> int:
@@ -95,11 +128,20 @@ class LabelledImages:
 
 
 def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
-    """Return all images of ``parts``, which agree in shape, classes and normalisation, in order."""
+    """Return all images of ``parts``, in order.
+
+    Raises:
+        DataError: they differ in shape, names of classes or normalisation.
+    """
     first, *rest = parts
     if not rest:
         return first
     everyone = (first, *rest)
+    for name in ("shape", "classes", "mean", "std"):
+        found = [tuple(getattr(own, name)) for own in everyone]
+        differing = next((value for value in found if value != found[0]), None)
+        if differing is not None:
+            raise DataError(f"images can be joined where they agree in {name}, got {found[0]} and {differing}")
     groups = [own.groups for own in everyone if own.groups is not None]
     return replace(
         first,
@@ -112,7 +154,8 @@ def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per colour of uint8 ``images``, pixels scaled to [0, 1].
 
-    They come from the histogram of each colour, so no float copy of the images is made.
+    They come from the histogram of each colour, so no float copy of the images is made. The deviation of a colour
+    that never changes, an opaque alpha for one, is given as 1: by a tiny one, any other value would drown the rest.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
@@ -121,5 +164,15 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
         shares /= shares.sum()
         mean = float(shares @ values)
         means.append(mean)
-        deviations.append(max(float(shares @ (values - mean) ** 2) ** 0.5, 1e-6))
+        deviation = float(shares @ (values - mean) ** 2) ** 0.5
+        deviations.append(deviation if deviation > _CONSTANT else 1.0)
     return tuple(means), tuple(deviations)
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """Refuse names of classes that are not text, or by which a class could not be told from another."""
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(n, str) for n in classes):
+        raise DataError(f"classes must be a tuple of names, one string per class, got {classes!r}")
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise DataError(f"the names of the classes must differ, {twice[0]!r} is there twice: name each class once")

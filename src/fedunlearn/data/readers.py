@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
+import math
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedunlearn.data.images import LabelledImages, pixel_statistics
+from fedunlearn.data.folders import read_pictures, tell_beside
+from fedunlearn.data.images import COLOURS, LabelledImages, pixel_statistics
 from fedunlearn.errors import DataError
 from fedunlearn.seeding import generator
 
+_logger = logging.getLogger(__name__)
 # What numpy arrays and Python 2 strings need, under their old and new names; nothing else is looked up.
 _ALLOWED = {
     ("numpy", "ndarray"),
@@ -87,8 +92,8 @@ def read_cifar10(path: Path | str, *, official: bool = True, size: int = 0) -> S
     images = torch.cat([part[0] for part in parts.values()])
     labels = torch.cat([part[1] for part in parts.values()])
     return Splits(
-        LabelledImages(images, labels, names, *_CIFAR10_PIXELS),
-        LabelledImages(test[0], test[1], names, *_CIFAR10_PIXELS),
+        _labelled(folder, images, labels, names, _CIFAR10_PIXELS),
+        _labelled(folder / "test_batch", *test, names, _CIFAR10_PIXELS),
     )
 
 
@@ -100,7 +105,7 @@ def read_cifar100(path: Path | str, *, official: bool = True, size: int = 0) -> 
     for name, md5 in CIFAR100_MD5.items():
         data = _read(folder / name, md5 if official else None)
         images, labels = _cifar(load_arrays(data, folder / name), b"fine_labels", folder / name)
-        parts.append(LabelledImages(images, labels, names, *_CIFAR100_PIXELS))
+        parts.append(_labelled(folder / name, images, labels, names, _CIFAR100_PIXELS))
     return Splits(*parts)
 
 
@@ -112,69 +117,74 @@ def read_mnist(path: Path | str, *, official: bool = True, size: int = 0) -> Spl
     for prefix, split in (("train", "train"), ("t10k", "test")):
         images = _idx(folder / f"{prefix}-images-idx3-ubyte", 2051, official)[:, None]
         labels = _idx(folder / f"{prefix}-labels-idx1-ubyte", 2049, official).long()
-        groups = torch.from_numpy(writers[split].astype(np.int64)) if split in writers else None
-        parts.append(LabelledImages(images, labels, tuple("0123456789"), *_MNIST_PIXELS, groups))
-    return Splits(*parts)
+        pixels = _labelled(folder / f"{prefix}-labels-idx1-ubyte", images, labels, tuple("0123456789"), _MNIST_PIXELS)
+        parts.append(_grouped(pixels, writers, split, folder / "writers.npz"))
+    return _splits(folder, *parts)
 
 
 def read_folder(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*`` with a fifth of each class for testing.
 
+    Pictures become three colours of 8 bits: 16 bits are divided by 257, floats in [0, 1] multiplied by 255,
+    transparency is laid on black, and the orientation of the EXIF data is applied. Which folder is which class, and
+    what is left out: see ``data.folders.read_pictures``.
+
     Args:
         path: the folder of images.
         official: not used here.
         size: height and width to resize to; 0 keeps images as they are, which must then agree.
+
+    Raises:
+        DataError: no such folder, classes or images that do not fit together, or a picture that cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: expected a folder with one folder of images per class; check --data")
     if (path / "train").is_dir() and (path / "test").is_dir():
-        images, labels, classes = _image_folder(path / "train", size)
-        more, other, test_classes = _image_folder(path / "test", size)
-        if test_classes != classes:
-            raise DataError(f"{path}: train holds the classes {classes}, test holds {test_classes}; they must agree")
-        pixels = pixel_statistics(images)
-        return Splits(LabelledImages(images, labels, classes, *pixels), LabelledImages(more, other, classes, *pixels))
-    return _split(*_image_folder(path, size))
+        tell_beside(path, ("train", "test"))
+        train, test = read_pictures(path / "train", size), read_pictures(path / "test", size)
+        if test.classes != train.classes:
+            raise DataError(
+                f"{path}: train holds the classes {train.classes}, test holds {test.classes}; they must agree"
+            )
+        pixels = pixel_statistics(train.images)
+        return _splits(path, *(_labelled(path, *part, pixels) for part in (train, test)))
+    pictures = read_pictures(path, size)
+    counts = torch.bincount(pictures.labels).tolist()
+    if 1 in counts:
+        raise DataError(
+            f"{path}: expected two images or more of each class, one to test with, got one of "
+            f"{pictures.classes[counts.index(1)]}: add some, take the folder away, or make train/ and test/ yourself"
+        )
+    return _split(*pictures)
 
 
 def read_npz(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
     """Read ``x_train, y_train, x_test, y_test`` and, if there, ``classes``, ``groups_train``, ``groups_test``.
 
-    Images are uint8 of shape ``(images, height, width)`` or ``(images, height, width, colours)``.
+    Images are uint8 of shape ``(images, height, width)``, ``(images, height, width, colours)`` or ``(images, colours,
+    height, width)``: the colours are the axis of 1, 3 or 4, or the odd one out beside two equal ones. Labels are whole
+    numbers from 0, shape ``(images,)``. Without names, each number up to the last one has training images.
+
+    Raises:
+        DataError: an entry is missing, of another type, shape or range, or does not say where the colours are.
     """
+    path = Path(path)
     arrays = load_npz(path)
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing:
         raise DataError(f"{path}: expected the entries x_train, y_train, x_test and y_test, {missing[0]} is missing")
     for split in ("train", "test"):
-        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            raise DataError(f"{path}: x_{split} must be uint8 with 3 or 4 axes, got {x.dtype} of shape {x.shape}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise DataError(
-                f"{path}: y_{split} must be {len(x)} whole numbers, one per image, got {y.dtype} of shape {y.shape}"
-            )
-    count = 1 + max(int(arrays["y_train"].max(initial=0)), int(arrays["y_test"].max(initial=0)))
-    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else tuple(map(str, range(count)))
-    parts: list[LabelledImages] = []
+        _check_arrays(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+    classes = _class_names(path, arrays)
+    images = {split: _colours_first(path, f"x_{split}", arrays[f"x_{split}"]) for split in ("train", "test")}
+    pixels = pixel_statistics(images["train"])
+    parts = []
     for split in ("train", "test"):
-        x = arrays[f"x_{split}"]
-        images = torch.from_numpy(np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)))
-        groups = arrays.get(f"groups_{split}")
-        if groups is not None and groups.dtype.kind not in "iu":
-            raise DataError(f"{path}: groups_{split} must be whole numbers, one per image, got {groups.dtype}")
-        pixels = pixel_statistics(images) if not parts else (parts[0].mean, parts[0].std)
-        parts.append(
-            LabelledImages(
-                images,
-                torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)),
-                classes,
-                *pixels,
-                None if groups is None else torch.from_numpy(groups.astype(np.int64)),
-            )
-        )
-    return Splits(*parts)
+        labels = torch.from_numpy(arrays[f"y_{split}"].astype(np.int64))
+        part = _labelled(path, images[split], labels, classes, pixels)
+        parts.append(_grouped(part, arrays, f"groups_{split}", path))
+    return _splits(path, *parts)
 
 
 READERS: dict[str, Callable[..., Splits]] = {
@@ -223,6 +233,105 @@ def load_arrays(data: bytes, path: Path) -> dict[bytes, Any]:
     return value
 
 
+def _check_arrays(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> None:
+    """Refuse images and labels of an ``.npz`` that are of another type or shape."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise DataError(
+            f"{path}: x_{split} must be uint8 with 3 or 4 axes, got {x.dtype} of shape {x.shape}: "
+            "scale pixels to 0 .. 255 and round them to uint8"
+        )
+    if 0 in x.shape:
+        raise DataError(f"{path}: x_{split} must hold one image or more, got the shape {x.shape}")
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+        hint = ""
+        if y.shape == (len(x), 1):
+            hint = f": use y_{split}.ravel()"
+        elif y.ndim == 2 and len(y) == len(x):
+            hint = f": of one-hot labels, use y_{split}.argmax(1)"
+        elif y.shape == (len(x),):
+            hint = ": number the classes from 0 and store their names as classes"
+        raise DataError(
+            f"{path}: y_{split} must be {len(x)} whole numbers, one per image, got {y.dtype} of shape {y.shape}{hint}"
+        )
+
+
+def _class_names(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the names of an ``.npz``, or the numbers of its labels, which must then leave none out."""
+    if "classes" in arrays:
+        names = arrays["classes"]
+        if names.ndim != 1 or names.dtype.kind not in "Uiu":
+            raise DataError(
+                f"{path}: classes must be a list of names, one per class, got {names.dtype} of shape {names.shape}"
+            )
+        return tuple(str(name) for name in names)
+    count = len(np.unique(arrays["y_train"]))
+    for split in ("train", "test"):
+        labels = arrays[f"y_{split}"]
+        odd = labels[(labels < 0) | (labels >= count)]
+        if len(odd):
+            raise DataError(
+                f"{path}: expected labels 0 .. {count - 1}, for {count} different ones in y_train, y_{split} holds "
+                f"{odd[0]}: number the classes from 0 without a gap, or store a name of every class as classes"
+            )
+    return tuple(str(label) for label in range(count))
+
+
+def _colours_first(path: Path, entry: str, x: np.ndarray) -> Tensor:
+    """Return images of an ``.npz`` as ``(images, colours, height, width)``."""
+    if x.ndim == 3:
+        return torch.from_numpy(np.ascontiguousarray(x[:, None]))
+    _, first, second, third = x.shape
+    last, front = third in COLOURS, first in COLOURS
+    if last == front:
+        last, front = first == second, second == third
+    if last == front:
+        raise DataError(
+            f"{path}: {entry} of shape {x.shape} does not say which axis the colours are: expected "
+            "(images, height, width, colours) with 1, 3 or 4 colours, or images as high as wide"
+        )
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2) if last else x))
+
+
+def _grouped(images: LabelledImages, arrays: Mapping[str, np.ndarray], entry: str, path: Path) -> LabelledImages:
+    """Return ``images`` with the groups of an entry of an ``.npz``, if it is there."""
+    if entry not in arrays:
+        return images
+    groups = arrays[entry]
+    if groups.dtype.kind not in "iu" or groups.shape != (len(images),):
+        raise DataError(
+            f"{path}: {entry} must be {len(images)} whole numbers, one per image, "
+            f"got {groups.dtype} of shape {groups.shape}"
+        )
+    return replace(images, groups=torch.from_numpy(groups.astype(np.int64)))
+
+
+def _labelled(
+    path: Path,
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    pixels: tuple[tuple[float, ...], tuple[float, ...]],
+) -> LabelledImages:
+    """Return labelled images; where they do not fit together, say in which file."""
+    try:
+        return LabelledImages(images, labels, classes, *pixels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _splits(path: Path, train: LabelledImages, test: LabelledImages) -> Splits:
+    """Return both; refuse test images of another shape, which no model takes, and log classes without images."""
+    if train.shape != test.shape:
+        raise DataError(
+            f"{path}: expected test images of shape {train.shape} (colours, height, width) like those to train on, "
+            f"got {test.shape}: resize them (data.size for a folder)"
+        )
+    absent = [name for name, count in zip(train.classes, train.counts().tolist()) if count == 0]
+    if absent:
+        _logger.warning("%s: %d classes have no image to train on (%s)", path, len(absent), ", ".join(absent[:5]))
+    return Splits(train, test)
+
+
 def _folder(path: Path | str, name: str, member: str) -> Path:
     for folder in (Path(path), Path(path) / name):
         if (folder / member).is_file():
@@ -257,7 +366,7 @@ def _names(path: Path, key: bytes) -> tuple[str, ...]:
     names = load_arrays(_read(path, None), path).get(key)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes) for name in names):
         raise DataError(f"{path}: expected the list {key.decode()}; fetch the file again")
-    return tuple(name.decode() for name in names)
+    return tuple(name.decode(errors="replace") for name in names)
 
 
 def _idx(path: Path, magic: int, official: bool) -> Tensor:
@@ -265,43 +374,15 @@ def _idx(path: Path, magic: int, official: bool) -> Tensor:
     axes = magic % 256
     header = 4 + 4 * axes
     found, *shape = struct.unpack(f">{1 + axes}I", data[:header].ljust(header, b"\0"))
-    expected = header + int(np.prod(shape))
+    expected = header + math.prod(shape)
+    if expected == header:
+        raise DataError(f"{path}: expected one image or more, got the shape {tuple(shape)}; fetch the file again")
     if found != magic or len(data) != expected:
         raise DataError(
             f"{path}: expected an idx file with magic number {magic} and {expected} bytes, "
             f"got {found} and {len(data)}: it is truncated or altered; fetch it again"
         )
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).reshape(shape)
-
-
-def _image_folder(path: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    from PIL import Image  # takes a moment: only where it is needed
-
-    classes = tuple(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
-    if len(classes) < 2:
-        raise DataError(f"{path}: expected at least two folders, one per class, got {len(classes)}")
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(file for file in (path / name).iterdir() if file.is_file() and not file.name.startswith("."))
-        if not files:
-            raise DataError(f"{path / name}: expected images of the class {name}, found none")
-        for file in files:
-            try:
-                with Image.open(file) as picture:
-                    pixels = picture.convert("RGB")
-                if size:
-                    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-            except OSError as error:
-                raise DataError(f"{file}: expected an image, but {error}: mend it or take it away") from error
-            images.append(np.asarray(pixels))
-            if images[-1].shape != images[0].shape:
-                raise DataError(
-                    f"{file}: expected {images[0].shape[1]} x {images[0].shape[0]} pixels like the first image, "
-                    f"got {images[-1].shape[1]} x {images[-1].shape[0]}: set data.size to resize them all"
-                )
-            labels.append(label)
-    stacked = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
-    return stacked, torch.tensor(labels, dtype=torch.int64), classes
 
 
 def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Splits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -176,15 +177,34 @@ def client_data(recipe: Recipe, number: int) -> ClientData:
 
 
 def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> list[int]:
-    """Return the number of each class in ``forget``, which may hold names.
+    """Return the number of each class in ``forget``, which may hold names, compared in Unicode's composed form (NFC).
 
     Raises:
-        PlanError: no class has such a name.
+        PlanError: no class has such a name, or a number is that of one class and the name of another.
     """
-    unknown = [name for name in forget if isinstance(name, str) and name not in classes]
-    if unknown:
-        raise PlanError(f"no class is named {unknown[0]!r}; the classes are {', '.join(classes)}: check unlearn.forget")
-    return [classes.index(name) if isinstance(name, str) else name for name in forget]
+    composed = [unicodedata.normalize("NFC", name) for name in classes]
+    numbers = []
+    for wanted in forget:
+        if isinstance(wanted, str):
+            name = unicodedata.normalize("NFC", wanted)
+            if name not in composed:
+                raise PlanError(
+                    f"no class is named {wanted!r}; the classes are {', '.join(classes)}: check unlearn.forget"
+                )
+            numbers.append(composed.index(name))
+            continue
+        numbers.append(wanted)
+        other = [number for number, name in enumerate(classes) if _is_number(name, wanted) and number != wanted]
+        if other and 0 <= wanted < len(classes):
+            raise PlanError(
+                f"{wanted} is the number of the class {classes[wanted]!r} and the name of class {other[0]}: say which "
+                f"by name, unlearn.forget=[{json.dumps(classes[wanted])}] or [{json.dumps(classes[other[0]])}]"
+            )
+    return numbers
+
+
+def _is_number(name: str, number: int) -> bool:
+    return name.isascii() and name.isdigit() and int(name) == number
 
 
 def _check_rows(weights: Weights, classes: int, forget: tuple[int, ...]) -> None:
