@@ -443,7 +443,7 @@ def test_already_pruned_weights_can_be_pruned_again_and_rows_must_be_all_there(t
 
 def test_a_model_with_other_rows_than_the_data_has_classes_is_refused(trained):
     _, engine = trained
-    with pytest.raises(ModelError, match="the model has 3 output rows, the clients' data 4 classes"):
+    with pytest.raises(ModelError, match="the model has 3 output rows, the data 4 classes: say which class"):
         forgotten(make_net(classes=3), engine)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
-from fedunlearn.channels.scores import ChannelScores, Ranking, forget_classes
+from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
-from fedunlearn.errors import ModelError
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds, whole_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ def unlearn(
     model: nn.Module | Classifier,
     federation: Federation,
     *,
-    forget: int | Sequence[int],
+    forget: Classes,
     cut: Cut,
     repair: Repair,
     rank: Ranking = Ranking(),
@@ -56,7 +54,7 @@ def unlearn(
     Args:
         model: a CNN that ends in a linear layer with one row per class.
         federation: the clients, the record that a killed run goes on from, the owner of all draws.
-        forget: class or classes to forget.
+        forget: class or classes to forget, by number: a federation knows no names.
         cut: how many channels go (per class where classes go one after another).
         repair: what follows the pruning.
         rank: how channels are measured and ranked.
@@ -66,7 +64,7 @@ def unlearn(
         ModelError, PlanError: the model or the classes are not usable; nothing was asked of a client yet.
         FederationError: too few clients gave usable replies.
     """
-    original = _whole(model, federation)
+    original = whole_model(model, federation)
     wanted = forget_classes(forget, federation.engine.classes)
 
     pruned = original
@@ -86,14 +84,3 @@ def unlearn(
     unlearned = repaired.without_rows(wanted)
     cost = kept.cost("measure", "reestimate", "repair")
     return Unlearned(wanted, stats, scores, pruned, repaired, unlearned, kept.clients or (), cost)
-
-
-def _whole(model: nn.Module | Classifier, federation: Federation) -> Classifier:
-    """Return ``model`` as a classifier; refuse one without a row for every class."""
-    original = Classifier.of(model, federation.engine.shape)
-    if original.rows != federation.engine.classes:
-        raise ModelError(
-            f"the model has {original.rows} output rows, the clients' data {federation.engine.classes} classes: "
-            "start from the model that has a row for every class"
-        )
-    return original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,27 +108,34 @@ def audit(
 
     Raises:
         RunError: thresholds.json is there and says something else, or a file of figures is of another model.
-        EvidenceError: two models have the same name.
+        ModelError: a model's rows, labels and the classes of the images do not fit together, or its weights are not
+            finite.
+        EvidenceError: two models have the same name, or a figure is not a finite number.
     """
     names = [*oracles, *controls, CANDIDATE]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")
-    views = {name: View(subject, images) for name, subject in oracles.items()}
+    # All of them before any is measured: a fault in the last one would waste the rest.
+    checked = {
+        name: subject.checked(name, len(images.test.classes), images.forget)
+        for name, subject in [*oracles.items(), *controls.items(), (CANDIDATE, candidate)]
+    }
+    views = {name: View(checked[name], images) for name in oracles}
     models: dict[str, Found] = {}
 
-    def measured(name: str, subject: Subject) -> Mapping[str, Figure]:
+    def measured(name: str) -> Mapping[str, Figure]:
         record.observe("audit", len(models), len(names))
         references = [view for other, view in views.items() if other != name]
-        models[name] = _measured(record.folder, name, views.get(name) or View(subject, images), references)
+        models[name] = _measured(record.folder, name, views.get(name) or View(checked[name], images), references)
         return models[name].figures
 
-    retrained = {name: measured(name, subject) for name, subject in oracles.items()}
+    retrained = {name: measured(name) for name in oracles}
     bands = calibrate(list(retrained.values()) if len(retrained) >= FEWEST else [])
     record.fixed(_fix(record.folder, json.dumps(thresholds_json(bands, oracles=len(oracles)), indent=2) + "\n"))
-    others = {name: measured(name, subject) for name, subject in controls.items()}
+    others = {name: measured(name) for name in controls}
     chance = 1 / len(images.test.classes)
-    judged = others | {CANDIDATE: measured(CANDIDATE, candidate)}
+    judged = others | {CANDIDATE: measured(CANDIDATE)}
     record.observe("audit", len(names), len(names))
     judgements = {name: judge(figures, bands, oracles=len(oracles), chance=chance) for name, figures in judged.items()}
     for name in _MUST_FAIL:
@@ -168,6 +176,12 @@ def _measured(folder: Path | None, name: str, seen: View, references: Sequence[V
     found = measure([audit for audit in AUDITS if kept is None or not audit.resumed], seen, references)
     if kept is not None:
         found = Found(kept.figures | found.figures, kept.details | found.details)
+    for figure, own in found.figures.items():
+        if not (math.isfinite(own.value) and math.isfinite(own.error)):
+            raise EvidenceError(
+                f"the audit of {name}: {figure} is {own.value} with an error of {own.error}, which no band can be held "
+                "against: retrain or replace this model"
+            )
     _keep(folder, name, state, found)
     return found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import Observed, observe
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import ModelError
 
 Kind = Literal["class", "apart", "near"]
 
@@ -50,6 +51,36 @@ class Subject:
     def without_rows(model: Classifier, classes: Collection[int]) -> Subject:
         """Return ``model``, which has a row for every class, as it is delivered: without the rows of ``classes``."""
         return Subject(model.without_rows(classes), model)
+
+    def checked(self, name: str, classes: int, forget: Collection[int]) -> Subject:
+        """Return the subject with the class of each output row, held against the images of an audit.
+
+        Args:
+            name: of the model, in messages.
+            classes: number of classes of the images.
+            forget: the forgotten classes.
+
+        Raises:
+            ModelError: rows, labels and classes do not fit together, a kept class has no row, ``row_kept`` has not a
+                row for every class in order, or weights are not finite.
+        """
+        try:
+            model = self.model.checked(classes)
+            row_kept = None if self.row_kept is None else self.row_kept.checked(classes)
+        except ModelError as error:
+            raise ModelError(f"the audit of {name}: {error}") from error
+        lacking = sorted(set(range(classes)) - set(forget) - set(model.labels or ()))
+        if lacking:
+            raise ModelError(
+                f"the audit of {name}: the model has no output row for class {lacking[0]}, which stays: "
+                f"only those of {sorted(forget)} may be missing"
+            )
+        if row_kept is not None and row_kept.labels != tuple(range(classes)):
+            raise ModelError(
+                f"the audit of {name}: row_kept must have a row for each class 0 .. {classes - 1} in this order, its "
+                f"rows are {list(row_kept.labels or ())}: give the model before rows were removed, or None"
+            )
+        return Subject(model, row_kept, self.shipped)
 
     @property
     def labels(self) -> tuple[int, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
 from fedunlearn.seeding import generator
@@ -60,7 +60,7 @@ def audit_images(
     train: LabelledImages,
     test: LabelledImages,
     *,
-    forget: Sequence[int],
+    forget: Classes,
     per_class: int,
     seed: int,
     lr: float = 0.05,
@@ -70,15 +70,21 @@ def audit_images(
     Args:
         train: what the original was trained on: all clients' images, or those of the client who audits.
         test: images it was not trained on.
-        forget: the forgotten classes.
+        forget: the forgotten classes, by number or name.
         per_class: at most so many images of each class in ``known``.
         seed: owner of the draws.
         lr: learning rate of relearning.
 
     Raises:
-        DataError: training or test images lack a forgotten class, or there are none of the kept ones.
+        PlanError: the classes to forget are no classes of the images.
+        DataError: the classes of training and test images differ, or either lack a forgotten class, or there are none of the kept ones.
     """
-    wanted = tuple(sorted(forget))
+    if train.classes != test.classes:
+        raise DataError(
+            f"training images have the classes {', '.join(train.classes)}, test images {', '.join(test.classes)}: "
+            "an audit needs the same in the same order"
+        )
+    wanted = forget_classes(forget, train.classes)
     for name, images in (("training", train), ("test", test)):
         counts = images.counts()
         for label in wanted:

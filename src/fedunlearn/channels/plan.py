@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.arguments import is_number
+from fedunlearn.channels.fit import check_finite, check_module, named_classes
 from fedunlearn.channels.groups import Channels, Group, head_layer
 from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
 from fedunlearn.errors import PlanError
@@ -132,8 +134,14 @@ class Classifier:
 
     @staticmethod
     def of(model: nn.Module | Classifier, shape: tuple[int, int, int]) -> Classifier:
-        """Return ``model`` as a classifier of images of ``shape``; one that is a classifier already stays as it is."""
-        return model if isinstance(model, Classifier) else Classifier(model, shape)
+        """Return ``model`` as a classifier of images of ``shape``; one that is a classifier already stays as it is.
+
+        Raises:
+            ModelError: it is no model, or one that is wrapped or not initialised.
+        """
+        classifier = model if isinstance(model, Classifier) else Classifier(model, shape)
+        check_module(classifier.module)
+        return classifier
 
     @property
     def example(self) -> Tensor:
@@ -148,6 +156,15 @@ class Classifier:
             ModelError: it does not end in a linear layer.
         """
         return int(self.module.get_submodule(head_layer(self.module, self.example)).get_parameter("weight").shape[0])
+
+    def checked(self, classes: int) -> Classifier:
+        """Return the classifier with the class of each of its rows, held against data of ``classes`` classes.
+
+        Raises:
+            ModelError: its weights are not finite, or its rows do not name classes of the data, each once.
+        """
+        check_finite(check_module(self.module).state_dict(), "the model")
+        return replace(self, labels=named_classes(self.labels, self.rows, classes))
 
     def copy(self) -> Classifier:
         """Return the same classifier with a module of its own."""
@@ -165,10 +182,19 @@ class Classifier:
         """Return the classifier without the output rows of ``classes``, which it can then never name.
 
         Raises:
-            ModelError: the model does not end in a linear layer.
+            ModelError: the model does not end in a linear layer, or its labels are not one per row.
+            PlanError: one of ``classes`` never had a row, or no row would stay.
         """
         head = head_layer(self.module, self.example)
-        named = self.labels or tuple(range(self.rows))
+        rows = self.rows
+        # A class whose row went before is known by the plan that removed it.
+        known = max(self.plan.shapes.get(f"{head}.weight", (rows,))[0], 1 + max(self.labels or (rows - 1,)))
+        named = named_classes(self.labels, rows, rows if self.labels is None else known)
+        for label in classes:
+            if not 0 <= label < known:
+                raise PlanError(f"the model has no output row of class {label}: its classes are 0 .. {known - 1}")
+        if set(named) <= set(classes):
+            raise PlanError(f"without the classes {sorted(classes)} no output row would stay: leave at least one")
         gone = [row for row, label in enumerate(named) if label in classes]
         labels = tuple(label for label in named if label not in classes)
         return replace(self.cut(plan_without_rows(self.module, head, gone)), labels=labels)
@@ -193,8 +219,10 @@ class Cut:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise PlanError(f"fraction must lie strictly between 0 and 1, got {self.fraction}: check unlearn.fraction")
+        if not is_number(self.fraction) or not 0 < self.fraction < 1:
+            raise PlanError(
+                f"fraction must lie strictly between 0 and 1, got {self.fraction!r}: check unlearn.fraction"
+            )
         if self.end not in ENDS:
             raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {self.end!r}")
         if self.scope not in SCOPES:

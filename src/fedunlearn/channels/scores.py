@@ -8,13 +8,15 @@ classes to forget are pooled into one: their images become one class ``t``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
+from fedunlearn.channels.taps import HOOKS
 from fedunlearn.errors import PlanError
 from fedunlearn.seeding import generator
 
@@ -44,21 +46,57 @@ class ChannelScores(Mapping[str, Tensor]):
 Criterion = Callable[[ChannelStats, Sequence[int]], ChannelScores]
 
 
-def forget_classes(forget: int | Sequence[int], classes: int) -> tuple[int, ...]:
-    """Return the classes to forget, sorted.
+# One class or several: Python's, NumPy's or torch's whole numbers, in any collection or array; names where known.
+Classes = int | str | Iterable[int | str]
+
+
+def forget_classes(forget: Classes, classes: int | Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the classes to forget, sorted.
+
+    Args:
+        forget: one class or several, by number, or by name where ``classes`` has the names.
+        classes: how many there are, or the name of each.
 
     Raises:
-        PlanError: none, all, twice the same, or one outside ``0 .. classes - 1``.
+        PlanError: none, all, twice the same, one outside ``0 .. classes - 1``, or something else than a class.
+
+    Example:
+        >>> forget_classes(torch.tensor([4, 2]), 10), forget_classes("cat", ("ant", "cat", "dog"))
+        ((2, 4), (1,))
     """
-    wanted = (forget,) if isinstance(forget, int) else tuple(forget)
-    for label in wanted:
-        if not 0 <= label < classes:
-            raise PlanError(f"the class to forget must lie in 0 .. {classes - 1}, got {label}: check unlearn.forget")
+    names = () if isinstance(classes, int) else tuple(classes)
+    count = classes if isinstance(classes, int) else len(names)
+    wanted = [_number(one, names, count) for one in _one_by_one(forget)]
     if not wanted or len(set(wanted)) != len(wanted):
-        raise PlanError(f"the classes to forget must be one or more different ones, got {list(wanted)}")
-    if len(wanted) == classes:
-        raise PlanError(f"all {classes} classes are to be forgotten: at least one must stay; check unlearn.forget")
+        raise PlanError(f"the classes to forget must be one or more different ones, got {wanted}")
+    if len(wanted) == count:
+        raise PlanError(f"all {count} classes are to be forgotten: at least one must stay; check unlearn.forget")
     return tuple(sorted(wanted))
+
+
+def _one_by_one(forget: object) -> list[object]:
+    """Return what ``forget`` holds; arrays and tensors become Python's own numbers."""
+    value = forget.tolist() if hasattr(forget, "tolist") else forget
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        return [value]
+    return [one.tolist() if hasattr(one, "tolist") else one for one in value]
+
+
+def _number(label: object, names: Sequence[str], count: int) -> int:
+    if isinstance(label, str) and names:
+        if label not in names:
+            raise PlanError(f"no class is named {label!r}; the classes are {', '.join(names)}: check unlearn.forget")
+        return names.index(label)
+    # A truth value is a number to Python, and 9.0 may be the outcome of a sum: neither is meant as a class.
+    if isinstance(label, bool) or not isinstance(label, int):
+        by_name = ", or by name" if names else "; names are known in recipes and where images are given"
+        raise PlanError(
+            f"the class to forget must be a whole number in 0 .. {count - 1}{by_name}, got {label!r} "
+            f"({type(label).__name__}): check unlearn.forget"
+        )
+    if not 0 <= label < count:
+        raise PlanError(f"the class to forget must lie in 0 .. {count - 1}, got {label}: check unlearn.forget")
+    return label
 
 
 def tf_idf(
@@ -156,16 +194,38 @@ class Ranking:
     """How channels are measured and ranked.
 
     Attributes:
-        criterion: makes scores of statistics.
+        criterion: makes scores of statistics; the name of one in ``CRITERIA`` stands for it.
         hook: where a channel is read, see ``find_channels``.
         pooling: makes one of the clients' statistics: ``pooled``, ``mean_of_clients`` or ``capped(...)``.
-        sample: at most so many images per client, for the statistics and for batch normalisation.
+        sample: at most so many images per client, for the statistics and for batch normalisation; all where None.
+
+    Raises:
+        PlanError: a value is none of these.
     """
 
     criterion: Criterion = tf_idf
     hook: str = "activation"
     pooling: Pooling = pooled
     sample: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.criterion, str) and self.criterion in CRITERIA:
+            object.__setattr__(self, "criterion", CRITERIA[self.criterion])
+        if not callable(self.criterion):
+            raise PlanError(
+                f"unlearn.criterion must be one of {', '.join(CRITERIA)}, or a function of statistics and classes, "
+                f"got {self.criterion!r}"
+            )
+        if self.hook not in HOOKS:
+            raise PlanError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {self.hook!r}")
+        if not callable(self.pooling):
+            raise PlanError(
+                f"Ranking(pooling=...) must be pooled, mean_of_clients or capped(...), got {self.pooling!r}"
+            )
+        if self.sample is not None and not is_whole(self.sample, 1):
+            raise PlanError(
+                f"Ranking(sample=...) must be a whole number of at least 1, or None for all images, got {self.sample!r}"
+            )
 
 
 CRITERIA: dict[str, Callable[..., ChannelScores]] = {

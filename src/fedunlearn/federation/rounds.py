@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.arguments import is_number, is_whole
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.channels.taps import Tap
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
 from fedunlearn.federation.journal import Journal, Step
@@ -33,6 +34,9 @@ class Federation:
         clients: those that take part in training; all where None.
         exclude: classes whose images are not used.
 
+    Raises:
+        FederationError: a value is none of these.
+
     Example:
         >>> import fedunlearn as fu
         >>> train, test = fu.read_digits()
@@ -47,6 +51,25 @@ class Federation:
     participation: float = 1.0
     clients: tuple[str, ...] | None = None
     exclude: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.engine, "run", None)):
+            raise FederationError(
+                f"Federation(engine) must be an engine, such as LocalEngine(clients), got {type(self.engine).__name__}"
+            )
+        if not isinstance(self.journal, Journal):
+            raise FederationError(
+                f"Federation(journal=...) must be a Journal, got {self.journal!r}: for one in a folder, give "
+                "Journal(Path(folder))"
+            )
+        if not is_whole(self.seed, 0):
+            raise FederationError(f"Federation(seed=...) must be a whole number of at least 0, got {self.seed!r}")
+        if not is_number(self.participation) or not 0 < self.participation <= 1:
+            raise FederationError(
+                f"Federation(participation=...) must lie above 0 and at most at 1, got {self.participation!r}"
+            )
+        if isinstance(self.clients, str) or isinstance(self.exclude, str):
+            raise FederationError("Federation(clients=..., exclude=...) must be several, in a tuple, got a string")
 
     def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
         """Return the federation without the images of ``exclude``; only ``clients`` take part where they are given."""
@@ -96,10 +119,17 @@ class Watch:
     Attributes:
         every: measure after so many rounds, and after the last; never where 0.
         target: stop when this accuracy is reached; it is then measured after each round.
+
+    Raises:
+        RecipeError: a value is none of these.
     """
 
     every: int = 0
     target: float | None = None
+
+    def __post_init__(self) -> None:
+        _whole("Watch", "every", self.every)
+        _share("Watch", "target", self.target)
 
     def due(self, round: int, rounds: int) -> bool:
         """Return whether to measure after ``round`` of ``rounds``."""
@@ -120,12 +150,47 @@ class Repair:
         rounds: at most so many; 0 for none.
         batch_norm: re-estimate the batch normalisation statistics first.
         target: stop at this accuracy on the clients' validation images of the kept classes.
+
+    Raises:
+        RecipeError: a value is none of these.
     """
 
     training: Training
     rounds: int = 1
     batch_norm: bool = True
     target: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.training, Training):
+            raise RecipeError(f"Repair(training) must be a Training, such as Training(lr=0.05), got {self.training!r}")
+        _whole("Repair", "rounds", self.rounds)
+        _share("Repair", "target", self.target)
+
+
+def _whole(owner: str, name: str, value: object) -> None:
+    if not is_whole(value, 0):
+        raise RecipeError(f"{owner}({name}=...) must be a whole number of at least 0, got {value!r}")
+
+
+def _share(owner: str, name: str, value: float | None) -> None:
+    if value is not None and not (is_number(value) and 0 <= value <= 1):
+        raise RecipeError(f"{owner}({name}=...) must lie in 0 .. 1, or be None, got {value!r}")
+
+
+def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
+    """Return ``model`` as a classifier of the clients' images; refuse one without a row for every class, in order.
+
+    Raises:
+        ModelError: it is no such model, or its weights are not finite.
+    """
+    whole = Classifier.of(model, fed.engine.shape)
+    checked = whole.checked(fed.engine.classes)
+    if checked.labels != tuple(range(fed.engine.classes)):
+        raise ModelError(
+            f"the model's output rows name the classes {list(checked.labels or ())}, the clients' labels are 0 .. "
+            f"{fed.engine.classes - 1} in this order: start from the model that has a row for every class"
+        )
+    return whole
 
 
 def measure(
@@ -237,6 +302,8 @@ def train_rounds(
         watch: when to measure on validation images, and to stop.
 
     Raises:
+        ModelError: the model cannot be trained: it lacks a row of a class, say, or its weights are not finite.
+        RecipeError: ``training`` is none, or ``rounds`` no number of rounds.
         FederationError: too few usable replies, or no validation images where they are needed.
 
     Example:
@@ -248,7 +315,10 @@ def train_rounds(
         >>> fed.cost("train").rounds
         1
     """
-    trained = Classifier.of(model, fed.engine.shape).copy()
+    if not isinstance(training, Training):
+        raise RecipeError(f"train_rounds(training) must be a Training, such as Training(lr=0.1), got {training!r}")
+    _whole("train_rounds", "rounds", rounds)
+    trained = whole_model(model, fed).copy()
     steps = fed.journal.steps(phase)
     if steps:
         trained.module.load_state_dict(fed.journal.state(phase))
@@ -279,6 +349,7 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
 
     Classes that the federation leaves out do not count; the share is None where no client holds images of others.
     """
+    model.checked(fed.engine.classes)
     job = replace(fed.job(Evaluate(exclude=fed.exclude, labels=model.labels), model, phase=phase), clients=None)
 
     def total(replies: Iterable[Reply]) -> tuple[int, int]:

@@ -15,8 +15,9 @@ from torch import nn
 
 from fedunlearn.audits.audit import CANDIDATE, Findings
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.channels.scores import forget_classes
+from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import ModelError
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, flops_per_image
 from fedunlearn.federation.privacy import epsilon
@@ -138,7 +139,7 @@ def evaluate(
     model: nn.Module | Classifier,
     images: LabelledImages,
     *,
-    forget: int | Sequence[int],
+    forget: Classes,
     row_kept: Classifier | None = None,
 ) -> dict[str, Any]:
     """Return accuracy, parameters and multiply-adds of ``model`` as they stand in result.json.
@@ -146,12 +147,17 @@ def evaluate(
     Args:
         model: the CNN; a class that its labels leave out is never named, so its accuracy is 0.
         images: test images.
-        forget: forgotten class or classes: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
+        forget: forgotten class or classes, by number or name: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
         row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``; where
             None, that is ``forget``, or None if the model has no such rows.
+
+    Raises:
+        ModelError: output rows, labels and the classes of the images do not fit together, ``row_kept`` lacks a row,
+            or weights are not finite.
+        PlanError: the classes to forget are no classes of the images.
     """
-    shown = Classifier.of(model, images.shape)
-    wanted = forget_classes(forget, len(images.classes))
+    shown = Classifier.of(model, images.shape).checked(len(images.classes))
+    wanted = forget_classes(forget, images.classes)
     correct, counts = _count(shown, images)
     gone = torch.zeros(len(counts), dtype=torch.bool)
     gone[list(wanted)] = True
@@ -161,10 +167,17 @@ def evaluate(
         "per_class": {name: _share(correct[k], counts[k]) for k, name in enumerate(images.classes)},
     }
     if row_kept is not None:
+        row_kept = row_kept.checked(len(images.classes))
+        lacking = sorted(set(wanted) - set(row_kept.labels or ()))
+        if lacking:
+            raise ModelError(
+                f"row_kept has no output row for class {lacking[0]}, which was forgotten: give the model as it was "
+                "before its rows were removed, the attribute repaired of what unlearn() returns"
+            )
         only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
         accuracy["forget_row_kept"] = _share(*_count(row_kept, only))
     else:
-        has_rows = shown.labels is None or set(wanted) <= set(shown.labels)
+        has_rows = set(wanted) <= set(shown.labels or ())
         accuracy["forget_row_kept"] = accuracy["forget"] if has_rows else None
     forward, _ = flops_per_image(shown.module, images.shape)
     parameters = sum(parameter.numel() for parameter in shown.module.parameters())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
-from fedunlearn.data.batches import batches
+from fedunlearn.arguments import is_number, is_whole
+from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
@@ -49,15 +50,19 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, valid in {
-            "lr": self.lr > 0,
-            "batch_size": self.batch_size >= 1,
-            "local_epochs": self.local_epochs > 0,
-            "momentum": 0 <= self.momentum < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "lr": is_number(self.lr) and self.lr > 0,
+            "batch_size": is_whole(self.batch_size, 1),
+            "local_epochs": is_number(self.local_epochs) and self.local_epochs > 0,
+            "momentum": is_number(self.momentum) and 0 <= self.momentum < 1,
+            "weight_decay": is_number(self.weight_decay) and self.weight_decay >= 0,
+            "label_smoothing": is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
         }.items():
             if not valid:
-                raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)}")
+                raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)!r}")
+        if isinstance(self.augment, str) or not all(name in AUGMENTATIONS for name in self.augment):
+            raise RecipeError(
+                f"Training(augment=...) must be a tuple of names among {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
+            )
 
 
 def one_cycle(round: int, rounds: int) -> float:
