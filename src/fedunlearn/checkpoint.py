@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
+from fedunlearn.channels.fit import check_finite
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.readers import load_npz
@@ -19,6 +22,10 @@ from fedunlearn.errors import DataError, ModelError, PlanError
 from fedunlearn.files import write_tensors
 
 _SCHEMA = 1
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+_COUNTER = "num_batches_tracked"
+_LONGEST = 200  # characters of another library's message
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +61,11 @@ def save_checkpoint(
         model: the model as it is, pruned or not.
         images: of the kind the model takes: the names of their classes and how they are normalised are written.
         architecture: ``name`` and ``shortcut`` of the unpruned model, for people: loading never imports by it.
+
+    Raises:
+        ModelError: output rows, labels and the classes of the images do not fit together, or weights are not finite.
     """
-    labels = model.labels or tuple(range(len(images.classes)))
+    labels = model.checked(len(images.classes)).labels or ()
     about = {
         "schema": _SCHEMA,
         "architecture": dict(architecture),
@@ -72,10 +82,11 @@ def read_weights(path: Path | str) -> Weights:
     """Read weights from ``.safetensors`` (ours or any), ``.npz``, or ``.pt``/``.pth``/``.th`` (``weights_only=True``).
 
     An ``.npz`` may have an entry ``meta``, JSON with ``normalise`` (``mean``, ``std``) and ``shortcut``. A PyTorch
-    file may hold the state itself or under ``state_dict``; a leading ``module.`` of DataParallel is dropped.
+    file may hold the state itself or under ``state_dict``.
 
     Raises:
-        ModelError: the file is missing, damaged, of another kind, or holds something other than tensors.
+        ModelError: the file is missing, damaged, of another kind, or holds something other than tensors of numbers;
+            or its label map does not name a class for each row.
     """
     path = Path(path)
     readers = {".safetensors": _safetensors, ".npz": _npz, ".pt": _torch, ".pth": _torch, ".th": _torch}
@@ -85,38 +96,123 @@ def read_weights(path: Path | str) -> Weights:
     if not path.is_file():
         raise ModelError(f"{path}: expected a file of weights, found none; check the path")
     try:
-        return reader(path)
+        weights = reader(path)
+        _check_tensors(weights)
+        return weights
     except DataError as error:
         raise ModelError(str(error)) from error
     except ModelError:
         raise
+    except pickle.UnpicklingError as error:  # its text has many lines, and says how to run what the file holds
+        raise ModelError(
+            f"{path}: the weights cannot be read: the file is damaged, or holds objects besides tensors, which are "
+            "never run; save model.state_dict() alone"
+        ) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise ModelError(f"{path}: the weights cannot be read ({error}); fetch the file again") from error
+        why = " ".join(str(error).split())[:_LONGEST]
+        raise ModelError(f"{path}: the weights cannot be read ({why}); fetch the file again") from error
 
 
 def load_weights(model: Classifier, weights: Weights) -> Classifier:
     """Return the architecture of ``model`` pruned by the plan of ``weights``, filled with them strictly, and labelled.
 
     Raises:
-        ModelError: names or shapes differ; the first that does is named.
+        ModelError: names, shapes or types differ, or values are not finite, the first tensor that does is named; or
+            the label map does not name a class for each row.
     """
+    weights = named_for(weights, model)
     try:
         loaded = replace(model.cut(weights.plan), labels=weights.labels)
     except PlanError as error:
         raise ModelError(f"{weights.path}: {error}") from error
     own = loaded.module.state_dict()
     # Counters of batches are missing from some exports and have no influence on the logits.
-    state = {name: t for name, t in own.items() if name.endswith("num_batches_tracked")} | dict(weights.state)
+    state = {name: t for name, t in own.items() if name.endswith(_COUNTER)} | dict(weights.state)
     for name in sorted(own.keys() | state.keys()):
         expected = tuple(own[name].shape) if name in own else "no such tensor"
         found = tuple(state[name].shape) if name in state else "no such tensor"
         if expected != found:
             raise ModelError(
                 f"{weights.path}: {name}: the model has {expected}, the file {found}: "
-                "check model.name, model.shortcut and the number of classes"
+                f"check model.name, model.shortcut and the number of classes{_hint(state, own)}"
+            )
+        # Integers or truth values in the place of weights are codes or masks: what they stand for is elsewhere.
+        if own[name].is_floating_point() != state[name].is_floating_point() and not name.endswith(_COUNTER):
+            raise ModelError(
+                f"{weights.path}: {name}: the model has {_type(own[name])}, the file {_type(state[name])}: quantised "
+                "weights or masks cannot stand for weights; save the model in float32"
             )
     loaded.module.load_state_dict(state, strict=True)
+    check_finite(loaded.module.state_dict(), str(weights.path))
+    if loaded.labels is not None and len(loaded.labels) != loaded.rows:
+        raise ModelError(
+            f"{weights.path}: the label map names {len(loaded.labels)} classes, the model has {loaded.rows} output "
+            "rows: the file was changed; save it again with save_checkpoint"
+        )
     return loaded
+
+
+def named_for(weights: Weights, model: Classifier) -> Weights:
+    """Return ``weights`` under the names of ``model``: the prefixes of wrappers go where the model does not have them.
+
+    ``module.`` comes from DataParallel and averaged models, ``_orig_mod.`` from compiled ones, ``model.`` from training
+    frameworks; the counter of an averaged model goes too.
+
+    Raises:
+        ModelError: two tensors would have one name.
+    """
+    own = model.module.state_dict().keys()
+    state: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, tensor in weights.state.items():
+        if name == _AVERAGED and name not in own:
+            continue
+        short = name
+        while short not in own and short.startswith(_WRAPPERS):
+            short = short.split(".", 1)[1]
+        if short in origin:
+            raise ModelError(
+                f"{weights.path} holds both {origin[short]!r} and {name!r}: two models in one file; save one of them"
+            )
+        state[short], origin[short] = tensor, name
+    return replace(weights, state=state)
+
+
+def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return how to strip a prefix that all tensors of a file share, where that gives names of the model."""
+    prefixes = {name.split(".", 1)[0] + "." for name in state if not name.endswith(_COUNTER)}
+    if len(prefixes) != 1:
+        return ""
+    prefix = prefixes.pop()
+    if not any(name.removeprefix(prefix) in own for name in state if name.startswith(prefix)):
+        return ""
+    return (
+        f"; all names in the file begin with {prefix!r}: save "
+        f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
+    )
+
+
+def _check_tensors(weights: Weights) -> None:
+    """Refuse tensors that hold no plain numbers, and label maps that name no classes."""
+    for name, tensor in weights.state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            kind = "meta" if tensor.is_meta else "sparse" if tensor.layout != torch.strided else _type(tensor)
+            raise ModelError(
+                f"{weights.path}: {name} is a {kind} tensor, expected a dense one of floats: save the model in float32"
+            )
+    check_finite(weights.state, str(weights.path))
+    labels = weights.labels
+    if labels is None:
+        return
+    if not labels or not all(is_whole(label, 0) for label in labels) or len(set(labels)) < len(labels):
+        raise ModelError(
+            f"{weights.path}: the label map must name a different class for each output row, got {list(labels)}: "
+            "the file was changed; save it again with save_checkpoint"
+        )
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _safetensors(path: Path) -> Weights:
@@ -156,4 +252,6 @@ def _torch(path: Path) -> Weights:
         value = value["state_dict"]
     if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise ModelError(f"{path}: expected tensors by name, or a dictionary with state_dict; save model.state_dict()")
-    return Weights(path, {name.removeprefix("module."): tensor for name, tensor in value.items()})
+    if not all(isinstance(name, str) for name in value):
+        raise ModelError(f"{path}: expected tensors by name, got other keys; save model.state_dict()")
+    return Weights(path, value)

@@ -77,7 +77,7 @@ def audit_images(
 
     Raises:
         PlanError: the classes to forget are no classes of the images.
-        DataError: the classes of training and test images differ, or either lack a forgotten class, or there are none of the kept ones.
+        DataError: the classes of training and test images differ, or either lack a forgotten class or all kept ones.
     """
     if train.classes != test.classes:
         raise DataError(

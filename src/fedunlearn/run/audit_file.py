@@ -11,7 +11,7 @@ from fedunlearn.audits.audit import CANDIDATE, Record, audit
 from fedunlearn.audits.base import Subject
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import head_layer
-from fedunlearn.checkpoint import Weights, load_weights, read_weights
+from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError
 from fedunlearn.evidence.folder import check_folder, sha256
 from fedunlearn.evidence.words import MODELS
@@ -145,6 +145,7 @@ def _subject(weights: Weights, experiment: Experiment) -> Subject:
     """Return the model in a file; one without a label map has a row for every class, or for every class but these."""
     train, forget = experiment.splits.train, experiment.forget
     empty = new_model(experiment.recipe, train, seed=0)
+    weights = named_for(weights, empty)
     everything = tuple(range(len(train.classes)))
     rows = weights.state.get(f"{head_layer(empty.module, empty.example)}.weight")
     labels = weights.labels

@@ -147,7 +147,8 @@ def evaluate(
     Args:
         model: the CNN; a class that its labels leave out is never named, so its accuracy is 0.
         images: test images.
-        forget: forgotten class or classes, by number or name: ``forget`` (U) is the accuracy on their images, ``retain`` (R) on the rest.
+        forget: forgotten class or classes, by number or name: ``forget`` (U) is the accuracy on their images,
+            ``retain`` (R) that on the rest.
         row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``; where
             None, that is ``forget``, or None if the model has no such rows.
 
