@@ -324,9 +324,8 @@ def test_known_images_are_balanced_and_members_hold_all_of_the_class(set_of_imag
 
 
 def figures(**values):
-    return {"forget": Figure(0.0, 0.01), "retain": Figure(0.9, 0.01)} | {
-        name: Figure(value, 0.01) for name, value in values.items()
-    }
+    always = {"forget": 0.0, "retain": 0.9, "relearn": 0.4, "neighbours": 0.12}
+    return {name: Figure(value, 0.01) for name, value in (always | values).items()}
 
 
 ORACLES = [
@@ -355,8 +354,8 @@ def test_the_band_holds_one_more_retrained_model_19_times_in_20():
 @pytest.mark.parametrize(
     ("changed", "expected", "decided"),
     [
-        ({}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "neighbours"]),
-        ({"retain": 0.99}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "neighbours"]),
+        ({}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "relearn", "neighbours"]),
+        ({"retain": 0.99}, verdict.INDISTINGUISHABLE, ["forget", "retain", "probe", "relearn", "neighbours"]),
         ({"forget": 0.5}, verdict.NOT_FORGOTTEN, ["forget"]),
         ({"forget": 0.09}, verdict.SUPPRESSED, ["forget"]),  # above the band, below chance
         ({"probe": 1.01}, verdict.SUPPRESSED, ["probe"]),
@@ -389,12 +388,46 @@ def test_too_few_retrained_models_give_figures_and_no_verdict():
     assert alone["audits"]["probe"] == {"figure": 0.75, "error": 0.01, "band": None, "distance": None, "verdict": None}
 
 
+def test_a_pass_needs_the_figures_that_any_model_gives():
+    bands = verdict.calibrate([own | {"probe": Figure(0.7)} for own in ORACLES])
+    nothing = verdict.judge({}, bands, oracles=3, chance=0.1)
+    assert (nothing["verdict"], nothing["decided_by"]) == (verdict.NO_VERDICT, [])
+    assert "retain, probe, relearn, neighbours cannot be held against a band" in nothing["reason"]
+    alone = verdict.judge({"retain": Figure(0.9, 0.01)}, bands, oracles=3, chance=0.1)
+    assert alone["verdict"] == verdict.NO_VERDICT
+    assert alone["reason"].endswith("probe, relearn, neighbours cannot be held against a band")
+    found = verdict.judge({"probe": Figure(0.99)}, bands, oracles=3, chance=0.1)
+    assert found["verdict"] == verdict.SUPPRESSED  # a trace needs no other figure beside it
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_no_number_in_a_retrained_model_has_no_band(value):
+    oracles = [*ORACLES, figures(probe=value, neighbours=0.12)]
+    bands = verdict.calibrate(oracles)
+    assert "probe" not in bands
+    found = verdict.judge(figures(probe=0.75), bands, oracles=4, chance=0.1)
+    assert found["verdict"] == verdict.NO_VERDICT
+    assert found["reason"].endswith("model: probe cannot be held against a band")
+
+
+@pytest.mark.parametrize(("u", "known"), [(0.0, False), (0.1, False), (0.11, True), (0.9, True)])
+def test_what_the_original_never_knew_is_no_verdict(u, known):
+    bands = verdict.calibrate(ORACLES)  # U of 0 +- 4.97 x 0.01
+    own = verdict.judge(figures(probe=1.01), bands, oracles=3, chance=0.1)
+    found = verdict.never_known(own, {"forget": Figure(u)}, bands, chance=0.1)
+    assert found["verdict"] == (verdict.SUPPRESSED if known else verdict.NO_VERDICT)
+    if not known:
+        assert f"the original itself names the class in {100 * u:.1f} %" in found["reason"]
+        assert "(train.rounds)" in found["reason"]
+    assert verdict.never_known(own, {}, bands, chance=0.1) == own
+
+
 def test_leaving_one_out_counts_figures_outside():
     four = {str(k): figures(probe=p) for k, p in enumerate((0.70, 0.71, 0.72, 0.9))}
     found = verdict.leave_one_out(four, {"head only": figures(probe=0.99)}, chance=0.1)
     assert found["models"]["3"]["outside"] == ["probe"]
     assert found["models"]["3"]["verdict"] == verdict.SUPPRESSED
-    assert (found["figures"], found["false_positives"]) == (12, 1)
+    assert (found["figures"], found["false_positives"]) == (20, 1)
     assert found["models"]["0"]["controls"]["head only"] == verdict.INDISTINGUISHABLE  # by a band that 0.9 widened
     assert found["models"]["3"]["controls"]["head only"] == verdict.SUPPRESSED
 
@@ -531,8 +564,11 @@ def test_the_shipped_file_is_looked_at_again_when_an_audit_goes_on(nets, set_of_
 def test_a_figure_without_a_band_or_that_is_no_number_does_not_pass():
     bands = verdict.calibrate(ORACLES)
     found = verdict.judge(figures(probe=0.75, int8=0.0), bands, oracles=3, chance=0.1)
-    assert (found["verdict"], found["decided_by"]) == (verdict.INDISTINGUISHABLE, ["forget", "retain", "probe"])
-    assert found["reason"].startswith("all 3 figures")
+    assert (found["verdict"], found["decided_by"]) == (
+        verdict.INDISTINGUISHABLE,
+        ["forget", "retain", "probe", "relearn", "neighbours"],
+    )
+    assert found["reason"].startswith("all 5 figures")
     odd = verdict.judge(figures(probe=math.nan), bands, oracles=3, chance=0.1)
     assert odd["verdict"] == verdict.SUPPRESSED
 

@@ -15,6 +15,7 @@ from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.words import MODELS, clipped
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.result import knew
 
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {
@@ -182,6 +183,12 @@ def notes(result: Mapping[str, Any]) -> str:
         lines.append("To compare with retraining: fedunlearn run, with the same --weights if any.")
     if "verdict" in result:
         lines.append(verdict_line(result))
+    elif "unlearned" in result and not knew(result["original"]["accuracy"], len(result["classes"])):
+        u = result["original"]["accuracy"]["forget_row_kept"]
+        lines.append(
+            f"THE ORIGINAL NEVER KNEW IT: it names {100 * u:.0f} % of the class, no more than by chance. There was "
+            "nothing to forget: train it for longer (train.rounds)."
+        )
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
     if left > _FORGOTTEN and result.get("verdict", NO_VERDICT) == NO_VERDICT:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")

@@ -20,6 +20,7 @@ from fedunlearn.audits.verdict import (
     calibrate,
     judge,
     leave_one_out,
+    never_known,
     powerless,
     thresholds_json,
 )
@@ -29,7 +30,8 @@ from fedunlearn.files import write_text
 THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
 CANDIDATE = "unlearned"
-_MUST_FAIL = ("original", "head_only")  # where one of these passes, the audits have no power
+ORIGINAL = "original"
+_MUST_FAIL = (ORIGINAL, "head_only")  # where one of these passes, the audits have no power
 # Figures and details come first in a file in this order, which is older than the table; all others follow.
 _ORDER = (
     "retain",
@@ -138,6 +140,7 @@ def audit(
     judged = others | {CANDIDATE: measured(CANDIDATE)}
     record.observe("audit", len(names), len(names))
     judgements = {name: judge(figures, bands, oracles=len(oracles), chance=chance) for name, figures in judged.items()}
+    judgements[CANDIDATE] = never_known(judgements[CANDIDATE], others.get(ORIGINAL, {}), bands, chance=chance)
     for name in _MUST_FAIL:
         passes = name in judgements and judgements[name]["verdict"] == INDISTINGUISHABLE
         if passes and judgements[CANDIDATE]["verdict"] == INDISTINGUISHABLE:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
+from fedunlearn.errors import EvidenceError
 
 _FALSE_POSITIVES = 0.01
 _LEVEL = 0.95
@@ -101,6 +102,9 @@ def membership(members: Tensor, others: Tensor) -> Membership:
         members: scores, shape ``(m,)``.
         others: scores, shape ``(n,)``.
 
+    Raises:
+        EvidenceError: there are no scores on one side, or a score is no number.
+
     Example:
         >>> membership(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])).auc
         1.0
@@ -109,6 +113,12 @@ def membership(members: Tensor, others: Tensor) -> Membership:
     from sklearn.metrics import roc_auc_score
 
     m, n = len(members), len(others)
+    wrong = int(members.isnan().sum() + others.isnan().sum())
+    if not m or not n or wrong:
+        raise EvidenceError(
+            f"membership needs scores of at least one member and one other image, all of them numbers: got {m} and "
+            f"{n}, {wrong} of them NaN; a model whose outputs are not finite cannot be audited"
+        )
     truth = torch.cat([torch.ones(m), torch.zeros(n)])
     auc = float(roc_auc_score(truth.numpy(), torch.cat([members, others]).numpy()))
     spread = auc * (1 - auc) + (m - 1) * (auc / (2 - auc) - auc**2) + (n - 1) * (2 * auc**2 / (1 + auc) - auc**2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.fit import finite
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.taps import Tap, channel_means, reading
@@ -44,7 +45,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
         layers: also read the activations of every layer that can be pruned.
 
     Raises:
-        ModelError: the model does not end in a linear layer.
+        ModelError: the model does not end in a linear layer, or its outputs are not finite.
     """
     classifier = Classifier.of(model, images.shape)
     module, example = classifier.module, classifier.example
@@ -64,7 +65,7 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
     device = next(model.parameters()).device
     with reading(model, taps) as maps, torch.inference_mode():
         for batch, _ in batches(images, FORWARD_BATCH, device=device):
-            logits = model(batch).float().cpu()
+            logits = finite(model(batch)).float().cpu()
             means = {
                 name: channel_means(maps[name], tap, model.get_submodule(name).get_parameter("weight").shape[0])
                 for name, tap in taps.items()

@@ -28,6 +28,9 @@ NO_VERDICT = "no verdict"
 UNLIKE = "no audit finds more of the class than in models retrained without it, but it is unlike them"
 
 FEWEST = 3  # retrained models for a verdict
+# No pass without these: does it name the other classes, is the class told apart in the features, is it soon relearned,
+# does the model send its images where retrained models do? Any model gives them, with its row or without.
+NEEDED = ("retain", "probe", "relearn", "neighbours")
 _LEVEL = 0.95
 _FINEST = 0.001
 
@@ -74,6 +77,8 @@ def factor(oracles: int) -> float:
 def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
     """Return the band of each figure that all retrained models have, none for fewer than two of them; and of artefacts.
 
+    A figure that is no finite number in one of them has no band.
+
     Args:
         oracles: the figures of each retrained model.
 
@@ -85,7 +90,8 @@ def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
     bands = dict(_FIXED)
     for name in KINDS:
         measured = [figures[name] for figures in oracles if name in figures]
-        if len(measured) < 2 or len(measured) < len(oracles):
+        finite = all(math.isfinite(figure.value) and math.isfinite(figure.error) for figure in measured)
+        if len(measured) < 2 or len(measured) < len(oracles) or not finite:
             continue
         mean = statistics.fmean(figure.value for figure in measured)
         spread = statistics.stdev(figure.value for figure in measured)
@@ -100,6 +106,7 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
 
     ``not forgotten``: U lies above the band and above chance. ``indistinguishable from retraining``: every figure lies
     in its band, or nearer to the retrained models than they are to each other. ``suppressed, not erased``: all else.
+    ``no verdict``: it would pass, but one of ``NEEDED`` is missing or has no band; or retrained models are too few.
     The burden of proof is the model's: where no audit finds the class and the model yet differs from retrained ones
     (it sends the class elsewhere, say), erasure is not shown; ``reason`` tells the two cases apart.
 
@@ -130,6 +137,12 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
         verdict, decided, reason = SUPPRESSED, apart, "it knows more of the class than models retrained without it"
     elif apart:
         verdict, decided, reason = SUPPRESSED, apart, UNLIKE
+    elif missing := [name for name in NEEDED if name not in held]:
+        verdict, decided = NO_VERDICT, []
+        reason = (
+            f"a pass needs the figures {', '.join(NEEDED)}, of the model and of every retrained model: "
+            f"{', '.join(missing)} cannot be held against a band"
+        )
     else:
         reason = f"all {len(held)} figures lie where one more retrained model is expected"
         verdict, decided = INDISTINGUISHABLE, held
@@ -139,6 +152,31 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
 def powerless(judgement: Mapping[str, Any], control: str) -> dict[str, Any]:
     """Return ``judgement`` without a verdict, because by the same bands ``control`` passes, which must not."""
     reason = f"the audits cannot tell {control} from retraining, so a pass means nothing: use more images"
+    return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []}
+
+
+def never_known(
+    judgement: Mapping[str, Any], original: Mapping[str, Figure], bands: Mapping[str, Band], *, chance: float
+) -> dict[str, Any]:
+    """Return ``judgement``, without a verdict where the original did not know the class: nothing could be forgotten.
+
+    It did not where its U is not above chance, or lies where that of a model retrained without the class does.
+
+    Args:
+        judgement: on the unlearned model.
+        original: figures of the model before unlearning.
+        bands: of the retrained models.
+        chance: U of a model that guesses.
+    """
+    if judgement["verdict"] in (NO_VERDICT, NOT_FORGOTTEN) or "forget" not in original or "forget" not in bands:
+        return dict(judgement)
+    u = original["forget"].value
+    if u > max(chance, bands["forget"].high):
+        return dict(judgement)
+    reason = (
+        f"the original itself names the class in {100 * u:.1f} % of its images, no more than a model that never saw "
+        "it: there was nothing to forget; train the original for longer (train.rounds)"
+    )
     return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []}
 
 

@@ -55,6 +55,20 @@ def check_finite(state: Mapping[str, Tensor], owner: str) -> None:
                 )
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Return ``logits``, shape ``(images, rows)``; finite weights can still overflow on their way to them.
+
+    Raises:
+        ModelError: one is a NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            "outputs of the model are NaN or infinite, of which the largest says nothing: its weights, or the "
+            "statistics of its batch normalisation, are too large; take weights from before, or normalise the images"
+        )
+    return logits
+
+
 def named_classes(labels: Sequence[int] | None, rows: int, classes: int) -> tuple[int, ...]:
     """Return the class of each output row, ``0 .. rows - 1`` where ``labels`` is None.
 

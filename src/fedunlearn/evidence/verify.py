@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import stat
 import statistics
 import sys
@@ -45,6 +46,7 @@ _KINDS = {
 _FIXED = {"artefacts": (0.0, 1.0, 0.0, 0.0)}
 _FEWEST = 3
 _PASS = "indistinguishable from retraining"
+_NEEDED = ("retain", "probe", "relearn", "neighbours")  # of a pass
 _MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anything
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
@@ -232,6 +234,10 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if found[0] != result["controls"][name]["verdict"]:
             yield f"the verdict on {name} does not follow from the figures: they give {found[0]!r}"
     verdict, decided, sides = _judged(candidate, written, count, chance)
+    original = controls.get("original", {}).get("forget")
+    known = original is None or "forget" not in written or original[0] > max(chance, written["forget"][3])
+    if not known and verdict != "not forgotten":
+        verdict, decided = "no verdict", []
     if verdict == _PASS and any(judged[name][0] == _PASS for name in _MUST_FAIL if name in judged):
         verdict, decided = "no verdict", []
     if (verdict, decided) != (result["verdict"], result["decided_by"]):
@@ -310,7 +316,7 @@ def _bands(oracles: Sequence[_Figures]) -> dict[str, tuple[float, ...]]:
     n = len(oracles)
     for name in _KINDS:
         own = [figures[name] for figures in oracles if name in figures]
-        if n < 2 or len(own) < n:
+        if n < 2 or len(own) < n or not all(math.isfinite(number) for pair in own for number in pair):
             continue
         mean = statistics.fmean(value for value, _ in own)
         sd = max(statistics.stdev(value for value, _ in own), *(error for _, error in own), 0.001)
@@ -345,6 +351,8 @@ def _judged(
         return "not forgotten", ["forget"], sides
     if apart:
         return "suppressed, not erased", apart, sides
+    if any(sides.get(name) is None for name in _NEEDED):
+        return "no verdict", [], sides
     return _PASS, [name for name, side in sides.items() if side is not None], sides
 
 

@@ -77,9 +77,12 @@ def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one."""
+    """Return ``cost`` and ``speedup``: against the first retrained model, until it was as good as the unlearned one.
+
+    Neither where the original never knew the class: nothing was forgotten, however fast.
+    """
     reached = result["unlearned"]["validation"]["retain"]
-    if reached is None or not oracles:
+    if reached is None or not oracles or not knew(result["original"]["accuracy"], len(result["classes"])):
         return {}
     first = next(iter(oracles.values()))
     # Weights from elsewhere may have been trained on what is validation data here.
@@ -133,6 +136,15 @@ def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
     first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
     spent = [entry for step in steps[:first] for entry in step.entries if entry.job == "train"]
     return asdict(Cost.of(spent)) | {"reached": first is not None}
+
+
+def knew(accuracy: Mapping[str, Any], classes: int) -> bool:
+    """Return whether a model, of the block ``accuracy``, names the classes to forget more often than by chance.
+
+    ``U > 1 / classes``; also where there is no test image of them.
+    """
+    u = accuracy["forget_row_kept"]
+    return u is None or bool(u > 1 / classes)
 
 
 def evaluate(

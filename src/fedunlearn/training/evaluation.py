@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.fit import finite
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
@@ -22,6 +23,9 @@ def count_correct(
     """Return right answers and images per class, int64, shape ``(classes,)`` each.
 
     Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
+
+    Raises:
+        ModelError: outputs of the model are not finite.
     """
     classes = len(images.classes)
     counts = torch.bincount(images.labels, minlength=classes)
@@ -32,7 +36,7 @@ def count_correct(
     model.eval()
     with torch.inference_mode(), compute.autocast(device_of(model)):
         for batch, truth in in_order(images, model, compute):
-            right = truth.cpu()[named[model(batch).argmax(1).cpu()] == truth.cpu()]
+            right = truth.cpu()[named[finite(model(batch)).argmax(1).cpu()] == truth.cpu()]
             correct += torch.bincount(right, minlength=classes)
     return correct, counts
 
