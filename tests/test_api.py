@@ -1,0 +1,303 @@
+"""The Python API meets what newcomers give it: understood, or refused in one line before a client is asked."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedunlearn as fu
+from conftest import classifier, make_images, make_net
+from fedunlearn.channels.scores import CRITERIA, forget_classes
+from fedunlearn.errors import FedUnlearnError
+
+TRAINING = fu.Training(lr=0.05, batch_size=8)
+NAMES = ("ant", "cat", "dog", "elk")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return fu.LocalEngine(fu.partition(make_images(48, 4), by="iid", clients=2, seed=0))
+
+
+class Blinded(nn.Module):
+    """Names class ``rows[k]`` as row ``k`` for an image whose only bright pixel is number ``k``, without training."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        self.head = nn.Linear(4, len(rows), bias=False)
+        with torch.no_grad():
+            self.conv.weight.fill_(1.0)
+            self.head.weight.zero_()
+            for row, label in enumerate(rows):
+                self.head.weight[row, label] = 1.0
+
+    def forward(self, images):
+        return self.head(self.conv(images).flatten(1))
+
+
+def spots():
+    """Return eight images of 2 x 2 pixels: of class ``k`` the pixel ``k`` is bright, so the right answers are known."""
+    labels = torch.arange(8) % 4
+    pixels = torch.zeros(8, 4, dtype=torch.uint8)
+    pixels[torch.arange(8), labels] = 255
+    return fu.LabelledImages(pixels.reshape(8, 1, 2, 2), labels, NAMES, (0.0,), (1.0,))
+
+
+# rows, labels and classes
+
+
+def test_the_rows_of_a_model_are_those_its_labels_name():
+    short = fu.Classifier(Blinded([0, 1, 3]), (1, 2, 2), labels=(0, 1, 3))
+    found = fu.evaluate(short, spots(), forget=[2])["accuracy"]
+    assert (found["retain"], found["forget"], found["forget_row_kept"]) == (1.0, 0.0, None)
+    swapped = fu.Classifier(Blinded([1, 0, 2, 3]), (1, 2, 2), labels=[1, 0, 2, 3])
+    assert fu.evaluate(swapped, spots(), forget=[2])["accuracy"]["retain"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "text"),
+    [
+        ([0, 1, 3], None, "the model has 3 output rows, the data 4 classes: say which class each row names"),
+        ([0, 1, 2, 3, 0], None, "the model has 5 output rows, the data 4 classes"),
+        ([0, 1, 3], range(4), r"3 output rows and 4 labels \[0, 1, 2, 3\]: give one label per row"),
+        ([0, 1, 3], (0,), "3 output rows and 1 labels"),
+        ([0, 1, 3], (0, 1, 4), r"must be classes 0 .. 3, got 4"),
+        ([0, 1, 3], (0, 1, -1), r"must be classes 0 .. 3, got -1"),
+        ([0, 1, 3], (0, 1, 3.0), r"must be classes 0 .. 3, got 3.0"),
+        ([0, 1, 3], (0, 1, 1), "two output rows are labelled as class 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_by_every_entry(engine, tmp_path, rows, labels, text):
+    model = fu.Classifier(Blinded(rows), (1, 2, 2), labels=labels)
+    images = fu.audit_images(spots(), spots(), forget=[2], per_class=2, seed=0)
+    for use in (
+        lambda: fu.evaluate(model, spots(), forget=[2]),
+        lambda: fu.audit(fu.Subject(model), images, oracles={}),
+        lambda: fu.audit(
+            fu.Subject(fu.Classifier(Blinded([0, 1, 3]), (1, 2, 2), labels=(0, 1, 3)), model), images, oracles={}
+        ),
+        lambda: fu.save_checkpoint(tmp_path / "m.safetensors", model, images=spots(), architecture={}),
+        lambda: fu.train_rounds(model, fu.Federation(engine), TRAINING, rounds=1),
+        lambda: fu.unlearn(model, fu.Federation(engine), forget=[2], cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)),
+    ):
+        with pytest.raises(fu.ModelError, match=text):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_row_kept_has_the_row_of_the_forgotten_class():
+    short = fu.Classifier(Blinded([0, 1, 3]), (1, 2, 2), labels=(0, 1, 3))
+    with pytest.raises(fu.ModelError, match="row_kept has no output row for class 2, which was forgotten"):
+        fu.evaluate(short, spots(), forget=[2], row_kept=short)
+    images = fu.audit_images(spots(), spots(), forget=[2], per_class=2, seed=0)
+    with pytest.raises(fu.ModelError, match=r"the audit of unlearned: row_kept must have a row for each class 0 .. 3"):
+        fu.audit(fu.Subject(short, short), images, oracles={})
+    fewer = fu.Classifier(Blinded([0, 1]), (1, 2, 2), labels=(0, 1))
+    with pytest.raises(fu.ModelError, match="the audit of b: the model has no output row for class 3, which stays"):
+        fu.audit(fu.Subject(short), images, oracles={"b": fu.Subject(fewer)})
+
+
+def test_training_needs_the_rows_in_the_order_of_the_labels(engine):
+    model = classifier(make_net(classes=4), labels=(1, 0, 2, 3))
+    with pytest.raises(fu.ModelError, match=r"rows name the classes \[1, 0, 2, 3\], the clients' labels are 0 .. 3"):
+        fu.train_rounds(model, fu.Federation(engine), TRAINING, rounds=1)
+
+
+@pytest.mark.parametrize("gone", [[12], [-1], [4]])
+def test_rows_that_never_were_cannot_be_removed(gone):
+    model = classifier(make_net(classes=4))
+    with pytest.raises(fu.PlanError, match=r"no output row of class -?\d+: its classes are 0 .. 3"):
+        model.without_rows(gone)
+    with pytest.raises(fu.PlanError, match=r"no output row of class"):
+        fu.Subject.without_rows(model.without_rows([1]), gone)
+    assert model.without_rows([3]).without_rows([3, 2]).labels == (0, 1)  # of class 3 the row went before
+    with pytest.raises(fu.PlanError, match=r"without the classes \[0, 1, 2, 3\] no output row would stay"):
+        model.without_rows(range(4))
+
+
+def test_training_and_test_images_of_an_audit_have_the_same_classes():
+    train, test = make_images(40, 4), make_images(40, 3)
+    with pytest.raises(fu.DataError, match="an audit needs the same in the same order"):
+        fu.audit_images(train, test, forget=[2], per_class=5, seed=0)
+    for forget, text in (([9], "must lie in"), ([2, 2], "one or more different"), ([-1], "must lie in")):
+        with pytest.raises(fu.PlanError, match=text):
+            fu.audit_images(train, train, forget=forget, per_class=5, seed=0)
+
+
+# weights that are no numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_every_entry(engine, value):
+    net = make_net(classes=4)
+    with torch.no_grad():
+        net[3].weight[1, 0, 0, 0] = value
+    model, fed, images = classifier(net), fu.Federation(engine), make_images(40, 4)
+    seen = fu.audit_images(images, images, forget=[2], per_class=5, seed=0)
+    for use in (
+        lambda: fu.evaluate(model, images, forget=[2]),
+        lambda: fu.audit(fu.Subject(model, model), seen, oracles={}),
+        lambda: fu.train_rounds(model, fed, TRAINING, rounds=1),
+        lambda: fu.unlearn(model, fed, forget=[2], cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)),
+    ):
+        with pytest.raises(fu.ModelError, match="3.weight has 1 values of 432 that are NaN or infinite"):
+            use()
+
+
+def test_outputs_that_overflow_are_refused():
+    net, images = make_net(classes=4), make_images(40, 4)
+    with torch.no_grad():
+        net[8].weight.fill_(1e38)
+        net[4].bias.fill_(1e10)
+    with pytest.raises(fu.ModelError, match="outputs of the model are NaN or infinite"):
+        fu.evaluate(net, images, forget=[2])
+    seen = fu.audit_images(images, images, forget=[2], per_class=5, seed=0)
+    with pytest.raises(fu.ModelError, match="outputs of the model are NaN or infinite"):
+        fu.audit(fu.Subject(classifier(net)), seen, oracles={})
+
+
+# the classes to forget
+
+
+@pytest.mark.parametrize(
+    ("forget", "expected"),
+    [
+        (np.int64(2), (2,)),
+        ([np.int64(2)], (2,)),
+        (np.array([2, 1]), (1, 2)),
+        (torch.tensor(2), (2,)),
+        (torch.tensor([2]), (2,)),
+        ([torch.tensor(2), 0], (0, 2)),
+        ({2, 0}, (0, 2)),
+        (range(2), (0, 1)),
+        ((label for label in (3, 1)), (1, 3)),
+        ("dog", (2,)),
+        (["dog", 0], (0, 2)),
+    ],
+    ids=str,
+)
+def test_the_classes_to_forget_are_understood_in_every_form(forget, expected):
+    assert forget_classes(forget, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [2.0, [2.0], [1.5], True, [True], np.array([2.0]), torch.tensor(2.0), torch.tensor([True]), np.bool_(True), None]
+    + [[float("nan")], [[2]], b"dog", {2: 1}],
+    ids=str,
+)
+def test_what_is_no_class_is_refused(forget):
+    with pytest.raises(
+        fu.PlanError, match=r"must be a whole number in 0 .. 3, or by name, got .*: check unlearn.forget"
+    ):
+        forget_classes(forget, NAMES)
+
+
+def test_names_are_understood_where_they_are_known(engine):
+    images = spots()
+    assert fu.evaluate(Blinded(range(4)), images, forget="dog")["accuracy"]["forget"] == 1.0
+    assert fu.audit_images(images, images, forget=["dog"], per_class=2, seed=0).forget == (2,)
+    with pytest.raises(fu.PlanError, match="no class is named 'cow'; the classes are ant, cat, dog, elk"):
+        fu.evaluate(Blinded(range(4)), images, forget="cow")
+    with pytest.raises(fu.PlanError, match="names are known in recipes and where images are given, got 'dog'"):
+        fu.unlearn(
+            make_net(classes=4), fu.Federation(engine), forget="dog", cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)
+        )
+
+
+# settings
+
+
+def test_a_criterion_is_understood_by_its_name():
+    assert [fu.Ranking(criterion=name).criterion for name in CRITERIA] == list(CRITERIA.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda e: fu.Ranking(criterion="best"), "unlearn.criterion must be one of tf_idf, contrast, margin, random"),
+        (lambda e: fu.Ranking(criterion=3), "unlearn.criterion must be one of .* got 3"),
+        (lambda e: fu.Ranking(hook="act"), "unlearn.hook must be one of activation, convolution, got 'act'"),
+        (lambda e: fu.Ranking(pooling="mean"), r"Ranking\(pooling=...\) must be pooled, mean_of_clients or capped"),
+        (lambda e: fu.Ranking(sample=0), r"Ranking\(sample=...\) must be a whole number of at least 1, or None"),
+        (lambda e: fu.Ranking(sample=True), r"Ranking\(sample=...\) must be a whole number"),
+        (lambda e: fu.Cut("0.2"), "fraction must lie strictly between 0 and 1, got '0.2'"),
+        (lambda e: fu.Cut(20), "fraction must lie strictly between 0 and 1, got 20"),
+        (lambda e: fu.Cut(float("nan")), "fraction must lie strictly between 0 and 1, got nan"),
+        (
+            lambda e: fu.Repair(TRAINING, rounds=-1),
+            r"Repair\(rounds=...\) must be a whole number of at least 0, got -1",
+        ),
+        (lambda e: fu.Repair(TRAINING, rounds=1.5), r"Repair\(rounds=...\) must be a whole number"),
+        (lambda e: fu.Repair(0.1), r"Repair\(training\) must be a Training, such as Training\(lr=0.05\), got 0.1"),
+        (lambda e: fu.Repair(TRAINING, target=90), r"Repair\(target=...\) must lie in 0 .. 1, or be None, got 90"),
+        (lambda e: fu.Watch(every=-1), r"Watch\(every=...\) must be a whole number of at least 0, got -1"),
+        (lambda e: fu.Watch(target="0.9"), r"Watch\(target=...\) must lie in 0 .. 1"),
+        (lambda e: fu.Training(lr="0.1"), r"Training\(lr=...\) is out of range: got '0.1'"),
+        (lambda e: fu.Training(lr=float("inf")), r"Training\(lr=...\) is out of range: got inf"),
+        (lambda e: fu.Training(lr=0.1, batch_size=2.5), r"Training\(batch_size=...\) is out of range: got 2.5"),
+        (lambda e: fu.Training(lr=0.1, augment="crop"), r"Training\(augment=...\) must be a tuple .* got 'crop'"),
+        (
+            lambda e: fu.Training(lr=0.1, augment=("blur",)),
+            r"Training\(augment=...\) must be a tuple of names among crop",
+        ),
+        (lambda e: fu.Federation(e, "folder"), r"must be a Journal, got 'folder': .* give Journal\(Path\(folder\)\)"),
+        (lambda e: fu.Federation([1, 2]), r"Federation\(engine\) must be an engine, .* got list"),
+        (lambda e: fu.Federation(e, seed="1"), r"Federation\(seed=...\) must be a whole number of at least 0, got '1'"),
+        (lambda e: fu.Federation(e, participation=0), r"Federation\(participation=...\) must lie above 0"),
+        (lambda e: fu.Federation(e, clients="client-0"), "must be several, in a tuple, got a string"),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=-1),
+            r"train_rounds\(rounds=...\) must be a whole number of at least 0, got -1",
+        ),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), 0.1, rounds=1),
+            r"train_rounds\(training\) must be a Training",
+        ),
+    ],
+)
+def test_settings_of_another_kind_are_refused_in_one_line(engine, make, text):
+    with pytest.raises(FedUnlearnError, match=text) as told:
+        make(engine)
+    assert "\n" not in str(told.value)
+
+
+# models
+
+
+class Compiled(nn.Module):
+    """A module that holds another as ``torch.compile`` does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.LazyLinear(4)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda net: net.state_dict(), r"expected a model \(torch.nn.Module\), got OrderedDict: build the model first"),
+        (Compiled, "wrapped by torch.compile, which hides its layers: give model._orig_mod"),
+        (nn.DataParallel, "wrapped by DataParallel, which hides its layers: give model.module"),
+        (lambda net: torch.jit.trace(net.eval(), torch.ones(2, 1, 8, 8)), "the model is scripted"),
+        (lambda net: Lazy(), r"head.weight has no shape yet \(a lazy layer\)"),
+        (lambda net: net.to("meta"), r"0.weight has no values \(it is on the meta device\)"),
+    ],
+)
+def test_models_of_another_kind_are_refused_by_every_entry(engine, make, text):
+    model, images = make(make_net(classes=4)), make_images(40, 4)
+    for use in (
+        lambda: fu.evaluate(model, images, forget=[2]),
+        lambda: fu.train_rounds(model, fu.Federation(engine), TRAINING, rounds=1),
+        lambda: fu.unlearn(model, fu.Federation(engine), forget=[2], cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)),
+    ):
+        with pytest.raises(fu.ModelError, match=text):
+            use()

@@ -1,0 +1,149 @@
+"""Weights on disk: what is understood, and what would load as something that it is not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from conftest import classifier, logits, make_images, make_net
+from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.errors import ModelError
+
+IMAGES = torch.ones(1, 1, 8, 8)
+
+
+def loaded(state, path):
+    """Write ``state`` and load it into a net of other weights."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return load_weights(classifier(make_net(seed=4)), read_weights(path)).module
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module."])
+def test_prefixes_of_wrappers_are_understood(net, tmp_path, prefix, suffix):
+    state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    assert logits(loaded(state, tmp_path / f"w{suffix}"), IMAGES).equal(logits(net, IMAGES))
+
+
+def test_an_averaged_model_is_understood(net, tmp_path):
+    state = torch.optim.swa_utils.AveragedModel(net).state_dict()
+    assert logits(loaded(state, tmp_path / "w.pt"), IMAGES).equal(logits(net, IMAGES))
+
+
+def test_a_model_that_has_a_part_of_a_wrapper_s_name_keeps_it(net, tmp_path):
+    held = nn.ModuleDict({"model": net})
+    held.forward = lambda images: held["model"](images)
+    torch.save(held.state_dict(), tmp_path / "w.pt")
+    other = nn.ModuleDict({"model": make_net(seed=4)})
+    other.forward = lambda images: other["model"](images)
+    found = load_weights(classifier(other), read_weights(tmp_path / "w.pt"))
+    assert found.module.state_dict()["model.0.weight"].equal(net.state_dict()["0.weight"])
+
+
+def test_another_prefix_is_told_how_to_be_stripped(net, tmp_path):
+    state = {f"ema.{name}": tensor for name, tensor in net.state_dict().items()}
+    with pytest.raises(ModelError, match=r"begin with 'ema.': save \{name.removeprefix\('ema.'\): tensor for") as told:
+        loaded(state, tmp_path / "w.pt")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_models_in_one_file_are_refused_in_either_order(net, tmp_path, first):
+    state = net.state_dict()
+    wrapped = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
+    with pytest.raises(ModelError, match=r"holds both '.*0.weight' and '.*0.weight': two models in one file"):
+        loaded(state | wrapped if first else wrapped | state, tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("type", "name"), [(torch.int8, "int8"), (torch.bool, "bool"), (torch.uint8, "uint8")])
+def test_codes_and_masks_are_no_weights(net, tmp_path, type, name, suffix):
+    state = net.state_dict() | {"3.weight": net[3].weight.detach().sign().to(type)}
+    with pytest.raises(ModelError, match=rf"3.weight: the model has float32, the file {name}: quantised weights or"):
+        loaded(state, tmp_path / f"w{suffix}")
+
+
+@pytest.mark.parametrize("type", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_float_are_understood(net, tmp_path, type):
+    state = {name: t.to(type) if t.is_floating_point() else t for name, t in net.state_dict().items()}
+    torch.testing.assert_close(
+        logits(loaded(state, tmp_path / "w.pt"), IMAGES), logits(net, IMAGES), rtol=0.1, atol=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (torch.Tensor.to_sparse, "sparse"),
+        (lambda t: t.to(torch.complex64), "complex64"),
+        (lambda t: t.to("meta"), "meta"),
+    ],
+)
+def test_tensors_that_hold_no_plain_numbers_are_refused_in_one_line(net, tmp_path, change, kind):
+    state = net.state_dict() | {"3.weight": change(net[3].weight.detach())}
+    with pytest.raises(ModelError, match=f"3.weight is a {kind} tensor, expected a dense one of floats") as told:
+        loaded(state, tmp_path / "w.pt")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("type", "value"), [(torch.float32, float("nan")), (torch.float16, 1e6), (torch.float64, 1e300)], ids=str
+)
+def test_weights_that_are_not_finite_are_refused_by_name(net, tmp_path, type, value):
+    weight = net[3].weight.detach().to(torch.float64)
+    weight[0, 0, 0, 0] = value  # too large for float16, and for the float32 of the model
+    with pytest.raises(ModelError, match="3.weight has 1 values of 432 that are NaN or infinite"):
+        loaded(net.state_dict() | {"3.weight": weight.to(type)}, tmp_path / "w.pt")
+
+
+def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
+    torch.save({"state_dict": net.state_dict(), "net": net}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds objects besides tensors, which are never run; save model") as told:
+        read_weights(tmp_path / "w.pt")
+    assert "\n" not in str(told.value)
+    torch.save({0: torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="expected tensors by name, got other keys"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ([0, 1, 1], r"a different class for each output row, got \[0, 1, 1\]"),
+        ([0, 1, -1], "a different class for each output row"),
+        ([0, 1, 2.5], "a different class for each output row"),
+        ([0, 1], "the label map names 2 classes, the model has 3 output rows"),
+        ([0, 1, 2, 3], "the label map names 4 classes, the model has 3 output rows"),
+    ],
+)
+def test_a_label_map_that_was_changed_is_refused(net, tmp_path, labels, text):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, classifier(net), images=make_images(), architecture={"name": "mine", "shortcut": "A"})
+    state = dict(read_weights(path).state)
+    about = {
+        "labels": labels,
+        "plan": {"schema": 1, "shapes": {}, "kept": {}, "pruned": {}, "left_out": {}},
+        "mean": [0.3],
+        "std": [0.25],
+        "architecture": {},
+    }
+    save_file(state, path, {"fedunlearn": json.dumps(about)})
+    with pytest.raises(ModelError, match=text):
+        load_weights(classifier(make_net()), read_weights(path))
+
+
+def test_a_model_whose_rows_do_not_fit_or_whose_weights_are_not_finite_is_not_written(net, tmp_path):
+    path, about = tmp_path / "m.safetensors", {"name": "mine", "shortcut": "A"}
+    with pytest.raises(ModelError, match="the model has 3 output rows, the data 4 classes"):
+        save_checkpoint(path, classifier(net), images=make_images(classes=4), architecture=about)
+    with pytest.raises(ModelError, match=r"must be classes 0 .. 2, got -1"):
+        save_checkpoint(path, classifier(net, labels=(0, 1, -1)), images=make_images(), architecture=about)
+    net[4].running_var[2] = torch.inf
+    with pytest.raises(ModelError, match="4.running_var has 1 values of 8 that are NaN or infinite"):
+        save_checkpoint(path, classifier(net), images=make_images(), architecture=about)
+    assert not path.exists()
