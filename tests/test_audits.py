@@ -496,6 +496,28 @@ def test_figures_of_another_model_are_not_taken_for_this_one_s(nets, set_of_imag
         whole((nets[0], nets[1][::-1]), set_of_images, tmp_path)
 
 
+def test_figures_of_other_images_settings_or_references_are_not_taken_for_these(nets, set_of_images, tmp_path):
+    whole(nets, set_of_images, tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "audits").iterdir()}
+    noise = torch.randint(0, 256, set_of_images.test.images.shape, dtype=torch.uint8)
+    for other in (
+        replace(set_of_images, test=replace(set_of_images.test, images=noise)),
+        replace(set_of_images, test=replace(set_of_images.test, labels=set_of_images.test.labels.flip(0))),
+        replace(set_of_images, known=replace(set_of_images.known, mean=(0.4,))),
+        replace(set_of_images, lr=0.01),
+        replace(set_of_images, seed=7),
+    ):
+        with pytest.raises(
+            RunError, match=r"retrained-0\.json holds the figures of retrained-0 on other images, or by"
+        ):
+            whole(nets, other, tmp_path)
+    with pytest.raises(
+        RunError, match=r"retrained-0\.json holds the figures of retrained-0 beside other retrained mod"
+    ):
+        whole((nets[0], nets[1][:-1]), set_of_images, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "audits").iterdir()} == before
+
+
 def test_two_models_of_one_name_are_refused(nets, set_of_images):
     same = delivered(nets[1][0])
     with pytest.raises(EvidenceError, match="two models are named 'unlearned'"):

@@ -16,11 +16,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from conftest import write_set
 from fedunlearn.cli import main
+from fedunlearn.console import print_table
 from fedunlearn.data.readers import load_npz
-from fedunlearn.errors import PlanError
+from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.evidence.keys import make_keys
 from fedunlearn.models import build_model
 from fedunlearn.version import __version__
 
@@ -138,6 +143,75 @@ def test_the_program_builds_a_model_of_the_user_s_own_from_the_working_directory
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "result.json").read_text())["recipe"]["model"]["name"] == "mine:net"
+
+
+def test_a_received_folder_runs_none_of_its_files(signed, tmp_path):
+    folder = tmp_path / "received"
+    shutil.copytree(signed / "plain", folder)
+    for name in ("jinja2", "matplotlib", "numpy", "torch", "fedunlearn", "typing_extensions", "colorsys"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    done = subprocess.run([PROGRAM, "report", "."], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "report.html\n"), done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_by_import_path_may_lie_in_the_working_directory_which_is_looked_at_last_and_then_left(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine_too.py").write_text("import json, helper_of_mine\n" + MINE)
+    (tmp_path / "helper_of_mine.py").write_text("")
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('a file of the folder ran')")
+    (tmp_path / "statistics_of_mine.py").write_text("import colorsys\n" + MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    before = list(sys.path)
+    assert isinstance(build_model("mine_too:net", classes=4, colours=1), torch.nn.Module)
+    assert isinstance(build_model("statistics_of_mine:net", classes=4, colours=1), torch.nn.Module)
+    assert sys.path == before
+    with pytest.raises(ModelError, match=r"No module named 'nowhere'.*on Python's path or in the working directory"):
+        build_model("nowhere:net", classes=4, colours=1)
+    assert sys.path == before
+
+
+def test_ctrl_c_while_the_program_starts_is_one_line():
+    stopped = "import builtins, sys\nwhole = builtins.__import__\ndef stop(name, *rest):\n"
+    stopped += "    if name == 'torch': raise KeyboardInterrupt\n    return whole(name, *rest)\n"
+    stopped += "builtins.__import__ = stop\nimport fedunlearn_program\nfedunlearn_program.main()\n"
+    done = subprocess.run([sys.executable, "-c", stopped], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "fedunlearn: interrupted while it started: nothing was done\n"
+
+
+def test_a_second_run_into_one_folder_is_refused_and_the_first_is_signed_and_verified(recipe, tmp_path):
+    key, out = tmp_path / "operator", tmp_path / "out"
+    make_keys(key)
+    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=3", "--set", "train.rounds=12"]
+    first = subprocess.Popen([sys.executable, "-m", "fedunlearn", *map(str, command), "--quiet"])
+    deadline = time.monotonic() + 100
+    while not (out / "events.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    done = fedunlearn(*command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{out} is being written by process {first.pid}: wait until it has ended, or choose" in done.stderr
+    assert first.wait() == 0
+    assert not (out / "lock").exists()
+    assert fedunlearn("verify", out, "--key", tmp_path / "operator.pub").returncode == 0
+
+
+@pytest.mark.parametrize("width", [120, 80, 40, 20])
+def test_a_narrow_screen_costs_columns_and_no_digit(width):
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("model", "U, row\nkept", "R", "para-\nmeters", "client\nsamples", "client\nGFLOP", "speed-\nup"):
+        table.add_column(name, no_wrap=True)
+    row = ("fine-tuning only", "12.34", "98.76", "1,234,567", "12,345,678", "123,456.8", "> 12.3x")
+    table.add_row(*row)
+    shown = io.StringIO()
+    print_table(Console(file=shown, width=width), table)
+    text = shown.getvalue()
+    assert "…" not in text
+    assert all(value in text for value in row[:3])
+    assert ("1,234,567" in text) == (width == 120)
+    assert ("Not shown on" in text) == (width < 120)
 
 
 def test_recipes_are_listed():

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from fedunlearn.federation.journal import header_of
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import Copies, LocalEngine, Values
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.run import machine
+from fedunlearn.run import compare, machine
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache
 from fedunlearn.run.experiment import prepare
@@ -438,3 +440,23 @@ def test_retrained_models_are_kept_by_precision_and_not_by_workers():
     }
     assert paths["plain"] == paths["workers"]
     assert len(set(paths.values())) == 3
+
+
+def test_a_model_that_other_code_or_another_torch_retrained_is_not_taken_from_the_cache(monkeypatch, tmp_path):
+    def place():
+        return RetrainedCache.of(load_recipe("digits"), (9,), "data", 1).path
+
+    before, package = place(), Path(compare.__file__).parents[1]
+    assert place() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.0.0")
+        assert place() != before
+    for changed in ("training/sgd.py", "data/batches.py", "federation/rounds.py"):
+        copied = tmp_path / changed.replace("/", "-")
+        shutil.copytree(package, copied)
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, "_PACKAGE", copied)
+            assert place() == before
+            with (copied / changed).open("a") as file:
+                file.write("# other code\n")
+            assert place() != before

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -26,9 +27,10 @@ from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.report import write_card
+from fedunlearn.evidence.report import write_card, write_report
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
+from fedunlearn.run.work import finished
 
 FLIPS = 6  # in every file
 
@@ -140,9 +142,9 @@ def test_a_signed_run_verifies_and_says_what_an_operator_must_show(copied):
         "verdict",
         "limits",
         "purged",
-        "acknowledged",
         "expires",
     }
+    assert "acknowledged" not in dossier  # nobody is asked to confirm
     assert not any("BEGIN PRIVATE" in path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
 
 
@@ -204,7 +206,56 @@ def test_missing_and_added_files_are_found(copied):
     folder, key = copied
     (folder / "plan.json").unlink()
     (folder / "audits" / "more.json").write_text("{}")
-    assert problems(folder, key) == ["audits/more.json is not in the dossier", "plan.json is missing"]
+    assert problems(folder, key) == [
+        "audits/more.json is not in the dossier: it was put there after signing; if it is yours, move it out of the "
+        "folder and verify again",
+        "plan.json is missing",
+    ]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "audits/.DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini"])
+def test_what_a_file_manager_leaves_fails_the_verification_and_is_told_as_such(copied, name):
+    folder, key = copied
+    (folder / name).write_bytes(b"icons")
+    assert problems(folder, key) == [
+        f"{name} is not in the dossier: macOS, Windows or a file manager writes such a file where a folder is looked "
+        "at, delete it and verify again"
+    ]
+    write_dossier(folder, read_private_key(key.with_suffix(""), outside=folder))
+    assert problems(folder, key) == []
+    (folder / name).write_bytes(b"other icons")
+    assert problems(folder, key) == [
+        f"{name} was changed: macOS, Windows or a file manager writes such a file where a folder is looked at"
+    ]
+
+
+def test_nothing_written_after_signing_breaks_the_signature(copied):
+    folder, key = copied
+    write_report(folder)
+    write_card(folder)
+    assert problems(folder, key) == []  # the same bytes
+    signer = read_private_key(key.with_suffix(""), outside=folder)
+    for name, write in (("report.html", write_report), ("report.md", write_report), ("README.md", write_card)):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(whole + "as another version writes it")
+        write_dossier(folder, signer)
+        with pytest.raises(EvidenceError, match=f"is signed, and a new {name} would differ.*copy the folder without"):
+            write(folder)
+        assert problems(folder, key) == []
+        (folder / name).write_text(whole)
+    write_dossier(folder, signer)
+    (folder / "dossier.json").unlink()
+    (folder / "report.md").unlink()
+    write_report(folder)
+    assert (folder / "report.md").exists()
+
+
+def test_a_signed_run_that_lost_its_result_is_not_done_again(copied):
+    folder, _ = copied
+    (folder / "result.json").unlink()
+    with pytest.raises(EvidenceError, match=r"is signed, but result\.json is missing: choose another --out"):
+        finished(SimpleNamespace(out=folder), lambda: pytest.fail("the work was done again"))
+    assert not (folder / "result.json").exists()
 
 
 def test_a_truncated_log_is_found(copied):

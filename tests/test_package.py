@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_whole_package_and_its_program_works_without_the_sou
     )
     (wheel,) = tmp_path.glob("*.whl")
     package = ROOT / "src" / "fedunlearn"
-    files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    files = {path.relative_to(package.parent).as_posix() for path in package.parent.rglob("*") if path.is_file()}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == {name for name in files if not name.endswith(".pyc")}
     assert "fedunlearn/py.typed" in packed

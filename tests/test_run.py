@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import classifier, logits, make_images, make_net, write_set
 from fedunlearn.channels.plan import Cut, PruningPlan, prune
 from fedunlearn.channels.scores import Ranking, contrast, random_scores
-from fedunlearn.channels.stats import mean_of_clients
+from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
@@ -27,6 +28,7 @@ from fedunlearn.errors import DataError, ModelError, PlanError, RecipeError, Run
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
 from fedunlearn.federation import journal as journals
+from fedunlearn.federation.about import asked
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
@@ -269,6 +271,28 @@ def test_a_damaged_kept_model_is_trained_anew(tmp_path):
     assert all(t.equal(first.model.module.state_dict()[n]) for n, t in second.model.module.state_dict().items())
 
 
+def test_a_cache_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FEDUNLEARN_CACHE", str(tmp_path / "file"))
+    recipe = load_recipe(str(write_set(tmp_path, oracles=2, model="small-cnn")), ["train.rounds=1", "unlearn.rounds=1"])
+    result = run(recipe, tmp_path / "out")
+    assert list(result["oracles"]) == ["retrained-1", "retrained-2"]
+    (said,) = [record.message for record in caplog.records if "cache" in record.message]
+    assert said.startswith(f"{tmp_path / 'file'}: the cache of retrained models cannot be written (")
+    assert said.endswith("): the run goes on without; set FEDUNLEARN_CACHE to a folder that can be written")
+
+
+def test_a_kept_model_of_other_shapes_leaves_fresh_weights_as_they_were(tmp_path):
+    _, first, _ = retrained(tmp_path, "one")
+    (kept,) = Path(os.environ["FEDUNLEARN_CACHE"]).rglob("*.safetensors")
+    state, steps = load_file(kept), json.dumps([json.loads(own.to_json()) for own in first.steps])
+    state["linear.bias"] = torch.zeros(9)
+    save_file({name: t + 1 for name, t in state.items()}, kept, {"steps": steps})
+    _, second, trained = retrained(tmp_path, "two")
+    assert (second.cached, trained) == (False, 3)
+    assert all(t.equal(first.model.module.state_dict()[n]) for n, t in second.model.module.state_dict().items())
+
+
 def without_test_images_of(label, folder):
     """Write the set without the test images of a class, and return its recipe."""
     recipe = write_set(folder)
@@ -400,6 +424,59 @@ def test_a_journal_refuses_what_is_not_its_own(tmp_path):
     assert (tmp_path / "film.part").exists()
 
 
+OTHER = """
+import sys, time
+from pathlib import Path
+from fedunlearn.federation.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+print("open", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_folder_in_which_another_process_writes_is_refused_until_that_ends_in_whatever_way(tmp_path):
+    Journal(tmp_path).finish(step(0), {"w": torch.zeros(1)})
+    before = (tmp_path / "rounds.jsonl").read_bytes()
+    process = subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "open\n"
+    with pytest.raises(RunError, match=rf"is being written by process {process.pid}: wait until it has ended, or cho"):
+        Journal(tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_bytes() == before
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert (tmp_path / "lock").read_text() == str(process.pid)  # what a kill leaves keeps nobody out
+    journal = Journal(tmp_path)
+    journal.finish(step(1), {"w": torch.zeros(1)})
+    journal.leave()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_of_two_journals_of_one_process_on_one_folder_the_newest_writes(tmp_path):
+    one, two = Journal(tmp_path), Journal(tmp_path)
+    with pytest.raises(RunError, match="another Journal of this process was opened on this folder since"):
+        one.part("random").finish(step(0), {"w": torch.zeros(1)})
+    two.finish(step(0), {"w": torch.zeros(1)})
+    with pytest.raises(RunError, match="holds another run"):
+        Journal(tmp_path, header={"a": 1})
+    two.finish(step(1), {"w": torch.zeros(1)})  # the one that was refused took nothing
+    del one
+    assert (tmp_path / "lock").exists()
+    del two
+    assert not (tmp_path / "lock").exists()
+    assert len(Journal(tmp_path).steps("train")) == 2
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / os.fsdecode(b"bad\xff name")
+    with pytest.raises(
+        RunError, match=r"bad\\xff name/run: expected the name of a folder in UTF-8: choose another --out"
+    ):
+        Journal(folder / "run")
+    assert not folder.exists()
+
+
 def test_a_damaged_state_is_named(tmp_path):
     journal = Journal(tmp_path)
     for number in range(3):
@@ -421,11 +498,97 @@ def test_a_journal_in_memory_goes_on_too(trained):
     training, federation = Training(lr=0.1, batch_size=8), Federation(engine)
     for rounds in (2, 4):
         parts = train_rounds(make_net(classes=4), federation, training, rounds=rounds)
-    again = train_rounds(make_net(classes=4, seed=3), federation, training, rounds=4)
+    again = train_rounds(make_net(classes=4), federation, training, rounds=4)
     whole = train_rounds(make_net(classes=4), Federation(engine), training, rounds=4)
     assert len(federation.journal.steps("train")) == 4
     for model in (again, whole):
         assert all(t.equal(parts.module.state_dict()[name]) for name, t in model.module.state_dict().items())
+
+
+@pytest.mark.parametrize("kept_in", ["memory", "folder"])
+def test_a_journal_does_not_answer_another_request(trained, tmp_path, kept_in):
+    model, engine = trained
+    memory, asked = Journal(), []
+
+    class Counting:
+        clients, shape, classes = engine.clients, engine.shape, engine.classes
+
+        def run(self, job):
+            asked.append(job.task.kind)
+            return engine.run(job)
+
+    def journal():
+        return memory if kept_in == "memory" else Journal(tmp_path / "runs")
+
+    counting = Counting()
+    first = forgotten(model, counting, journal=journal())
+    again = forgotten(model, counting, journal=journal())
+    assert asked == ["measure", "reestimate", "train", "train"]
+    assert all(t.equal(first.model.module.state_dict()[name]) for name, t in again.model.module.state_dict().items())
+    for change, differs in (
+        ({"forget": (1,)}, r"forget is '\[2\]' there, '\[1\]' here"),
+        ({"forget": (1, 2)}, r"forget is '\[2\]' there, '\[1, 2\]' here"),
+        ({"fraction": 0.5}, r"cut is 'sha256 \w{16}' there, 'sha256 \w{16}' here"),
+        ({"repair": replace(REPAIR, training=Training(lr=0.01, batch_size=8))}, "repair is"),
+        ({"repair": replace(REPAIR, rounds=1)}, "repair is"),
+        ({"repair": replace(REPAIR, batch_norm=False)}, "repair is"),
+        ({"criterion": random_scores}, "criterion is"),
+        ({"criterion": bound(random_scores, seed=1)}, "criterion is"),
+        ({"hook": "convolution"}, "hook is"),
+        ({"pooling": mean_of_clients}, "pooling is"),
+        ({"sample": 5}, "sample is 'null' there, '5' here"),
+        ({"jointly": True}, "jointly is 'false' there, 'true' here"),
+        ({"seed": 3}, "seed is '0' there, '3' here"),
+    ):
+        expected = rf"holds measure-0, step 1, of another request \({differs}.*\): (use another|give each its own)"
+        with pytest.raises(RunError, match=expected):
+            forgotten(model, counting, journal=journal(), **change)
+    with pytest.raises(RunError, match=r"measure-0, step 1, of another request \(weights is"):
+        forgotten(make_net(classes=4, seed=9), counting, journal=journal())
+    assert len(asked) == 4  # nobody was asked, nothing was lost
+    assert len(journal().steps("repair")) == 2
+
+
+def test_a_journal_goes_on_for_more_rounds_but_not_with_other_starting_weights_or_clients(trained):
+    _, engine = trained
+    training, federation = Training(lr=0.1, batch_size=8), Federation(engine)
+    train_rounds(make_net(classes=4), federation, training, rounds=2, schedule=one_cycle)
+    for fed, seed, text in (
+        (federation, 3, "weights is"),
+        (federation.keeping(exclude=(1,)), 0, r"exclude is '\[\]' there, '\[1\]' here"),
+        (federation.keeping(exclude=(), clients=("client-0",)), 0, "clients is"),
+        (replace(federation, participation=0.5), 0, "participation is '1.0' there, '0.5' here"),
+    ):
+        with pytest.raises(RunError, match=f"this journal holds train, step 1, of another request.*{text}"):
+            train_rounds(make_net(classes=4, seed=seed), fed, training, rounds=2, schedule=one_cycle)
+    with pytest.raises(RunError, match=r"step 1, of another request \(lr is"):  # the cycle of four rounds is another
+        train_rounds(make_net(classes=4), federation, training, rounds=4, schedule=one_cycle)
+    with pytest.raises(RunError, match=r"this journal holds 2 steps of train, this request asks for 1: give each its"):
+        train_rounds(make_net(classes=4), federation, training, rounds=1)
+
+
+def test_a_journal_whose_steps_do_not_say_what_they_were_done_for_is_refused(tmp_path):
+    Journal(tmp_path).finish(step(0), {"w": torch.zeros(1)})
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    del lines[1]["about"]
+    old = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "rounds.jsonl").write_text(old)
+    with pytest.raises(RunError, match=r"rounds.jsonl: its steps do not say .* 0.2.0: finish the run with the version"):
+        Journal(tmp_path)
+    assert (tmp_path / "rounds.jsonl").read_text() == old
+
+
+def test_what_a_step_is_about_tells_models_and_functions_apart_and_is_the_same_in_every_process():
+    assert asked(rounds=2, exclude=(1,), lr=0.1) == {"rounds": "2", "exclude": "[1]", "lr": "0.1"}
+    assert asked(pooling=capped(2.0)) == asked(pooling=capped(2.0)) != asked(pooling=capped(3.0))
+    assert asked(pooling=lambda parts: 1) != asked(pooling=lambda parts: 2)
+    one, same, other = (asked(weights=classifier(make_net(seed=seed))) for seed in (0, 0, 1))
+    assert one == same != other
+    relu, gelu = classifier(make_net()), classifier(make_net())
+    gelu.module[2] = torch.nn.GELU()
+    assert asked(weights=relu) != asked(weights=gelu)
+    half = classifier(make_net().to(torch.bfloat16))
+    assert asked(weights=half) == asked(weights=half.copy()) != one
 
 
 def test_already_pruned_weights_can_be_pruned_again_and_rows_must_be_all_there(tmp_path):

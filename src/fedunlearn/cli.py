@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fedunlearn.console import RunProgress, audit_table, describe, notes, result_table, verdict_line
+from fedunlearn.console import RunProgress, audit_table, describe, notes, print_table, result_table, verdict_line
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
@@ -129,8 +129,7 @@ def _command(*names: str | Parameter) -> Callable[[Callable[[Options], None]], C
 
 
 def main() -> None:
-    """Run the command line; a model named package.module:function may lie in the working directory."""
-    sys.path.insert(0, str(Path.cwd()))
+    """Run the command line."""
     app(prog_name="fedunlearn")
 
 
@@ -194,7 +193,7 @@ def audit(options: Options) -> None:
     if options.as_json:
         typer.echo(json.dumps(result, indent=2))
     elif not options.quiet:
-        Console().print(audit_table(result))
+        print_table(Console(), audit_table(result))
         Console().print(verdict_line(result), highlight=False)
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
 
@@ -288,7 +287,7 @@ def _show(result: dict[str, Any], options: Options, value: dict[str, Any]) -> No
         typer.echo(json.dumps(value, indent=2))
     elif not options.quiet:
         console = Console()
-        console.print(result_table(result))
+        print_table(console, result_table(result))
         console.print(notes(result), highlight=False)
 
 

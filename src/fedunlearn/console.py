@@ -17,6 +17,17 @@ from fedunlearn.evidence.words import MODELS, clipped
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.result import knew
 
+_ANY_WIDTH = 10_000
+# Columns of the tables that a narrow screen can do without, those that say least first.
+_SPARED = {
+    "parameters": "para-\nmeters",
+    "client samples": "client\nsamples",
+    "client GFLOP": "client\nGFLOP",
+    "U, delivered": "U, de-\nlivered",
+    "speed-up": "speed-\nup",
+    "sd away": "sd away",
+    "band": "band",
+}
 _FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {
     "train": "training the original",
@@ -138,6 +149,25 @@ def result_table(result: Mapping[str, Any]) -> Table:
         spent = cost.get("retrain") if number == 0 else None
         table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print ``table``; on a narrow screen, columns that say least are left out and named, digits never are.
+
+    A screen that is too narrow even for the columns that stay wraps their lines.
+    """
+    options = console.options.update(max_width=_ANY_WIDTH)
+    left: list[str] = []
+    for name, header in _SPARED.items():
+        if console.measure(table, options=options).maximum > console.width:
+            own = [column for column in table.columns if column.header == header]
+            table.columns = [column for column in table.columns if column not in own]
+            left += [name] * len(own)
+    screen, console.width = console.width, max(console.width, console.measure(table, options=options).maximum)
+    console.print(table, crop=False)
+    console.width = screen
+    if left:
+        console.print(f"Not shown on a screen this narrow: {'; '.join(left)}.", highlight=False)
 
 
 def audit_table(result: Mapping[str, Any]) -> Table:

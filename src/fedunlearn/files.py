@@ -44,6 +44,10 @@ def write_text(path: Path, text: str) -> None:
 
 def cache_folder() -> Path:
     """Return where caches are kept: ``$FEDUNLEARN_CACHE``, or ``fedunlearn`` in the user's cache folder."""
-    named = os.environ.get("FEDUNLEARN_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else base / "fedunlearn"
+    named, base = os.environ.get("FEDUNLEARN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    try:
+        return Path(base or Path.home() / ".cache") / "fedunlearn"
+    except RuntimeError:  # a user without a home, as in containers: caches read and write nothing there
+        return Path(os.devnull) / "fedunlearn"

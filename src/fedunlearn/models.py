@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,16 +58,31 @@ def build_model(name: str, *, classes: int, colours: int, shortcut: str = "A") -
 def _build_by_path(path: str, classes: int, colours: int) -> nn.Module:
     module, _, function = path.partition(":")
     try:
-        build: Callable[..., object] = getattr(importlib.import_module(module), function)
-        model = build(classes=classes, colours=colours)
+        with _working_directory_last():
+            build: Callable[..., object] = getattr(importlib.import_module(module), function)
+            model = build(classes=classes, colours=colours)
     except Exception as error:  # the user's own code can fail in any way
         raise ModelError(
-            f"model.name {path!r}: {error}; expected package.module:function on Python's path, "
-            "called with classes= and colours="
+            f"model.name {path!r}: {error}; expected package.module:function on Python's path or in the "
+            "working directory, called with classes= and colours="
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name {path!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+@contextmanager
+def _working_directory_last() -> Iterator[None]:
+    """Let Python look into the working directory too, last: nothing that lies there stands in for what is installed."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
 
 
 class SmallCNN(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
+from fedunlearn.federation.about import asked
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds, whole_model
 
@@ -63,9 +64,12 @@ def unlearn(
     Raises:
         ModelError, PlanError: the model or the classes are not usable; nothing was asked of a client yet.
         FederationError: too few clients gave usable replies.
+        RunError: the journal holds steps of another request.
     """
     original = whole_model(model, federation)
     wanted = forget_classes(forget, federation.engine.classes)
+    request = asked(forget=wanted, **vars(rank), cut=cut, repair=repair, jointly=jointly)
+    federation = replace(federation, request=request)
 
     pruned = original
     for index, turn in enumerate([wanted] if jointly else [(label,) for label in wanted]):

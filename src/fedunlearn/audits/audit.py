@@ -109,7 +109,8 @@ def audit(
         record: where thresholds and figures go.
 
     Raises:
-        RunError: thresholds.json is there and says something else, or a file of figures is of another model.
+        RunError: thresholds.json is there and says something else, or a file of figures is of another model, of other
+            images or beside other retrained models.
         ModelError: a model's rows, labels and the classes of the images do not fit together, or its weights are not
             finite.
         EvidenceError: two models have the same name, or a figure is not a finite number.
@@ -125,11 +126,18 @@ def audit(
     }
     views = {name: View(checked[name], images) for name in oracles}
     models: dict[str, Found] = {}
+    shown = images.digest()
 
     def measured(name: str) -> Mapping[str, Figure]:
         record.observe("audit", len(models), len(names))
         references = [view for other, view in views.items() if other != name]
-        models[name] = _measured(record.folder, name, views.get(name) or View(checked[name], images), references)
+        seen = views.get(name) or View(checked[name], images)
+        about = {
+            "state": _state_hash(seen.subject),
+            "images": shown,
+            "references": [_state_hash(other.subject) for other in references],
+        }
+        models[name] = _measured(record.folder, name, about, seen, references)
         return models[name].figures
 
     retrained = {name: measured(name) for name in oracles}
@@ -172,10 +180,11 @@ def measure(audits: Sequence[Audit], seen: View, references: Sequence[View] = ()
     return found
 
 
-def _measured(folder: Path | None, name: str, seen: View, references: Sequence[View]) -> Found:
-    """Read the figures of a model or measure them, and write them."""
-    state = _state_hash(seen.subject)
-    kept = _kept(folder, name, state)
+def _measured(
+    folder: Path | None, name: str, about: Mapping[str, Any], seen: View, references: Sequence[View]
+) -> Found:
+    """Read the figures of a model or measure them, and write them with what they are ``about``."""
+    kept = _kept(folder, name, about)
     found = measure([audit for audit in AUDITS if kept is None or not audit.resumed], seen, references)
     if kept is not None:
         found = Found(kept.figures | found.figures, kept.details | found.details)
@@ -185,7 +194,7 @@ def _measured(folder: Path | None, name: str, seen: View, references: Sequence[V
                 f"the audit of {name}: {figure} is {own.value} with an error of {own.error}, which no band can be held "
                 "against: retrain or replace this model"
             )
-    _keep(folder, name, state, found)
+    _keep(folder, name, about, found)
     return found
 
 
@@ -210,26 +219,31 @@ def _state_hash(subject: Subject) -> str:
     return digest.hexdigest()
 
 
-def _kept(folder: Path | None, name: str, state: str) -> Found | None:
+def _kept(folder: Path | None, name: str, about: Mapping[str, Any]) -> Found | None:
     path = None if folder is None else folder / FOLDER / f"{name}.json"
     if path is None or not path.exists():
         return None
     try:
         value = json.loads(path.read_text("utf-8"))
         figures = {figure: Figure(**fields) for figure, fields in value["figures"].items()}
-        found, state_there = Found(figures, value["details"]), value["state"]
+        found, there = Found(figures, value["details"]), {key: value[key] for key in about}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: expected the figures of an audit, but {error}: delete {path}") from error
-    if state_there != state:
-        raise RunError(f"{path} holds the figures of another model named {name}: choose another folder")
+    for key, of in (
+        ("state", f"of another model named {name}"),
+        ("images", f"of {name} on other images, or by other settings of the audit"),
+        ("references", f"of {name} beside other retrained models"),
+    ):
+        if there[key] != about[key]:
+            raise RunError(f"{path} holds the figures {of}: choose another folder")
     return found
 
 
-def _keep(folder: Path | None, name: str, state: str, found: Found) -> None:
+def _keep(folder: Path | None, name: str, about: Mapping[str, Any], found: Found) -> None:
     if folder is not None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         figures = {figure: asdict(value) for figure, value in _in_order(found.figures).items()}
-        value = {"state": state, "figures": figures, "details": _in_order(found.details)}
+        value = {**about, "figures": figures, "details": _in_order(found.details)}
         write_text(folder / FOLDER / f"{name}.json", json.dumps(value, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,16 @@ class AuditImages:
     def kept(self) -> tuple[int, ...]:
         """The classes that are not forgotten."""
         return tuple(label for label in range(len(self.test.classes)) if label not in self.forget)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the images, of how they are shared out, and of all settings."""
+        about = [self.forget, self.seed, self.lr, self.others.tolist(), self.compared.tolist()]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for images in (self.known, self.members, self.test):
+            kind = [list(images.images.shape), images.classes, images.mean, images.std]
+            digest.update(json.dumps(kind).encode())
+            digest.update(images.images.contiguous().numpy().tobytes() + images.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def forgotten(self, images: LabelledImages) -> LabelledImages:
         """Return the images of the forgotten classes."""

@@ -15,6 +15,7 @@ from fedunlearn.evidence.events import EVENTS, now
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.verify import DOSSIER, SIGNATURE, fingerprint, rounds
 from fedunlearn.evidence.words import LIMITS
+from fedunlearn.federation.lock import LOCK
 from fedunlearn.files import written
 
 _SCHEMA = 1
@@ -70,7 +71,6 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
             "output rows of the forgotten classes",
             "channels listed in plan.json",
         ],
-        "acknowledged": [],  # clients that confirmed the replacement: the in-process engine has nobody to ask
         "files": hashed,
         "events": {"count": len(events), "head": hashlib.sha256(events[-1]).hexdigest()},
     } | {name: result.get(name) for name in _RESULTS}
@@ -80,11 +80,11 @@ _RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", "cost", 
 
 
 def _hashed(folder: Path) -> dict[str, Any]:
-    """Return hash and size of every file but the dossier itself."""
+    """Return hash and size of every file but the dossier itself and the lock, which goes when the run ends."""
     hashed = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (DOSSIER, SIGNATURE):
+        if path.is_file() and name not in (DOSSIER, SIGNATURE, LOCK):
             data = path.read_bytes()
             hashed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     return hashed

@@ -15,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.errors import RunError
+from fedunlearn.errors import EvidenceError, RunError
+from fedunlearn.evidence.verify import DOSSIER
+from fedunlearn.files import write_text
 
 RESULT = "result.json"
 REPORT = "report.html"
@@ -73,6 +75,23 @@ def check_folder(out: Path) -> None:
     there = next(path for path in (out, *out.resolve().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RunError(f"{out}: expected a folder that can be written, but {there} is not one: choose another --out")
+
+
+def write_unsigned(folder: Path, name: str, text: str) -> None:
+    """Write a file of the run anew; in a signed folder, only what leaves the signature as it is.
+
+    Raises:
+        EvidenceError: the folder is signed, and the file would change.
+    """
+    path = folder / name
+    if (folder / DOSSIER).exists():
+        if not path.is_file() or path.read_bytes() != text.encode():
+            raise EvidenceError(
+                f"{folder} is signed, and a new {name} would differ from the signed one: it stays as it is; for a new "
+                f"one, copy the folder without {DOSSIER}"
+            )
+        return
+    write_text(path, text)
 
 
 def sha256(path: Path) -> str:

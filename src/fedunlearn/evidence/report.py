@@ -19,10 +19,9 @@ from fedunlearn.audits.relearn import Relearned
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.folder import REPORT, RunFolder
+from fedunlearn.evidence.folder import REPORT, RunFolder, write_unsigned
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.words import LIMITS, MODELS, clipped, in_short, summary, unable
-from fedunlearn.files import write_text
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -50,6 +49,7 @@ def write_report(folder: Path) -> None:
 
     Raises:
         RunError: the folder does not hold an audited run.
+        EvidenceError: the folder is signed, and the signature would no longer fit.
     """
     run = RunFolder.read(folder)
     plan = folder / "plan.json"
@@ -78,6 +78,7 @@ def write_report(folder: Path) -> None:
         "recipe": json.dumps(run.result["recipe"], indent=2),
         "limits": LIMITS,
     }
+    texts = {}
     for name in (MARKDOWN, REPORT):  # where the page is there, all is
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
@@ -89,7 +90,9 @@ def write_report(folder: Path) -> None:
         )
         environment.filters["percent"] = _percent
         environment.filters["clipped"] = clipped
-        write_text(folder / name, environment.get_template(name).render(values))
+        texts[name] = environment.get_template(name).render(values)
+    for name, text in texts.items():
+        write_unsigned(folder, name, text)
 
 
 def write_card(folder: Path) -> None:
@@ -97,6 +100,7 @@ def write_card(folder: Path) -> None:
 
     Raises:
         RunError: the folder does not hold an audited run.
+        EvidenceError: the folder is signed, and the signature would no longer fit.
     """
     run = RunFolder.read(folder)
     environment = jinja2.Environment(
@@ -117,7 +121,7 @@ def write_card(folder: Path) -> None:
         colours=len(weights.mean or ()),
         limits=LIMITS,
     )
-    write_text(folder / CARD, text)
+    write_unsigned(folder, CARD, text)
 
 
 def _percent(share: float | None) -> str:

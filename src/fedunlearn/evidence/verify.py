@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 DOSSIER, SIGNATURE = "dossier.json", "dossier.sig"
+_OF_THE_SYSTEM = "macOS, Windows or a file manager writes such a file where a folder is looked at"
 _CLOCKS = timedelta(minutes=5)  # how far clocks of two machines may be apart
 # What a figure above its band says, and the one band that does not come from retrained models.
 _KINDS = {
@@ -135,12 +136,23 @@ def _files(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         elif not stat.S_ISDIR(mode):
             yield f"{_shown(name)} is a link or device, not a file"
     for name in sorted(found - set(listed) - {DOSSIER, SIGNATURE}):
-        yield f"{_shown(name)} is not in the dossier"
+        yield f"{_shown(name)} is not in the dossier: {_why_added(name)}"
     for name, own in sorted(listed.items()):
         if name not in found:
             yield f"{_shown(name)} is missing"
         elif _hash(folder / name) != own["sha256"]:
-            yield f"{_shown(name)} was changed"
+            yield f"{_shown(name)} was changed{f': {_OF_THE_SYSTEM}' if _is_of_the_system(name) else ''}"
+
+
+def _why_added(name: str) -> str:
+    if _is_of_the_system(name):
+        return f"{_OF_THE_SYSTEM}, delete it and verify again"
+    return "it was put there after signing; if it is yours, move it out of the folder and verify again"
+
+
+def _is_of_the_system(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
 
 
 def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:

@@ -6,8 +6,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fedunlearn.errors import RunError
 from fedunlearn.federation.ledger import Entry
+from fedunlearn.federation.lock import FolderLock
 from fedunlearn.files import PART, write_tensors, write_text
 
 _ROUNDS = "rounds.jsonl"
 _STATE = "state"
+_BEFORE = "0.2.0"  # the last version whose steps do not say what they were done for
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class Step:
         round: number within the phase, from 0.
         entries: the jobs it took.
         validation: accuracy on the clients' validation images of the kept classes, where it was measured.
+        about: what the step was done for, by name: short values as they are, of long ones a digest, see
+            ``federation/about.py``.
     """
 
     phase: str
     round: int
     entries: tuple[Entry, ...]
     validation: float | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the step as one line of JSON."""
@@ -45,6 +50,7 @@ class Step:
             "round": self.round,
             "validation": self.validation,
             "entries": [entry.to_dict() for entry in self.entries],
+            "about": dict(self.about),
         }
         return json.dumps(value, sort_keys=True)
 
@@ -52,7 +58,7 @@ class Step:
     def from_dict(value: Mapping[str, Any]) -> Step:
         """Return the step whose JSON was parsed to ``value``."""
         entries = tuple(Entry.from_dict(entry) for entry in value["entries"])
-        return Step(value["phase"], value["round"], entries, value["validation"])
+        return Step(value["phase"], value["round"], entries, value["validation"], value["about"])
 
 
 class Journal:
@@ -68,7 +74,8 @@ class Journal:
         observe: called with phase, steps done and steps planned when a phase starts and after each step.
 
     Raises:
-        RunError: the folder holds another run or something else, or its files cannot be read.
+        RunError: the folder holds another run or something else, another process writes there, its files cannot be
+            read, or its name is not UTF-8.
     """
 
     def __init__(
@@ -83,12 +90,20 @@ class Journal:
         self.report = observe
         self._steps: list[Step] = []
         self._states: dict[str, dict[str, Tensor]] = {}
+        self._lock: FolderLock | None = None
         if folder is not None:
+            _check_name(folder)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                self._lock = FolderLock(folder)
             except OSError as error:
                 raise RunError(f"{folder}: cannot be made ({error.strerror}): choose another --out") from error
-            self._open(folder, json.loads(json.dumps(header or {})))
+            try:
+                self._open(folder, json.loads(json.dumps(header or {})))
+            except BaseException:
+                self._lock.leave()
+                raise
+            self._lock.take()
 
     def part(self, name: str) -> Journal:
         """Return the journal of a part of the run, whose phases are recorded here as ``NAME.PHASE``."""
@@ -102,6 +117,32 @@ class Journal:
         """Return the finished steps of ``phase`` in order."""
         return [step for step in self._steps if step.phase == self._prefix + phase]
 
+    def finished(self, phase: str, about: Sequence[Mapping[str, str]]) -> list[Step]:
+        """Return the finished steps of ``phase`` in order, after which a request goes on.
+
+        Args:
+            phase: the phase.
+            about: of each step that is asked for, what it is to be about.
+
+        Raises:
+            RunError: a step was done for something else, or there are more steps than are asked for.
+        """
+        steps = self.steps(phase)
+        place = "this journal" if self._folder is None else f"the journal in {self._folder}"
+        another = "use another journal for it, or delete this one" if self._folder else "give each its own fu.Journal()"
+        if len(steps) > len(about):
+            raise RunError(
+                f"{place} holds {len(steps)} steps of {self._prefix}{phase}, this request asks for {len(about)}: "
+                f"{another}"
+            )
+        for step, wanted in zip(steps, about, strict=False):
+            if step.about and step.about != wanted:  # whoever adopted a step knows that it fits
+                raise RunError(
+                    f"{place} holds {self._prefix}{phase}, step {step.round + 1}, of another request "
+                    f"({_difference(dict(step.about), dict(wanted))}): {another}"
+                )
+        return steps
+
     def entries(self, *phases: str) -> list[Entry]:
         """Return the ledger entries of the steps whose phase starts with one of ``phases``."""
         wanted = tuple(self._prefix + phase for phase in phases)
@@ -112,7 +153,16 @@ class Journal:
         return dict(self._states[self._prefix + phase])
 
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
-        """Record ``step`` with the tensors to go on from."""
+        """Record ``step`` with the tensors to go on from.
+
+        Raises:
+            RunError: another journal of this process was opened on the folder since.
+        """
+        if self._lock is not None and not self._lock.newest:
+            raise RunError(
+                f"{self._folder}: another Journal of this process was opened on this folder since, or this one was "
+                "left: go on with the newest, which knows all steps"
+            )
         step = replace(step, phase=self._prefix + step.phase)
         self._states[step.phase] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
@@ -125,12 +175,17 @@ class Journal:
     def adopt(self, phase: str, other: Journal) -> None:
         """Record the last step of ``phase`` of another journal as one of this, so that it is not done again."""
         if not self.steps(phase):
-            self.finish(replace(other.steps(phase)[-1], phase=phase), other.state(phase))
+            self.finish(replace(other.steps(phase)[-1], phase=phase, about={}), other.state(phase))
 
     def close(self) -> None:
         """Delete the states: the run is finished and its models are written."""
         if self._folder is not None:
             shutil.rmtree(self._folder / _STATE, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Let other processes write into the folder; nothing can be recorded any more."""
+        if self._lock is not None:
+            self._lock.leave()
 
     def _open(self, folder: Path, header: Any) -> None:
         path = folder / _ROUNDS
@@ -144,6 +199,11 @@ class Journal:
             return
         try:
             found, *values = [json.loads(line) for line in complete.splitlines()]
+            if any("about" not in value for value in values):
+                raise RunError(
+                    f"{path}: its steps do not say what they were done for, as those of fedunlearn "
+                    f"{_BEFORE}: finish the run with the version that began it, or delete {folder}"
+                )
             self._steps = [Step.from_dict(value) for value in values]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: expected the rounds of a run, but {error}: choose another --out") from error
@@ -177,6 +237,16 @@ class Journal:
                 f"{state} is that of round {step.round}, {path.name} has {recorded} rounds of {step.phase}: "
                 f"delete {path.parent}"
             )
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse a name that safetensors could not open, before there is anything to lose."""
+    name = os.fsencode(folder)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        shown = name.decode("utf-8", "backslashreplace")
+        raise RunError(f"{shown}: expected the name of a folder in UTF-8: choose another --out") from error
 
 
 def header_of(folder: Path) -> dict[str, Any]:

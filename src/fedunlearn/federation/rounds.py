@@ -13,6 +13,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.channels.taps import Tap
 from fedunlearn.errors import FederationError, ModelError, RecipeError
+from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
 from fedunlearn.federation.journal import Journal, Step
@@ -33,6 +34,7 @@ class Federation:
         participation: share of the clients drawn in each round of training, at least one.
         clients: those that take part in training; all where None.
         exclude: classes whose images are not used.
+        request: what the steps are done for, which the journal holds them to, see ``asked``.
 
     Raises:
         FederationError: a value is none of these.
@@ -51,6 +53,7 @@ class Federation:
     participation: float = 1.0
     clients: tuple[str, ...] | None = None
     exclude: tuple[int, ...] = ()
+    request: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not callable(getattr(self.engine, "run", None)):
@@ -75,6 +78,14 @@ class Federation:
         """Return the federation without the images of ``exclude``; only ``clients`` take part where they are given."""
         able = self.clients if clients is None else tuple(clients)
         return replace(self, exclude=tuple(exclude), clients=able)
+
+    def able(self) -> list[str]:
+        """Return the clients that take part in training, sorted."""
+        return sorted(self.engine.clients if self.clients is None else self.clients)
+
+    def about(self, **values: object) -> dict[str, str]:
+        """Return what a step of these values is about: the request, the values, and the owner of its draws."""
+        return {**self.request, **asked(**values, seed=self.seed)}
 
     def part(self, name: str) -> Federation:
         """Return the federation with its steps recorded as those of a part of the run."""
@@ -214,9 +225,12 @@ def measure(
 
     Raises:
         FederationError: too few clients gave usable replies, or only their sum is known where each is needed.
+        RunError: the journal holds the phase of another request.
     """
     clients = tuple(fed.engine.clients if fed.clients is None else fed.clients)
-    recorded = fed.journal.steps(phase)
+    task = Measure(taps=taps, classes=fed.engine.classes, sample=sample)
+    about = fed.about(weights=model, **vars(task), pooling=pooling, clients=sorted(fed.engine.clients))
+    recorded = fed.journal.finished(phase, [about])
     if recorded:
         saved = fed.journal.state(phase)
         rows = saved.pop("held")
@@ -235,11 +249,10 @@ def measure(
             yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
 
     fed.journal.report(phase, 0, 1)
-    task = Measure(taps=taps, classes=fed.engine.classes, sample=sample)
     job = replace(fed.job(task, model, phase=phase), clients=None)
     stats, entry = ask(fed.engine, job, lambda replies: pooling(parts(replies)))
     known = torch.stack(list(held.values())) if held else torch.zeros(0, fed.engine.classes)
-    fed.journal.finish(Step(phase, 0, (entry,)), {**stats.tensors(), "held": known})
+    fed.journal.finish(Step(phase, 0, (entry,), about=about), {**stats.tensors(), "held": known})
     fed.journal.report(phase, 1, 1)
     return stats, Holdings(held, clients)
 
@@ -263,19 +276,22 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
 
     Raises:
         FederationError: too few usable replies.
+        RunError: the journal holds the step of another request.
     """
     phase = "reestimate"
     fitted = model.copy()
-    if fed.journal.steps(phase):
+    task = Reestimate(exclude=fed.exclude, sample=sample)
+    about = fed.about(weights=model, **vars(task), clients=fed.able())
+    if fed.journal.finished(phase, [about]):
         fitted.module.load_state_dict(fed.journal.state(phase))
         return fitted
     if not batch_norm_layers(fitted.module):
         return fitted
     fed.journal.report(phase, 0, 1)
-    job = fed.job(Reestimate(exclude=fed.exclude, sample=sample), model, phase=phase)
+    job = fed.job(task, model, phase=phase)
     sums, entry = ask(fed.engine, job, lambda replies: [reply.tensors for reply in replies])
     fit_batch_norm(fitted.module, sums)
-    fed.journal.finish(Step(phase, 0, (entry,)), fitted.module.state_dict())
+    fed.journal.finish(Step(phase, 0, (entry,), about=about), fitted.module.state_dict())
     fed.journal.report(phase, 1, 1)
     return fitted
 
@@ -319,15 +335,20 @@ def train_rounds(
         raise RecipeError(f"train_rounds(training) must be a Training, such as Training(lr=0.1), got {training!r}")
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
-    steps = fed.journal.steps(phase)
+    tasks = [
+        Train(training=training, lr=training.lr * schedule(round, rounds), exclude=fed.exclude)
+        for round in range(rounds)
+    ]
+    common = fed.about(weights=trained, clients=fed.able(), participation=fed.participation, watch=watch)
+    about = [{**common, **asked(**vars(task))} for task in tasks]
+    steps = fed.journal.finished(phase, about)
     if steps:
         trained.module.load_state_dict(fed.journal.state(phase))
     for round in range(len(steps), rounds):
         fed.journal.report(phase, round, rounds)
         if watch.reached(steps):
             break
-        task = Train(training=training, lr=training.lr * schedule(round, rounds), exclude=fed.exclude)
-        job = replace(fed.job(task, trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
+        job = replace(fed.job(tasks[round], trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
         state, entry = ask(fed.engine, job, lambda replies: fedavg((r.tensors, r.images) for r in replies))
         trained.module.load_state_dict(state, strict=True)
         entries, validation = [entry], None
@@ -338,7 +359,7 @@ def train_rounds(
                     "no client holds validation images of the kept classes: set data.validation above 0"
                 )
             entries.append(evaluated)
-        steps.append(Step(phase, round, tuple(entries), validation))
+        steps.append(Step(phase, round, tuple(entries), validation, about[round]))
         fed.journal.finish(steps[-1], trained.module.state_dict())
     fed.journal.report(phase, rounds, rounds)
     return trained
@@ -361,7 +382,7 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
 
 
 def _drawn(fed: Federation, phase: str, round: int) -> tuple[str, ...]:
-    able = sorted(fed.engine.clients if fed.clients is None else fed.clients)
+    able = fed.able()
     if not able:
         raise FederationError("no client has images of the kept classes: there is nobody to train with")
     wanted = max(1, int(fed.participation * len(able) + 0.5))

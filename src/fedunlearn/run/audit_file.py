@@ -69,6 +69,7 @@ def audit_model(
     from fedunlearn.evidence.report import write_report  # slow to import
 
     write_report(out)
+    work.fed.journal.leave()
     return read_result(out)
 
 

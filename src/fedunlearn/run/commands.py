@@ -89,6 +89,7 @@ def run(
         write_report(out)
     if command == "run" and signer is not None:  # again where it is signed already: with another key, or for longer
         write_dossier(out, signer)
+    work.fed.journal.leave()
     return read_result(out)
 
 

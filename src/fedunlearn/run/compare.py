@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
+import torch
 from torch import nn
 
 from fedunlearn.channels.plan import Classifier
@@ -22,6 +26,22 @@ from fedunlearn.run.experiment import Experiment, new_model
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.unlearn import Unlearned
 from fedunlearn.version import __version__
+
+_logger = logging.getLogger(__name__)
+_PACKAGE = Path(__file__).parents[1]
+# Files that decide what training from fresh weights computes.
+_TRAINED_BY = (
+    "training/*.py",
+    "data/*.py",
+    "federation/jobs.py",
+    "federation/local.py",
+    "federation/rounds.py",
+    "methods/retrain.py",
+    "models.py",
+    "run/compare.py",
+    "run/experiment.py",
+    "seeding.py",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +85,8 @@ class RetrainedCache:
         if ":" in recipe.model.name:
             return None
         parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
-        key = hashlib.sha256(json.dumps([__version__, *parts, sorted(forget), data, seed]).encode()).hexdigest()
+        about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
 
     def restore(self, model: nn.Module) -> list[Step] | None:
@@ -73,16 +94,40 @@ class RetrainedCache:
         try:
             with safetensors.safe_open(self.path, "pt") as file:
                 steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
+            model.load_state_dict(state)
         except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
             return None
         return steps
 
     def store(self, model: nn.Module, steps: Sequence[Step]) -> None:
-        """Keep ``model`` and the rounds it took."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep ``model`` and the rounds it took; a cache that cannot be written costs the next run a training."""
         text = json.dumps([json.loads(step.to_json()) for step in steps])
-        write_tensors(self.path, model.state_dict(), {"steps": text})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(self.path, model.state_dict(), {"steps": text})
+        except OSError as error:
+            _warn_once(cache_folder(), error.strerror or str(error))
+
+
+@functools.cache
+def _warn_once(folder: Path, why: str) -> None:
+    _logger.warning(
+        "%s: the cache of retrained models cannot be written (%s): the run goes on without; set FEDUNLEARN_CACHE to a "
+        "folder that can be written",
+        folder,
+        why,
+    )
+
+
+def _code_digest() -> str:
+    """Return the SHA-256 of the source of all that decides what training from fresh weights computes."""
+    files = [path for name in _TRAINED_BY for path in sorted(_PACKAGE.glob(name))]
+    digest = hashlib.sha256(__version__.encode())
+    for path in files:
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned, fed: Federation) -> dict[str, Outcome]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import RESULT, SCHEMA, versions
+from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.rounds import Federation
 from fedunlearn.files import write_text
@@ -80,8 +82,14 @@ def opened(
 
 
 def finished(work: Work, blocks: Callable[[], Mapping[str, Any]]) -> None:
-    """Write result.json with the ``blocks`` of a command, which are made only where it is not there yet."""
+    """Write result.json with the ``blocks`` of a command, which are made only where it is not there yet.
+
+    Raises:
+        EvidenceError: the folder was signed and has lost its result: a new one would break the signature.
+    """
     if not (work.out / RESULT).exists():
+        if (work.out / DOSSIER).exists():
+            raise EvidenceError(f"{work.out} is signed, but {RESULT} is missing: choose another --out")
         about = {"schema": SCHEMA, "version": __version__, "versions": versions(), "recipe": work.recipe}
         write_text(work.out / RESULT, json.dumps({**about, **blocks()}, indent=2) + "\n")
 
