@@ -7,7 +7,7 @@ import fedunlearn
 
 SRC = Path(fedunlearn.__file__).parent
 FLOORS = (
-    ("errors", "seeding", "files", "version"),
+    ("errors", "seeding", "files", "version", "arguments"),
     ("data", "models", "channels"),
     ("training", "checkpoint"),
     ("federation", "audits"),
