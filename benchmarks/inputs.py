@@ -51,7 +51,7 @@ def taps_of(model: nn.Module, hook: str = "activation") -> Mapping[str, Tap]:
 
 def measure_job(model: nn.Module, classes: int = 10) -> Job:
     """Return the job of the statistics of all layers."""
-    return Job(task=Measure(taps=taps_of(model), classes=classes), model=Classifier(model, SHAPE), phase="measure")
+    return Job(task=Measure(classes=classes), model=Classifier(model, SHAPE), phase="measure")
 
 
 def train_job(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> Job:

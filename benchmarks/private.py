@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.poisoning import FORGET, SEEDS, figures, forgotten
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.privacy import NO_RULES, Privacy, epsilon
+from fedunlearn.federation.privacy import Privacy, epsilon
 from fedunlearn.run.experiment import original_model, prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.compute import one_torch_thread
@@ -22,7 +22,7 @@ from fedunlearn.training.compute import one_torch_thread
 OUT = Path(__file__).parent / "private.json"
 DELTA = 1e-5
 RULES = (
-    NO_RULES,
+    Privacy(min_count=0, min_images=1),
     Privacy(min_count=10),
     Privacy(clip=2.0),
     Privacy(clip=2.0, noise=0.5),

@@ -13,7 +13,7 @@ from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.flower.client import client_app
 
-CLIENTS, VALIDATION = hold_out(partition(make_images(80), by="iid", clients=4), 0.2)
+CLIENTS, VALIDATION = hold_out(partition(make_images(100), by="iid", clients=4), 0.2)
 
 
 class Loopback(Grid):

@@ -42,9 +42,8 @@ SMALL = ("model.name=nets:tiny", "federation.clients=3", "train.rounds=1", "trai
 
 
 def jobs(net):
-    taps = find_channels(net, EXAMPLE, hook="activation").taps
     return {
-        "measure": job(Measure(taps=taps, classes=3), net),
+        "measure": job(Measure(classes=3), net),
         "reestimate": job(Reestimate(), net),
         "train": job(Train(training=TRAINING, lr=0.1), net),
         "evaluate": job(Evaluate(), net),

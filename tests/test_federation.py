@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from conftest import classifier, collected, job, logits, make_images, make_net
-from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
@@ -46,11 +45,6 @@ def make_engine(images=None, *, workers=None, validation=0.0, **options):
 def make_train(net, *, exclude=(), **values):
     task = Train(training=Training(lr=0.1, batch_size=8), lr=0.1, exclude=exclude)
     return job(task, net, **({"phase": "train"} | values))
-
-
-def taps_of(net, *layers, hook):
-    taps = find_channels(net, EXAMPLE, hook=hook).taps
-    return {layer: taps[layer] for layer in layers}
 
 
 def states_equal(one, other):
@@ -138,7 +132,7 @@ def test_a_round_stops_with_a_clear_error_when_too_few_remain():
 
 def test_unusable_replies_are_refused_by_name_and_reason(net):
     train = make_train(net)
-    expected = train.task.layout(net)
+    expected = train.task.layout(train.model)
     assert expected == {name: (tuple(t.shape), t.dtype) for name, t in net.state_dict().items()}
     good = dict(net.state_dict())
     nan = good | {"0.bias": torch.full((6,), float("nan"))}
@@ -162,7 +156,7 @@ def test_unusable_replies_are_refused_by_name_and_reason(net):
     assert refusal(Reply("a", whole, images=3), train, expected).endswith("got of shape (6,), int64")
     assert refusal(Reply("a", good, images=0), train, expected) == "it reports 0 images"
     assert refusal(Reply("a", good, images=2**62), train, expected).endswith("more than any client holds")
-    statistics = job(Measure(taps=taps_of(net, "0", hook="convolution"), classes=3), net)
+    statistics = job(Measure(hook="convolution", classes=3), net)
     sums = {"counts": torch.ones(3), "sums.0": -torch.ones(3, 6)}
     layout = {name: (tuple(t.shape), t.dtype) for name, t in sums.items()}
     assert refusal(Reply("a", sums, images=3), statistics, layout) == "sums.0 has negative values"
@@ -288,7 +282,7 @@ def test_a_fold_that_stops_early_costs_what_all_replies_cost(net):
 
 def test_samples_are_drawn_at_random_but_repeat(net):
     data = ClientData("a", make_images(60))
-    task = Measure(taps=taps_of(net, "0", hook="convolution"), classes=3, sample=20)
+    task = Measure(hook="convolution", classes=3, sample=20)
 
     def counts(seed):
         return handle(job(task, net, phase="measure-0", seed=seed), copy.deepcopy(net), data).tensors["sums.0"]
@@ -431,7 +425,7 @@ def test_ledger_entries_count_what_was_asked_and_answered(net):
 def test_the_four_jobs_answer_under_the_names_they_promise(net):
     engine = make_engine(validation=0.2)
     for asked in (
-        job(Measure(taps=taps_of(net, "0", "3", hook="activation"), classes=3), net, phase="measure-0"),
+        job(Measure(classes=3), net, phase="measure-0"),
         job(Reestimate(), net, phase="reestimate"),
         make_train(net),
         job(Evaluate(), net, phase="x"),
@@ -443,7 +437,7 @@ def test_the_four_jobs_answer_under_the_names_they_promise(net):
 
 
 def test_a_job_for_other_classes_is_refused_by_the_client(net):
-    task = Measure(taps=taps_of(net, "0", hook="activation"), classes=4)
+    task = Measure(classes=4)
     reply = handle(job(task, net), copy.deepcopy(net), ClientData("a", make_images()))
     assert reply.error == "FederationError: the job is for 4 classes, this client has 3"
 
@@ -463,7 +457,7 @@ def test_a_federation_that_keeps_classes_out_keeps_its_clients_unless_others_are
 
 
 def test_the_cost_of_phases_is_that_of_their_entries(net):
-    fed = Federation(make_engine(validation=0.2))
+    fed = Federation(make_engine(make_images(120), validation=0.2))
     train_rounds(net, fed, Training(lr=0.1, batch_size=8), rounds=2, watch=Watch(every=2))
     reestimate(classifier(net), fed)
     assert fed.cost("train") == Cost.of(fed.journal.entries("train"))
@@ -489,9 +483,8 @@ def test_clients_are_measured_once_and_what_they_hold_is_told(net):
             return super().run(job)
 
     fed = Federation(Counting(partition(make_images(), by="bias", clients=3, bias=1.0)))
-    taps = taps_of(net, "0", hook="activation")
-    stats, held = measure(classifier(net), fed, taps)
-    again, known = measure(classifier(net), fed, taps)  # as a run that goes on does
+    stats, held = measure(classifier(net), fed)
+    again, known = measure(classifier(net), fed)  # as a run that goes on does
     assert asked == ["measure"]
     assert again.counts.equal(stats.counts)
     assert again.sums["0"].equal(stats.sums["0"])
@@ -516,10 +509,9 @@ def test_the_mean_of_clients_cannot_be_made_of_their_sum(net):
             yield Reply(SUM, total, sum(reply.images for reply in replies), members=self.clients)
 
     fed = Federation(Summing(partition(make_images(), by="iid", clients=3)))
-    taps = taps_of(net, "0", hook="activation")
     with pytest.raises(FederationError, match=r"under secure aggregation only the sum of the statistics is known: "):
-        measure(classifier(net), fed, taps, pooling=mean_of_clients)
-    stats, held = measure(classifier(net), fed, taps)
+        measure(classifier(net), fed, pooling=mean_of_clients)
+    stats, held = measure(classifier(net), fed)
     assert stats.counts.tolist() == [20, 20, 20]
     assert held.with_images_besides([0, 1, 2]) == fed.engine.clients  # nothing is known of any
 
@@ -559,7 +551,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     ],
 )
 def test_what_no_honest_answer_says_is_refused(net, task, change, images, text):
-    layout = task.layout(net)
+    layout = task.layout(classifier(net))
     tensors = {name: torch.ones(shape, dtype=kind) for name, (shape, kind) in layout.items()} | change
     found = refusal(Reply("a", tensors, images), job(task, net), layout)
     assert found is None if text is None else found.endswith(text)
@@ -576,7 +568,8 @@ def test_what_no_honest_answer_says_is_refused(net, task, change, images, text):
     ],
 )
 def test_statistics_that_contradict_themselves_are_refused(net, change, text):
-    task = Measure(taps=taps_of(net, "0", hook="activation"), classes=3)
+    task = Measure(classes=3)
     sums = torch.ones(3, 6, dtype=torch.float64) * torch.tensor([[1], [0], [1]])
-    tensors = {"counts": torch.tensor([1, 0, 1]), "held": torch.tensor([1, 1, 1]), "sums.0": sums} | change
-    assert refusal(Reply("a", tensors, images=2), job(task, net), task.layout(net)) == text
+    tensors = {"counts": torch.tensor([1, 0, 1]), "held": torch.tensor([1, 1, 1]), "sums.0": sums}
+    tensors |= {"sums.3": torch.zeros(3, 8, dtype=torch.float64)} | change
+    assert refusal(Reply("a", tensors, images=2), job(task, net), task.layout(classifier(net))) == text

@@ -42,8 +42,7 @@ def train_job(model=None, *, exclude=(), phase="train", **change):
 
 def measure_job(**change):
     model = classifier(make_net())
-    taps = find_channels(model.module, model.example).taps
-    return job(Measure(taps=taps, classes=3), model, phase="measure-0", **change)
+    return job(Measure(classes=3), model, phase="measure-0", **change)
 
 
 def pruned(scores=None):
@@ -484,6 +483,22 @@ def test_messages_of_others_pass_the_mod_untouched():
 def test_a_train_function_must_answer_as_flowers_strategies_ask():
     entry = collected(engine(Loopback(nodes() | {100: (app_with_mod(key="count"), 0)})), train_job())[1]
     assert entry.refused["client-0"].startswith("the train function must answer with one ArrayRecord and one metric")
+
+
+@pytest.mark.parametrize("images", [-5, 0, 10**12, 64.0, float("nan"), [64]])
+def test_a_train_functions_number_of_images_is_one_that_a_client_can_hold(images):
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
+
+    @app.train()
+    def _(message, context):
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": images})}
+        return Message(RecordDict(content), reply_to=message)
+
+    entry = collected(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
+    assert entry.refused["client-0"] == (
+        "the train function's metric num-examples must be a whole number of images from 1 to 1000000000, "
+        f"got {images!r}: return the number of images that it trained on"
+    )
 
 
 def test_a_train_function_that_answers_with_an_error_is_told():

@@ -27,10 +27,9 @@ def pruned():
 
 def jobs():
     model = pruned()
-    taps = find_channels(model.module, model.example).taps
     tasks = [
-        Measure(taps=taps, classes=3, sample=32),
-        Measure(taps=taps, classes=3),
+        Measure(hook="convolution", classes=3, sample=32),
+        Measure(classes=3),
         Reestimate(exclude=(1,), sample=4),
         Train(training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
         Evaluate(labels=(0, 2)),

@@ -15,7 +15,7 @@ from fedunlearn.channels.stats import ChannelStats, capped, limit_influence, mea
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RecipeError
-from fedunlearn.federation.jobs import ClientData, Measure, handle
+from fedunlearn.federation.jobs import ClientData, Measure, channels_of, handle
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
 from fedunlearn.federation.rounds import Federation, measure
@@ -30,7 +30,7 @@ TAPS = find_channels(make_net(), EXAMPLE, hook="activation").taps
 
 
 def job(**change):
-    return conftest.job(Measure(**({"taps": TAPS, "classes": 3} | change)), make_net(), phase="measure-0")
+    return conftest.job(Measure(**({"classes": 3} | change)), make_net(), phase="measure-0")
 
 
 def answer(images, rules, **change):
@@ -51,7 +51,7 @@ def test_a_class_below_the_minimum_is_not_reported():
     assert reply.tensors["counts"].tolist() == [20, 0, 20]
     assert reply.tensors["held"].tolist() == [20, 0, 20]
     assert reply.images == reply.samples == 40
-    open_reply = answer(few, Privacy())
+    open_reply = answer(few, Privacy(min_count=0))
     for name in ("sums.0", "sums.3"):
         assert torch.equal(reply.tensors[name][[0, 2]], open_reply.tensors[name][[0, 2]])
         assert not reply.tensors[name][1].any()
@@ -87,13 +87,14 @@ def test_one_image_moves_clipped_sums_by_the_clip_at_most():
 
 
 def test_with_noise_a_client_measures_all_its_images_whatever_is_asked():
-    reply = answer(make_images(300), Privacy(clip=1.0, noise=0.5), sample=4)
+    reply = answer(make_images(300), Privacy(clip=1.0, noise=0.5), sample=12)
     assert reply.images == pytest.approx(300, abs=20)
-    assert answer(make_images(300), Privacy(clip=1.0), sample=4).images == 4
+    assert answer(make_images(300), Privacy(clip=1.0, min_count=0), sample=12).images == 12
 
 
 def test_weights_that_give_nan_for_an_image_tell_nothing_through_noise():
     made = job()
+    channels_of(made.model, "activation")  # found before: a model of such weights is refused whatever the images
     made.model.module[0].weight.data[2] = float("nan")
     reply = handle(made, made.model.module, ClientData("x", make_images(30)), Privacy(clip=1.0, noise=0.1))
     assert reply.error is None
@@ -282,9 +283,9 @@ def test_a_poisoner_weighs_no_more_than_the_cap():
 
     clients = partition(make_images(100), by="iid", clients=5)
     net = classifier(make_net())
-    honest, _ = measure(net, Federation(LocalEngine(clients)), TAPS)
-    poisoned, _ = measure(net, Federation(Poisoned(clients)), TAPS)
-    limited, _ = measure(net, Federation(Poisoned(clients)), TAPS, pooling=capped(2.0))
+    honest, _ = measure(net, Federation(LocalEngine(clients)))
+    poisoned, _ = measure(net, Federation(Poisoned(clients)))
+    limited, _ = measure(net, Federation(Poisoned(clients)), pooling=capped(2.0))
     for layer in honest.sums:
         ratio = poisoned.means(layer).norm(dim=1) / honest.means(layer).norm(dim=1)
         assert float(ratio.min()) > 1e4

@@ -3,6 +3,7 @@
 import copy
 import io
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ TAPS = find_channels(MODEL.module, MODEL.example).taps
 
 
 def measure_job(classes=3, **change):
-    return job(Measure(taps=TAPS, classes=classes), MODEL, phase="measure-0", **change)
+    return job(Measure(classes=classes), MODEL, phase="measure-0", **change)
 
 
 def train_job():
@@ -113,7 +114,7 @@ def test_unlearning_prunes_the_same_channels():
     assert other.clients == tuple(CLIENTS)
     silent = engine()
     silent._grid.nodes = {}
-    read, held = measure(MODEL, Federation(silent, journal), TAPS, phase="measure-0")  # read back, not asked again
+    read, held = measure(MODEL, Federation(silent, journal), phase="measure-0")  # read back, not asked again
     assert held.counts == {}
     assert torch.equal(read.counts, mine.stats.counts)
 
@@ -341,7 +342,24 @@ def test_terms_that_would_reveal_one_client_are_refused(terms, text):
 @pytest.mark.parametrize("pooling", [mean_of_clients, capped(2.0)], ids=["mean_of_clients", "influence"])
 def test_what_needs_each_clients_statistics_is_refused(pooling):
     with pytest.raises(FederationError, match="only the sum of the statistics is known"):
-        measure(MODEL, Federation(engine()), TAPS, pooling=pooling)
+        measure(MODEL, Federation(engine()), pooling=pooling)
+
+
+def test_sums_that_overlap_have_strong_masks_to_the_last_and_others_keep_flowers():
+    module = "flwr.client.mod.secure_aggregation.secaggplus_mod"
+    theirs = sys.modules[module]
+    weak, ask = theirs.pseudo_rand_gen, (b"a" * 44, 2**48, [(9,)])
+    strong = secure._masks(*ask)[0]
+    one, two = secure._strong_masks(module), secure._strong_masks(module)
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert np.array_equal(theirs.pseudo_rand_gen(*ask)[0], strong)
+    with ThreadPoolExecutor(1) as pool:  # an app of another kind beside ours
+        other = pool.submit(lambda: theirs.pseudo_rand_gen(*ask)[0]).result()
+    assert np.array_equal(other, weak(*ask)[0])
+    two.__exit__(None, None, None)
+    assert theirs.pseudo_rand_gen is weak
 
 
 def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypatch):

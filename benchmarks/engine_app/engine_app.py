@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.channels.groups import find_channels
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Task, Train
 from fedunlearn.flower.app import recipe_images, recipe_model, recipe_of
@@ -36,11 +35,10 @@ def time_rounds(engine: Engine, recipe: Recipe, repeats: int) -> dict[str, dict[
     """
     images = read_data(recipe).train
     model = new_model(recipe, images, seed=0)
-    taps = find_channels(model.module, model.example).taps
     training = recipe.training()
     tasks: dict[str, Task] = {
         "empty": Evaluate(),
-        "measure": Measure(taps=taps, classes=len(images.classes)),
+        "measure": Measure(classes=len(images.classes)),
         "train": Train(training=training, lr=training.lr),
     }
     seconds: dict[str, list[Any]] = {name: [] for name in tasks}

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
 from fedunlearn.federation.about import asked
+from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds, whole_model
 
@@ -73,9 +73,9 @@ def unlearn(
 
     pruned = original
     for index, turn in enumerate([wanted] if jointly else [(label,) for label in wanted]):
-        channels = find_channels(pruned.module, pruned.example, hook=rank.hook)
+        channels = channels_of(pruned, rank.hook)
         stats, held = measure(
-            pruned, federation, channels.taps, phase=f"measure-{index}", pooling=rank.pooling, sample=rank.sample
+            pruned, federation, hook=rank.hook, phase=f"measure-{index}", pooling=rank.pooling, sample=rank.sample
         )
         scores = rank.criterion(stats, turn)
         pruned = pruned.cut(plan_pruning(channels, scores, cut))

@@ -39,7 +39,7 @@ def ask(engine: Engine, job: Job, fold: Callable[[Iterator[Reply]], _Value]) -> 
 
 def _usable(engine: Engine, job: Job, asked: tuple[str, ...], meter: Meter) -> Iterator[Reply]:
     """Yield each usable reply, and count all."""
-    expected = job.task.layout(job.model.module)
+    expected = job.task.layout(job.model)
     answered, refused = 0, []
     for reply in _one_of_each(engine, job, asked):
         why = refusal(reply, job, expected)

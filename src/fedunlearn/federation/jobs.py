@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from fedunlearn.channels.groups import Channels, find_channels
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
-from fedunlearn.channels.taps import Tap
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.privacy import NO_RULES, Privacy, protect
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, protect
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
@@ -56,7 +58,7 @@ class Task(Protocol):
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Compute the answer to ``job``, whose task this is, with a copy of its model that may be changed."""
 
-    def layout(self, model: nn.Module) -> Layout:
+    def layout(self, model: Classifier) -> Layout:
         """Return shape and type of each tensor that answers."""
 
     def flaw(self, reply: Reply) -> str | None:
@@ -71,7 +73,8 @@ class Measure:
     each class, sampled or not.
 
     Attributes:
-        taps: where the channels of each layer are read.
+        hook: where channels are read, see ``find_channels``: which layers, and where each, a client finds in its own
+            model. A message that could name a module and a side would read pixels at the input of the first one.
         classes: number of classes.
         sample: at most so many images per client, drawn at random; all where None.
     """
@@ -79,7 +82,7 @@ class Measure:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     kind: Literal["measure"] = "measure"
-    taps: Mapping[str, Tap]
+    hook: str = "activation"
     classes: Annotated[int, Field(ge=1)]
     sample: Sample = None
 
@@ -88,18 +91,20 @@ class Measure:
         if self.classes != len(data.train.classes):
             raise FederationError(f"the job is for {self.classes} classes, this client has {len(data.train.classes)}")
         # Noise is for sums in which one image more is one image more: another sample would be another sum.
-        images = data.train if rules.noise else _sampled(job, data, data.train, self.sample)
+        images = enough(data.train if rules.noise else _sampled(job, data, data.train, self.sample), rules)
+        taps = channels_of(job.model, self.hook).taps
         with compute.autocast(device_of(model)):
             stats = measure_channels(
-                model, in_order(images, model, compute), taps=self.taps, classes=self.classes, clip=rules.clip
+                model, in_order(images, model, compute), taps=taps, classes=self.classes, clip=rules.clip
             )
         tensors = protect({**stats.tensors(), "held": data.train.counts()}, rules)
         reported = int(tensors["counts"].sum())
         return Answer(tensors, reported, reported)
 
-    def layout(self, model: nn.Module) -> Layout:
+    def layout(self, model: Classifier) -> Layout:
         """Return counts, and sums of each layer."""
-        widths = {layer: int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in self.taps}
+        layers = channels_of(model, self.hook).taps
+        widths = {layer: int(model.module.get_submodule(layer).get_parameter("weight").shape[0]) for layer in layers}
         counts: Layout = {"counts": ((self.classes,), torch.int64), "held": ((self.classes,), torch.int64)}
         return {**counts, **{f"sums.{name}": ((self.classes, width), torch.float64) for name, width in widths.items()}}
 
@@ -138,13 +143,13 @@ class Reestimate:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = _sampled(job, data, _kept(data, self.exclude), self.sample)
+        images = enough(_sampled(job, data, _kept(data, self.exclude), self.sample), rules)
         draw = generator(job.seed, job.phase, "order", data.client)
         return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
 
-    def layout(self, model: nn.Module) -> Layout:
+    def layout(self, model: Classifier) -> Layout:
         """Return the number of images, and two sums of each layer."""
-        layers = batch_norm_layers(model).items()
+        layers = batch_norm_layers(model.module).items()
         parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
         return {"images": ((), torch.float64), **{name: ((width,), torch.float64) for name, width in parts.items()}}
 
@@ -177,16 +182,22 @@ class Train:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the state after local training on the client's images of the other classes."""
-        images = _kept(data, self.exclude)
+        images = enough(_kept(data, self.exclude), rules)
+        # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
+        if max(1, round(self.training.local_epochs * len(images))) < rules.min_images:
+            raise FederationError(
+                f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
+                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+            )
         draw = generator(job.seed, job.phase, job.round, data.client)
         samples = train_locally(model, images, self.training, lr=self.lr, draw=draw, compute=compute)
         # A copy: the engine goes on to use the model for its next client.
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         return Answer(state, len(images), samples)
 
-    def layout(self, model: nn.Module) -> Layout:
+    def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's own state."""
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.module.state_dict().items()}
 
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative variances, and training on no image."""
@@ -216,10 +227,12 @@ class Evaluate:
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return right answers and images."""
         images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
+        if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
+            images = images.take(slice(0, 0))
         correct, counts = count_correct(model, images, labels=self.labels, compute=compute)
         return Answer({"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images))
 
-    def layout(self, model: nn.Module) -> Layout:
+    def layout(self, model: Classifier) -> Layout:
         """Return two whole numbers."""
         return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
 
@@ -261,7 +274,7 @@ class Reply:
         tensors: the answer, see the task.
         images: how many images they stand for.
         samples: how many were processed, repeats counted.
-        seconds: how long it took.
+        seconds: how long it took; 0 of ``Measure`` where the client's rules hide images.
         error: why there is no answer.
         members: of a sum under secure aggregation, the clients that are in it; ``client`` is then ``SUM``.
     """
@@ -313,7 +326,7 @@ class Engine(Protocol):
 
 
 def handle(
-    job: Job, model: nn.Module, data: ClientData, rules: Privacy = NO_RULES, compute: Compute = FLOAT32
+    job: Job, model: nn.Module, data: ClientData, rules: Privacy = DEFAULT_RULES, compute: Compute = FLOAT32
 ) -> Reply:
     """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error.
 
@@ -329,12 +342,45 @@ def handle(
         answer = job.task.answer(job, model, data, rules, compute)
     except Exception as error:  # one client's failure must not end the round
         why = f"{type(error).__name__}: {error}"
-        return Reply(data.client, seconds=time.perf_counter() - started, error=why)
-    return Reply(data.client, *answer, time.perf_counter() - started)
+        return Reply(data.client, seconds=_seconds(job, rules, started), error=why)
+    return Reply(data.client, *answer, _seconds(job, rules, started))
+
+
+def _seconds(job: Job, rules: Privacy, started: float) -> float:
+    """Return the time since ``started``; of ``Measure`` 0 where rules hide images, whose number it would tell."""
+    hidden = isinstance(job.task, Measure) and (rules.noise > 0 or rules.min_count > 1)
+    return 0.0 if hidden else time.perf_counter() - started
 
 
 def _none(reply: Reply) -> str | None:
     return f"it reports {reply.images} images" if reply.images < 1 else None
+
+
+def channels_of(model: Classifier, hook: str) -> Channels:
+    """Return what ``find_channels`` finds, once for a model: server and clients of one process share the outcome.
+
+    Raises:
+        ModelError: the model has no channel that can be removed.
+    """
+    with _finding:
+        known = _found.setdefault(model, {})
+        if hook not in known:
+            known[hook] = find_channels(model.module, model.example, hook=hook)
+        return known[hook]
+
+
+_found: WeakKeyDictionary[Classifier, dict[str, Channels]] = WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
+    """Refuse to answer for fewer images than ``rules`` allow."""
+    if len(images) < rules.min_images:
+        raise FederationError(
+            f"the answer would stand for {len(images)} images, and this client's rules (min_images) let none stand "
+            f"for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
+        )
+    return images
 
 
 def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:

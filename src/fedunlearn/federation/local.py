@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
-from fedunlearn.federation.privacy import NO_RULES, Privacy, check_noise
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
 from fedunlearn.training.compute import Compute, one_torch_thread, own_device, workers_on
 
 
@@ -48,7 +48,7 @@ class LocalEngine:
         validation: Mapping[str, LabelledImages] | None = None,
         compute: Compute | None = None,
         device: str | None = None,
-        rules: Privacy = NO_RULES,
+        rules: Privacy = DEFAULT_RULES,
     ) -> None:
         if len(clients) < 2:
             raise FederationError(f"a federation needs at least two clients, got {len(clients)}: share the images out")

@@ -18,30 +18,37 @@ _FINER = 40  # binary digits by which the grid of the noise is finer than its sc
 
 @dataclass(frozen=True)
 class Privacy:
-    """A client's own rules for ``Measure``; no message can change them.
+    """A client's own rules for what leaves it; no message can change them.
+
+    An answer over ``m`` images is a sum of ``m`` terms, one an image. With two terms or more, what one image adds
+    another can take away: the sum fits many images. With one term it is that image's own value. So by default no row
+    and no answer stands for one image. This holds for one answer: two answers can differ by an image, and weights made
+    for it can let one image alone count, which only ``clip`` and ``noise`` hide.
 
     Attributes:
-        min_count: of a class with fewer images nothing is reported.
+        min_count: of a class with fewer images, ``Measure`` reports nothing.
         clip: Euclidean norm to which each image's activations, of all layers together, are scaled down; none where 0.
         noise: standard deviation of the Gaussian noise: as it is on counts, times ``clip`` on sums; none where 0.
+        min_images: no answer to any job stands for fewer images; ``Evaluate`` then counts none.
 
     Raises:
         RecipeError: a value is negative, or there is noise without clipping.
     """
 
-    min_count: int = 0
+    min_count: int = 2
     clip: float = 0.0
     noise: float = 0.0
+    min_images: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("min_count", "clip", "noise"):
+        for name in ("min_count", "clip", "noise", "min_images"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(f"privacy.{name} must be 0 or more, got {getattr(self, name)}")
         if self.noise and not self.clip:
             raise RecipeError("privacy.noise needs privacy.clip above 0: without it one image may count for any amount")
 
 
-NO_RULES = Privacy()
+DEFAULT_RULES = Privacy()
 
 
 def protect(tensors: Mapping[str, Tensor], rules: Privacy) -> dict[str, Tensor]:

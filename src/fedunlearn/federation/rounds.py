@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fedunlearn.arguments import is_number, is_whole
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
-from fedunlearn.channels.taps import Tap
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
@@ -207,8 +206,8 @@ def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
 def measure(
     model: Classifier,
     fed: Federation,
-    taps: Mapping[str, Tap],
     *,
+    hook: str = "activation",
     phase: str = "measure",
     pooling: Pooling = pooled,
     sample: int | None = None,
@@ -218,7 +217,7 @@ def measure(
     Args:
         model: whose channels are read.
         fed: all its clients are asked.
-        taps: where, see ``find_channels``.
+        hook: where, see ``find_channels``.
         phase: name of the step in the journal and in every draw.
         pooling: makes one of the clients' statistics.
         sample: at most so many images per client.
@@ -228,7 +227,7 @@ def measure(
         RunError: the journal holds the phase of another request.
     """
     clients = tuple(fed.engine.clients if fed.clients is None else fed.clients)
-    task = Measure(taps=taps, classes=fed.engine.classes, sample=sample)
+    task = Measure(hook=hook, classes=fed.engine.classes, sample=sample)
     about = fed.about(weights=model, **vars(task), pooling=pooling, clients=sorted(fed.engine.clients))
     recorded = fed.journal.finished(phase, [about])
     if recorded:
@@ -356,7 +355,8 @@ def train_rounds(
             validation, evaluated = validation_accuracy(trained, fed, phase=phase)
             if validation is None:
                 raise FederationError(
-                    "no client holds validation images of the kept classes: set data.validation above 0"
+                    "no client counts validation images of the kept classes: set data.validation above 0, "
+                    "high enough for the clients' min_images"
                 )
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation, about[round]))

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import ClientData
-from fedunlearn.federation.privacy import Privacy
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import Context, Grid, ServerApp
 from fedunlearn.run.experiment import Experiment, client_data, new_model
@@ -81,14 +81,15 @@ def recipe_rules(context: Context) -> Privacy:
     """Return what this client does to its statistics before they leave it.
 
     The recipe comes from whoever submits the run; ``min-count``, ``clip`` and ``noise`` of the node configuration are
-    the site's own, and the stricter of both counts.
+    the site's own, and the stricter of both counts. A site that says nothing has ``DEFAULT_RULES``.
     """
     asked, own = recipe_of(context).rules(), context.node_config
     clips = [clip for clip in (asked.clip, float(own.get("clip", 0.0))) if clip]
     return Privacy(
-        max(asked.min_count, int(own.get("min-count", 0))),
+        max(asked.min_count, int(own.get("min-count", DEFAULT_RULES.min_count))),
         min(clips, default=0.0),
         max(asked.noise, float(own.get("noise", 0.0))),
+        DEFAULT_RULES.min_images,
     )
 
 

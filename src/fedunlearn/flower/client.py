@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.slicing import Kept
 from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.jobs import ClientData, Measure, Reply, Train, handle
-from fedunlearn.federation.privacy import NO_RULES, Privacy
+from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Measure, Reply, Train, enough, handle
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.messages import (
     ARRAYS,
     JOB,
@@ -30,6 +30,7 @@ from fedunlearn.flower.messages import (
     decode_job,
     digest_of,
     encode_reply,
+    one_line,
     rebuild,
     to_arrays,
     to_tensors,
@@ -43,7 +44,11 @@ TrainFunction = Callable[[Message, Context], Message]
 
 
 def client_app(
-    build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES, secure: bool = False
+    build_model: BuildModel,
+    load_images: LoadImages,
+    *,
+    rules: Rules = lambda context: DEFAULT_RULES,
+    secure: bool = False,
 ) -> ClientApp:
     """Return a complete Flower client.
 
@@ -65,7 +70,7 @@ def client_app(
 
 
 def add_secure_measure(
-    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: NO_RULES
+    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: DEFAULT_RULES
 ) -> None:
     """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
     from fedunlearn.flower import secure  # imports Flower's older interface
@@ -87,7 +92,7 @@ def unlearning_mod(
     build_model: BuildModel,
     load_images: LoadImages,
     *,
-    rules: Rules = lambda context: NO_RULES,
+    rules: Rules = lambda context: DEFAULT_RULES,
     secure: bool = False,
 ) -> Callable[[Message, Context, TrainFunction], Message]:
     """Return a mod that adds unlearning to a ``ClientApp`` with a train function of its own, which does the repair.
@@ -163,6 +168,7 @@ def _answer(
         tensors = to_tensors(message.content.array_records[ARRAYS])
         received = decode_job(tensors, text)
         if train is not None and isinstance(received.task, Train):
+            enough(data.train.without(received.task.exclude), rules)
             reply = _trained(message, context, received, build_model(context), data, train)
         elif secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
@@ -206,10 +212,16 @@ def _trained(
         return Reply(data.client, error=f"its train function failed: {answer.error.reason}")
     records = list(answer.content.array_records.values())
     counts = [own["num-examples"] for own in answer.content.metric_records.values() if "num-examples" in own]
-    if len(records) != 1 or len(counts) != 1 or not isinstance(counts[0], int):
+    if len(records) != 1 or len(counts) != 1:
         raise FederationError(
-            "the train function must answer with one ArrayRecord and one metric num-examples (an integer), got "
+            "the train function must answer with one ArrayRecord and one metric num-examples, got "
             f"{len(records)} and {len(counts)}"
         )
+    images = counts[0]
+    if not isinstance(images, int) or isinstance(images, bool) or not 1 <= images <= MOST_IMAGES:
+        raise FederationError(
+            f"the train function's metric num-examples must be a whole number of images from 1 to {MOST_IMAGES}, got "
+            f"{one_line(repr(images))}: return the number of images that it trained on"
+        )
     trained = cut(to_tensors(records[0]), received.plan.kept)
-    return Reply(data.client, trained, counts[0], counts[0], time.perf_counter() - started)
+    return Reply(data.client, trained, images, images, time.perf_counter() - started)

@@ -128,7 +128,7 @@ class FlowerEngine:
         connected = set(self._grid.get_node_ids())
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
         if self._secure and isinstance(job.task, Measure):
-            return self._sum(job.task, names, asked, content)
+            return self._sum(job, names, asked, content)
         answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
         digest = digest_of(text)
         replies = []
@@ -139,12 +139,12 @@ class FlowerEngine:
                 replies.append(_read_reply(answers.get(asked[name]), name, digest, self._deadline))
         return replies
 
-    def _sum(self, task: Measure, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
+    def _sum(self, job: Job, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
         """Return the sum of the clients' statistics, and an error for each client that is not in it."""
         from fedunlearn.flower.secure import secure_sum  # imports Flower's older interface
 
-        expected = ["counts", "held", *(f"sums.{layer}" for layer in task.taps)]
-        sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, expected, deadline=self._deadline)
+        expected = job.task.layout(job.model)
+        sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, list(expected), deadline=self._deadline)
         for name in ("counts", "held"):
             sums[name] = sums[name].round().long()
         inside = tuple(name for name in names if asked.get(name) in nodes)

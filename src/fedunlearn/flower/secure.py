@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ _CONFIGS, _STATE, _SUMS = "secaggplus_configs", "secaggplus_state", "sums"
 _LEAST = 3
 
 Handler = Callable[[Message, Context], Message]
+Masks = Callable[[bytes, int, Sequence[tuple[int, ...]]], list[np.ndarray[Any, Any]]]
 
 
 def encode(values: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
@@ -278,13 +280,47 @@ def _masks(seed: bytes, num_range: int, dimensions: Sequence[tuple[int, ...]]) -
     return [part.reshape(own) for part, own in zip(np.split(numbers, np.cumsum(sizes)[:-1]), dimensions)]
 
 
+class _Strong(threading.local):
+    """How many sums of ours the thread is in."""
+
+    depth = 0
+
+
+_lock = threading.Lock()
+_users: dict[str, int] = {}  # module to the sums that use it now, in all threads
+_strong = _Strong()
+
+
 @contextmanager
 def _strong_masks(module: str) -> Iterator[None]:
-    """Make Flower's ``module`` take its masks from ``_masks`` while the context lasts; both sides must."""
+    """Make Flower's ``module`` take its masks from ``_masks`` while the context lasts; both sides must.
+
+    Contexts may overlap: the last to end gives Flower its own generator back. Threads outside of them always have it.
+    """
     theirs = sys.modules[module]
-    weak = theirs.pseudo_rand_gen  # a Flower without it fails here rather than going on with weak masks
-    theirs.pseudo_rand_gen = _masks  # type: ignore[attr-defined]
+    with _lock:
+        if not _users.get(module):
+            _weak[module] = theirs.pseudo_rand_gen  # a Flower without it fails here rather than go on with weak masks
+            theirs.pseudo_rand_gen = _chosen(_weak[module])  # type: ignore[attr-defined]
+        _users[module] = _users.get(module, 0) + 1
+    _strong.depth += 1
     try:
         yield
     finally:
-        theirs.pseudo_rand_gen = weak  # type: ignore[attr-defined]
+        _strong.depth -= 1
+        with _lock:
+            _users[module] -= 1
+            if not _users[module]:
+                theirs.pseudo_rand_gen = _weak.pop(module)  # type: ignore[attr-defined]
+
+
+_weak: dict[str, Masks] = {}  # module to the generator that Flower gave it
+
+
+def _chosen(weak: Masks) -> Masks:
+    """Return the strong generator inside our sums, ``weak`` elsewhere."""
+
+    def masks(seed: bytes, num_range: int, dimensions: Sequence[tuple[int, ...]]) -> list[np.ndarray[Any, Any]]:
+        return (_masks if _strong.depth else weak)(seed, num_range, dimensions)
+
+    return masks

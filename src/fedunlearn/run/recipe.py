@@ -204,7 +204,7 @@ class Recipe(_Table):
 
     def rules(self) -> Privacy:
         """Return what clients do to their statistics before they leave."""
-        return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise)
+        return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise, min_images=1)
 
     def digest(self, *tables: str) -> str:
         """Return the SHA-256 of these tables (all where none is named), for a cache.

@@ -1,0 +1,175 @@
+"""No answer determines an image: hostile values in every field of every job, alone and under secure aggregation."""
+
+import copy
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+from conftest import classifier, collected, job, make_images, make_net
+from fedunlearn.errors import FederationError, FedUnlearnError
+from fedunlearn.federation.jobs import TASKS, ClientData, Evaluate, Measure, Reestimate, Train, handle
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.flower.client import client_app
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.flower.messages import decode_job, encode_job
+from fedunlearn.training.sgd import Training
+from loopback import Loopback, build_model, nodes
+
+# 20 images: 17 of class 0, two of class 1, one of class 2.
+HELD = make_images(60).take(torch.tensor([*range(0, 51, 3), 1, 4, 2]))
+DATA = ClientData("a", HELD, HELD)
+LEAST, ROW = DEFAULT_RULES.min_images, DEFAULT_RULES.min_count
+
+HOSTILE = {
+    Measure: {
+        "hook": ("activation", "convolution", "input", "0", "features.0"),
+        "classes": (1, 3, 10**6),
+        "sample": (1, 2, 4, 5, 19, 20, 10**9, None),
+    },
+    Reestimate: {
+        "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2), (-1,), (10**6,)),
+        "sample": (1, 2, 4, 5, 19, None),
+    },
+    Train: {
+        "training": (
+            Training(0.1, 1, 0.05),
+            Training(0.1, 1, 1e-9),
+            Training(0.1, 1, 0.2),
+            Training(0.1, 20, 0.05, 0.0, 0.0),
+            Training(0.1, 1, 1.0),
+        ),
+        "lr": (1e-30, 1.0),
+        "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (10**6,)),
+    },
+    Evaluate: {"exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2)), "labels": (None, (0, 1, 2), (2, 2, 2))},
+}
+HONEST = {
+    Measure: {"classes": 3},
+    Reestimate: {},
+    Train: {"training": Training(0.1, 8), "lr": 0.1},
+    Evaluate: {},
+}
+OF_JOB = {"phase": ("", "measure-0", "x" * 1000), "round": (0, 10**9), "seed": (0, 1, 2**62)}
+
+
+def hostile():
+    """Return every honest job with one hostile field, and pairs of hostile ones that leave one image together."""
+    for kind, ranges in HOSTILE.items():
+        for name, values in ranges.items():
+            yield from ((kind, {name: value}, {}) for value in values)
+        yield from ((kind, {}, {name: value}) for name, values in OF_JOB.items() for value in values)
+    yield from ((Reestimate, {"exclude": (1, 2), "sample": sample}, {}) for sample in (1, 3, 17))
+    yield Train, {"training": Training(0.1, 1, 0.06), "exclude": (1, 2)}, {}
+
+
+CASES = list(hostile())
+
+
+def test_every_field_of_every_job_is_tried():
+    """A field that somebody adds fails here until it has hostile values; the message has no field besides these."""
+    assert set(HOSTILE) == set(TASKS)
+    for kind, ranges in HOSTILE.items():
+        assert set(ranges) == {field.name for field in fields(kind)} - {"kind"}
+    text = encode_job(job(Measure(classes=3), make_net()))[1]
+    assert set(json.loads(text)) == {"schema", "task", "plan", "spec", *OF_JOB}
+
+
+@pytest.mark.parametrize(("kind", "change", "about"), CASES)
+def test_an_answer_is_a_sum_over_images_that_another_set_of_images_gives_as_well(kind, change, about):
+    """Every answer that holds numbers stands for ``m >= 2`` images, never for one.
+
+    Count: a row of ``Measure`` is ``s = f(x_1) + ... + f(x_m)`` with ``f`` fixed by the job. Its ``W`` numbers are one
+    point for ``m`` images of ``P`` pixels: of a linear ``f`` (the input of a layer, batch statistics of the first), of
+    rank ``r <= P``, the images that give ``s`` are a set of dimension ``m P - r >= (m - 1) P >= P``. So ``x_1`` may be
+    any image: ``x_2`` takes away what it adds. With ``m = 1`` that dimension is ``P - r``, which is 0 for pixels.
+    ``Reestimate`` and ``Train`` are sums over at least ``min_images`` in the same way, ``Evaluate`` one whole number
+    of ``min_images`` or more right or wrong answers.
+    """
+    asked = job(kind(**(HONEST[kind] | change)), make_net(), **({"phase": "measure-0"} | about))
+    reply = handle(asked, copy.deepcopy(asked.model.module), DATA)
+    if reply.error is not None:
+        assert reply.tensors == {}
+        assert "tensor" not in reply.error
+    elif kind is Measure:
+        counts = reply.tensors["counts"]
+        assert not bool(((counts > 0) & (counts < ROW)).any())
+        assert not bool(reply.tensors["held"][2])  # one image of the class: not even that is said
+        for name in ("sums.0", "sums.3"):
+            assert not reply.tensors[name][counts == 0].any()
+    else:
+        assert reply.images == 0 or reply.images >= LEAST
+        assert min(reply.images, LEAST) <= reply.samples
+
+
+@pytest.mark.parametrize("sent", [case for case in CASES if case[0] is Measure])
+def test_under_secure_aggregation_a_client_gives_to_the_sum_what_it_would_give_alone(sent):
+    """Each term of the sum is such an answer, so the sum over clients stands for as many images or more.
+
+    Here each of three clients holds one image of class 2: the sum holds no row of it.
+    """
+    _, change, about = sent
+    app = client_app(
+        build_model, lambda context: ClientData(f"client-{context.node_config['partition-id']}", HELD), secure=True
+    )
+    engine = FlowerEngine(Loopback(nodes(app, 3)), clients=3, deadline=2.0, patience=0.1, secure=True)
+    asked = job(Measure(**(HONEST[Measure] | change)), make_net(), **({"phase": "measure-0"} | about))
+    try:
+        ((reply,), _) = collected(engine, asked)
+    except FedUnlearnError:  # no sum, so no number of a client
+        return
+    counts = reply.tensors["counts"]
+    assert not bool(((counts > 0) & (counts < ROW)).any())
+    assert int(counts[2]) == 0
+    assert not reply.tensors["sums.0"][2].any()
+
+
+def test_a_message_cannot_name_a_module_of_the_client():
+    tensors, text = encode_job(job(Measure(classes=3), make_net()))
+    message = json.loads(text)
+    message["task"]["taps"] = {"3": {"module": "0", "side": "input", "start": 0, "stop": 1}}
+    with pytest.raises(FederationError, match=r"task.measure.taps: Unexpected keyword argument"):
+        decode_job(tensors, json.dumps(message))
+
+
+def test_the_rules_are_the_clients_and_say_what_they_refuse():
+    one = ClientData("a", HELD.take(slice(0, 1)))
+    for task in (Measure(classes=3), Reestimate(), Train(training=Training(0.1, 8), lr=0.1)):
+        asked = job(task, make_net())
+        assert handle(asked, copy.deepcopy(asked.model.module), one).error == (
+            "FederationError: the answer would stand for 1 images, and this client's rules (min_images) let none stand "
+            "for fewer than 5: ask for a larger sample or leave this client out"
+        )
+        own = Privacy(min_count=0, min_images=1)
+        assert handle(asked, copy.deepcopy(asked.model.module), one, own).error is None
+    asked = job(Train(training=Training(0.1, 1, 0.05), lr=0.1), make_net())
+    assert handle(asked, copy.deepcopy(asked.model.module), DATA).error == (
+        "FederationError: 0.05 epochs of 20 images are fewer than 5, the fewest that this client's rules (min_images) "
+        "let an answer stand for: raise local_epochs"
+    )
+
+
+def test_right_answers_are_not_counted_over_few_images():
+    asked = job(Evaluate(exclude=(0,)), make_net())
+    reply = handle(asked, asked.model.module, DATA)  # three images are left
+    assert (int(reply.tensors["correct"]), int(reply.tensors["counts"]), reply.images) == (0, 0, 0)
+
+
+def test_how_long_measuring_took_is_not_said_where_rules_hide_images():
+    asked = job(Measure(classes=3), make_net())
+    assert handle(asked, asked.model.module, DATA).seconds == 0.0
+    assert handle(asked, asked.model.module, DATA, Privacy(min_count=0)).seconds > 0.0
+
+
+def test_server_and_clients_of_one_process_follow_a_model_once(monkeypatch):
+    from fedunlearn.data.partition import partition
+    from fedunlearn.federation import jobs
+    from fedunlearn.federation.local import LocalEngine
+
+    calls = []
+    find = jobs.find_channels
+    monkeypatch.setattr(jobs, "find_channels", lambda *given, **named: calls.append(1) or find(*given, **named))
+    model = classifier(make_net())
+    collected(LocalEngine(partition(make_images(120), by="iid", clients=6)), job(Measure(classes=3), model))
+    assert len(calls) == 1
