@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
@@ -55,7 +55,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
     part = -(-len(images) // cores())
     parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        seen = list(pool.map(lambda some: _observe(copy.deepcopy(module).eval(), some, taps), parts))
+        seen = list(pool.map(lambda some: _observe(copied(module).eval(), some, taps), parts))
     return _joined(seen)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from fedunlearn.audits.accuracy import accuracy
 from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
+from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_sums, fit_batch_norm
@@ -34,8 +34,8 @@ def reestimated(model: nn.Module, images: LabelledImages, *, draw: torch.Generat
         >>> reestimated(norm, black, draw=torch.Generator())[0].running_mean  # (0 - 0.5) / 0.5
         tensor([-1.])
     """
-    fitted = copy.deepcopy(model)
-    fit_batch_norm(fitted, [batch_norm_sums(copy.deepcopy(model), images, draw)])
+    fitted = copied(model)
+    fit_batch_norm(fitted, [batch_norm_sums(copied(model), images, draw)])
     return fitted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, row_labels, share
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import observe
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.batches import batches
@@ -101,7 +101,7 @@ def with_all_rows(model: Classifier, classes: int) -> Classifier:
     """Return a copy of ``model`` whose last layer has new rows of zeros, after the others, for the classes it lacks."""
     labels = row_labels(model)
     missing = sorted(set(range(classes)) - set(labels))
-    module = copy.deepcopy(model.module)
+    module = copied(model.module)
     grown = replace(model, module=module, labels=(*labels, *missing))
     if not missing:
         return grown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from fedunlearn.audits.accuracy import accuracy
 from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
+from fedunlearn.channels.copying import copied
 
 _BITS = (8, 4)
 
@@ -30,7 +30,7 @@ def rounded(model: nn.Module, bits: int) -> nn.Module:
         >>> rounded(layer, 2).weight.data  # levels -1, 0, 1
         tensor([[ 1.,  0., -1.]])
     """
-    coarse = copy.deepcopy(model)
+    coarse = copied(model)
     with torch.no_grad():
         for module in coarse.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.arguments import is_number
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
 from fedunlearn.channels.groups import Channels, Group, head_layer
 from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
@@ -168,7 +168,7 @@ class Classifier:
 
     def copy(self) -> Classifier:
         """Return the same classifier with a module of its own."""
-        return replace(self, module=copy.deepcopy(self.module))
+        return replace(self, module=copied(self.module))
 
     def cut(self, step: PruningPlan) -> Classifier:
         """Return the classifier without what ``step``, a plan for its present shapes, removes.
@@ -236,7 +236,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanError: the plan was made for another architecture.
     """
     plan.check(model)
-    pruned = copy.deepcopy(model)
+    pruned = copied(model)
     slice_tensors(pruned, plan.kept)
     return pruned
 
@@ -258,7 +258,8 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
         PlanError: scores do not fit the model.
 
     Example:
-        >>> from fedunlearn.channels.groups import find_channels
+        >>> from fedunlearn.channels.copying import copied
+    from fedunlearn.channels.groups import find_channels
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> channels = find_channels(net, torch.rand(2, 1, 8, 8))
         >>> print(plan_pruning(channels, {"0": torch.tensor([0.1, 0.9, 0.3, 0.2])}, Cut(0.5)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.federation.jobs import Job, Reply, Train
 
 # Model to its shapes when it was counted, and the operations of an image.
@@ -162,12 +162,14 @@ def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int,
 
 
 def _count_flops(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
-    copied = copy.deepcopy(model).cpu().train()
+    trained = copied(model).cpu().train()
     images = torch.zeros((2, *shape))
     with _Counter() as counter:
-        logits = copied(images)
+        logits = trained(images)
         forward = counter.flops
-        torch.autograd.backward(F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)))
+        loss = F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64))
+        if loss.requires_grad:  # not of a model that is frozen
+            torch.autograd.backward(loss)
     return forward // 2, counter.flops // 2
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
@@ -161,7 +161,7 @@ class Copies:
     def filled(self, values: Values) -> Iterator[_Copy]:
         """Give a copy with ``values``; who leaves it unchanged may set ``holds``, and it is not filled again."""
         own = self._idle_of(values) or _Copy(
-            self._compute.placed(copy.deepcopy(values.model), self._device), weakref.ref(values.model)
+            self._compute.placed(copied(values.model), self._device), weakref.ref(values.model)
         )
         if own.holds is not values:
             # Several times faster than load_state_dict, which a round of many small clients would mostly consist of.

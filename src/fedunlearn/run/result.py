@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedunlearn.audits.audit import CANDIDATE, Findings
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
@@ -198,11 +199,14 @@ def evaluate(
 
 
 def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return right answers and images per class, each core counting a part of the images."""
+    """Return right answers and images per class, each core counting a part of the images with a copy of the model.
+
+    A model that keeps an activation on itself between two steps of a pass would read that of another thread.
+    """
     part = max(1, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        counted = list(pool.map(lambda own: count_correct(model.module, own, labels=model.labels), parts))
+        counted = list(pool.map(lambda own: count_correct(copied(model.module), own, labels=model.labels), parts))
     return torch.stack([c for c, _ in counted]).sum(0), torch.stack([n for _, n in counted]).sum(0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import Compute, cores, has_bfloat16, one_torch_thread
 from fedunlearn.training.sgd import Training, train_locally
@@ -66,7 +66,7 @@ def _rates(
     pixels = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(batch_size, dtype=torch.int64)
     images = LabelledImages(pixels, labels, ("any",), (0.5,) * shape[0], (0.25,) * shape[0])
-    copies = {compute: [compute.placed(copy.deepcopy(model)) for _ in range(compute.workers)] for compute in candidates}
+    copies = {compute: [compute.placed(copied(model)) for _ in range(compute.workers)] for compute in candidates}
     prepared = [_seconds(copies[compute], compute, images, epochs=1) for compute in candidates for _ in range(2)]
     epochs = max(1, round(_SECONDS / min(prepared)))
     best = dict.fromkeys(candidates, 0.0)
