@@ -1,7 +1,4 @@
-"""Files that are there whole or not at all.
-
-And where caches are kept.
-"""
+"""Files that are there whole or not at all, and the folder of caches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The folder of a finished run, read back.
-
-And what all commands check and name when they write into the folder of a run.
-"""
+"""The folder of a run: what every command checks before it writes there, and a finished run read back."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
 from fedunlearn.methods.table import CONTROLS
 
-# Name to label of each model in the tables: the candidate, then what it is compared with.
-MODELS = {"unlearned": "unlearned", **{control.name: control.label for control in CONTROLS}}
+_LABELS = {control.name: control.label for control in CONTROLS}
+# Name to label of each model in the tables: on the way to the candidate, then what it is compared with.
+MODELS = {name: _LABELS.get(name, name) for name in ("original", "pruned", "unlearned")} | _LABELS
 
 LIMITS = (
     "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "

@@ -74,9 +74,9 @@ class Federation:
             raise FederationError("Federation(clients=..., exclude=...) must be several, in a tuple, got a string")
 
     def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
-        """Return the federation without the images of ``exclude``; only ``clients`` take part where they are given."""
+        """Return the federation without ``exclude`` either; only ``clients`` take part where they are given."""
         able = self.clients if clients is None else tuple(clients)
-        return replace(self, exclude=tuple(exclude), clients=able)
+        return replace(self, exclude=tuple(sorted({*self.exclude, *exclude})), clients=able)
 
     def able(self) -> list[str]:
         """Return the clients that take part in training, sorted."""

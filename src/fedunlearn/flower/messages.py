@@ -1,7 +1,4 @@
-"""Jobs and replies as arrays and JSON: what an engine sends between processes; nothing here is run or unpickled.
-
-And what all Flower code shares: its types, messages out and first answers back, tensors as arrays.
-"""
+"""Jobs and replies as Flower's messages: JSON and arrays, of which nothing is run or unpickled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How clients compute: precision, memory format, and how many work side by side.
-
-And cores and threads: one worker thread per core, one torch thread each.
-"""
+"""How clients compute: precision, memory format, and how many work side by side, one torch thread each."""
 
 from __future__ import annotations
 

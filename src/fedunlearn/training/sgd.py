@@ -45,8 +45,8 @@ class Training:
     local_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
     augment: tuple[str, ...] = ()
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, valid in {
