@@ -71,12 +71,11 @@ def test_the_rows_of_a_model_are_those_its_labels_name():
 def test_rows_that_do_not_fit_are_refused_by_every_entry(engine, tmp_path, rows, labels, text):
     model = fu.Classifier(Blinded(rows), (1, 2, 2), labels=labels)
     images = fu.audit_images(spots(), spots(), forget=[2], per_class=2, seed=0)
+    right = fu.Classifier(Blinded([0, 1, 3]), (1, 2, 2), labels=(0, 1, 3))
     for use in (
         lambda: fu.evaluate(model, spots(), forget=[2]),
         lambda: fu.audit(fu.Subject(model), images, oracles={}),
-        lambda: fu.audit(
-            fu.Subject(fu.Classifier(Blinded([0, 1, 3]), (1, 2, 2), labels=(0, 1, 3)), model), images, oracles={}
-        ),
+        lambda: fu.audit(fu.Subject(right, model), images, oracles={}),
         lambda: fu.save_checkpoint(tmp_path / "m.safetensors", model, images=spots(), architecture={}),
         lambda: fu.train_rounds(model, fu.Federation(engine), TRAINING, rounds=1),
         lambda: fu.unlearn(model, fu.Federation(engine), forget=[2], cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)),
@@ -141,7 +140,7 @@ def test_weights_that_are_not_finite_are_refused_by_every_entry(engine, value):
         lambda: fu.train_rounds(model, fed, TRAINING, rounds=1),
         lambda: fu.unlearn(model, fed, forget=[2], cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)),
     ):
-        with pytest.raises(fu.ModelError, match="3.weight has 1 values of 432 that are NaN or infinite"):
+        with pytest.raises(fu.ModelError, match=r"3.weight has 1 values of 432 that are NaN or infinite"):
             use()
 
 
@@ -183,14 +182,26 @@ def test_the_classes_to_forget_are_understood_in_every_form(forget, expected):
 
 @pytest.mark.parametrize(
     "forget",
-    [2.0, [2.0], [1.5], True, [True], np.array([2.0]), torch.tensor(2.0), torch.tensor([True]), np.bool_(True), None]
-    + [[float("nan")], [[2]], b"dog", {2: 1}],
+    [
+        2.0,
+        [2.0],
+        [1.5],
+        True,
+        [True],
+        np.array([2.0]),
+        torch.tensor(2.0),
+        torch.tensor([True]),
+        np.bool_(True),
+        None,
+        [float("nan")],
+        [[2]],
+        b"dog",
+        {2: 1},
+    ],
     ids=str,
 )
 def test_what_is_no_class_is_refused(forget):
-    with pytest.raises(
-        fu.PlanError, match=r"must be a whole number in 0 .. 3, or by name, got .*: check unlearn.forget"
-    ):
+    with pytest.raises(fu.PlanError, match=r"must be a whole number in 0 .. 3, or by name, got .*: check"):
         forget_classes(forget, NAMES)
 
 
@@ -240,7 +251,7 @@ def test_a_criterion_is_understood_by_its_name():
         (lambda e: fu.Training(lr=0.1, augment="crop"), r"Training\(augment=...\) must be a tuple .* got 'crop'"),
         (
             lambda e: fu.Training(lr=0.1, augment=("blur",)),
-            r"Training\(augment=...\) must be a tuple of names among crop",
+            r"Training\(augment=...\) must be a tuple of names among",
         ),
         (lambda e: fu.Federation(e, "folder"), r"must be a Journal, got 'folder': .* give Journal\(Path\(folder\)\)"),
         (lambda e: fu.Federation([1, 2]), r"Federation\(engine\) must be an engine, .* got list"),

@@ -37,10 +37,10 @@ def test_an_averaged_model_is_understood(net, tmp_path):
 
 def test_a_model_that_has_a_part_of_a_wrapper_s_name_keeps_it(net, tmp_path):
     held = nn.ModuleDict({"model": net})
-    held.forward = lambda images: held["model"](images)
+    held.forward = held["model"]
     torch.save(held.state_dict(), tmp_path / "w.pt")
     other = nn.ModuleDict({"model": make_net(seed=4)})
-    other.forward = lambda images: other["model"](images)
+    other.forward = other["model"]
     found = load_weights(classifier(other), read_weights(tmp_path / "w.pt"))
     assert found.module.state_dict()["model.0.weight"].equal(net.state_dict()["0.weight"])
 
@@ -97,7 +97,7 @@ def test_tensors_that_hold_no_plain_numbers_are_refused_in_one_line(net, tmp_pat
 def test_weights_that_are_not_finite_are_refused_by_name(net, tmp_path, type, value):
     weight = net[3].weight.detach().to(torch.float64)
     weight[0, 0, 0, 0] = value  # too large for float16, and for the float32 of the model
-    with pytest.raises(ModelError, match="3.weight has 1 values of 432 that are NaN or infinite"):
+    with pytest.raises(ModelError, match=r"3.weight has 1 values of 432 that are NaN or infinite"):
         loaded(net.state_dict() | {"3.weight": weight.to(type)}, tmp_path / "w.pt")
 
 
@@ -144,6 +144,6 @@ def test_a_model_whose_rows_do_not_fit_or_whose_weights_are_not_finite_is_not_wr
     with pytest.raises(ModelError, match=r"must be classes 0 .. 2, got -1"):
         save_checkpoint(path, classifier(net, labels=(0, 1, -1)), images=make_images(), architecture=about)
     net[4].running_var[2] = torch.inf
-    with pytest.raises(ModelError, match="4.running_var has 1 values of 8 that are NaN or infinite"):
+    with pytest.raises(ModelError, match=r"4.running_var has 1 values of 8 that are NaN or infinite"):
         save_checkpoint(path, classifier(net), images=make_images(), architecture=about)
     assert not path.exists()
