@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,34 @@ def test_unusable_replies_are_refused_by_name_and_reason(net):
     assert refusal(Reply("a", sums, images=3), statistics, layout) == "sums.0 has negative values"
 
 
+def test_validation_images_are_those_of_a_client_and_mean_what_its_training_images_do():
+    clients = {"a": make_images(), "b": make_images()}
+    with pytest.raises(FederationError, match="validation has images of 'c', which is no client; the clients are a, b"):
+        LocalEngine(clients, validation={"c": make_images()})
+    with pytest.raises(FederationError, match=r"a holds validation images normalised by std \(0.5,\), the others by"):
+        LocalEngine(clients, validation={"a": replace(make_images(), std=(0.5,))})
+
+
+def test_a_claim_of_images_does_not_make_the_model_that_of_one_client(net, caplog):
+    """Of weights 1, 2 and 9 with 10, 30 and 10^9 images: (10 * 1 + 30 * 2 + 40 * 9) / 80."""
+    values = [({"w": torch.tensor([value]), "n": torch.tensor(1)}, images) for value, images in ((1.0, 10), (2.0, 30))]
+    loud = ({"w": torch.tensor([9.0]), "n": torch.tensor(1)}, 10**9)
+    for place in range(3):
+        updates = [*values[:place], loud, *values[place:]]
+        assert float(fedavg(updates)["w"]) == pytest.approx(430 / 80)
+    two = fedavg([values[0], loud])  # of two, one may hold nearly all
+    assert float(two["w"]) == pytest.approx(9.0)
+
+    class Boasting(LocalEngine):
+        def run(self, job):
+            for reply in super().run(job):
+                yield replace(reply, images=10**9) if reply.client == "client-1" else reply
+
+    fed = Federation(Boasting(partition(make_images(), by="iid", clients=3)))
+    train_rounds(net, fed, Training(lr=0.1, batch_size=8), rounds=1)
+    assert "client-1 claims 1000000000 images, the others 40 together: it weighs as much" in caplog.text
+
+
 def test_fedavg_weighs_by_images_and_keeps_integers():
     updates = [
         ({"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(3)}, 1),
@@ -304,7 +333,7 @@ def test_validation_accuracy_is_that_of_the_kept_classes_on_clients_that_have_im
     assert found == right / total
     assert entry.job == "evaluate"
     assert validation_accuracy(classifier(net), Federation(make_engine()), phase="x")[0] is None
-    with pytest.raises(FederationError, match=r"no client holds validation images.*data.validation"):
+    with pytest.raises(FederationError, match=r"no client counts validation images.*data.validation"):
         train_rounds(net, Federation(make_engine()), Training(lr=0.1), rounds=1, watch=Watch(target=0.5))
 
 
@@ -319,6 +348,14 @@ def test_nobody_to_train_with_is_an_error(net):
         ({"a": make_images()}, "needs at least two clients, got 1"),
         ({"a": make_images(), "b": make_images().take(slice(0, 0))}, "b holds no images"),
         ({"a": make_images(), "b": make_images(side=9)}, r"b holds images of shape \(1, 9, 9\).*all must agree"),
+        (
+            {"a": make_images(), "b": replace(make_images(), classes=("x", "class 1", "class 2"))},
+            r"b holds images whose class 0 is 'x', that of the others 'class 0': all must agree",
+        ),
+        (
+            {"a": make_images(), "b": replace(make_images(), mean=(0.9,))},
+            r"b holds images normalised by mean \(0.9,\), the others by \(0.3,\): all must agree",
+        ),
     ],
 )
 def test_impossible_federations_are_refused(clients, text):

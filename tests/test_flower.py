@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Cut, plan_pruning
 from fedunlearn.channels.scores import Ranking, contrast
 from fedunlearn.data.batches import batches
+from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
@@ -294,13 +296,17 @@ def test_a_federation_of_no_fixed_names_grows():
         (3, {"client": "stranger"}, "it calls itself 'stranger', which is none of the clients client-0"),
         (3, {"side": 16}, "it holds images of shape (1, 16, 16) in 3 classes, the others (1, 8, 8) in 3"),
         (7, {}, "its images cannot be read: IndexError"),
+        (3, {"classes": ("class 1", "class 0", "class 2")}, "it holds images whose class 0 is 'class 1', that of the "),
+        (3, {"mean": (0.9,)}, "it holds images normalised by mean (0.9,), the others by (0.3,): all must agree"),
+        (3, {"std": (0.5,)}, "it holds images normalised by std (0.5,), the others by (0.25,): all must agree"),
     ],
 )
 def test_a_node_that_does_not_fit_is_not_asked(number, change, text, caplog):
     def own_images(context):
         data = load_images(context)
         images = make_images(20, side=change["side"]) if "side" in change else data.train
-        return ClientData(change.get("client", data.client), images)
+        said = {name: value for name, value in change.items() if name in ("classes", "mean", "std")}
+        return ClientData(change.get("client", data.client), replace(images, **said))
 
     grid = Loopback(nodes() | {500: (client_app(build_model, own_images), number)})
     with caplog.at_level(logging.WARNING):
@@ -325,7 +331,7 @@ def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
 def test_the_first_to_answer_does_not_decide_what_images_are_like(caplog):
     odd = client_app(build_model, lambda context: ClientData("client-0", make_images(20, side=16)))
     grid = Loopback({1: (odd, 0)} | nodes())
-    chosen = engine(grid, clients=tuple(CLIENTS), layout=((1, 8, 8), 3))
+    chosen = engine(grid, clients=tuple(CLIENTS), meaning=Meaning.of(make_images()))
     assert "node 1 is not asked: it holds images of shape (1, 16, 16)" in caplog.text
     assert collected(chosen, train_job())[1].refused == {}
 
@@ -376,7 +382,7 @@ def test_a_node_that_speaks_something_else_is_not_asked(caplog):
 
     @flat.train()
     def _(message, context):
-        about = {"client": "client-3", "shape": [64], "classes": 3}
+        about = {"client": "client-3", "shape": [64], "classes": ["a"], "mean": [0.0], "std": [1.0]}
         return Message(RecordDict({"fedunlearn": ConfigRecord(about)}), reply_to=message)
 
     grid = Loopback(nodes(count=3) | {7: (silent, 0), 8: (foreign, 0), 9: (flat, 3)})
@@ -390,6 +396,20 @@ def test_a_node_that_speaks_something_else_is_not_asked(caplog):
 def test_too_few_clients_at_the_start_are_an_error():
     with pytest.raises(FederationError, match=r"only 1 of 4 clients were there after 0.1 s, expected at least half"):
         engine(Loopback(nodes(count=1)))
+
+
+def test_a_client_that_is_there_but_slow_is_not_told_to_start():
+    mute = ClientApp()
+
+    @mute.train()
+    def _(message, context):
+        return None
+
+    grid = Loopback(nodes(mute))
+    with pytest.raises(FederationError) as error:
+        engine(grid, hello=0.2)
+    assert "; 4 more are connected but did not answer in 0.2 s: give them longer (hello, " in str(error.value)
+    assert "start their SuperNodes" not in str(error.value)
 
 
 def test_an_engine_that_brings_replies_twice_or_unasked_does_no_harm(caplog):

@@ -117,7 +117,7 @@ class Deployment:
             *("--superlink", self.address, "--root-certificates", str(ca or self.ca)),
             *("--auth-supernode-private-key", str(key or self.folder / f"node-{number}")),
             *("--host", HOST, "--port", str(self._ports[number])),
-            *("--node-config", f"partition-id={number} num-partitions={self.count}"),
+            *("--node-config", f"partition-id={number} num-partitions={self.count} min-count=0"),
         )
 
     def wait_for_node(self, number: int) -> None:

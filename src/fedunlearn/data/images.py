@@ -127,6 +127,43 @@ class LabelledImages:
         return self.take((~unwanted).nonzero().flatten())
 
 
+@dataclass(frozen=True)
+class Meaning:
+    """What the images of all clients must agree in for their labels and pixels to mean the same.
+
+    Attributes:
+        shape: ``(colours, height, width)`` of one image.
+        classes: the name of each class, in the order of the labels.
+        mean: per colour, of pixels in [0, 1].
+        std: per colour, of pixels in [0, 1].
+    """
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def of(images: LabelledImages) -> Meaning:
+        """Return that of ``images``."""
+        return Meaning(images.shape, tuple(images.classes), tuple(images.mean), tuple(images.std))
+
+    def difference(self, others: Meaning) -> str | None:
+        """Return in what this differs from ``others``, or None."""
+        if self.shape != others.shape or len(self.classes) != len(others.classes):
+            return (
+                f"images of shape {self.shape} in {len(self.classes)} classes, "
+                f"the others {others.shape} in {len(others.classes)}"
+            )
+        for label, (own, other) in enumerate(zip(self.classes, others.classes)):
+            if own != other:
+                return f"images whose class {label} is {own[:80]!r}, that of the others {other[:80]!r}"
+        for name in ("mean", "std"):
+            if getattr(self, name) != getattr(others, name):
+                return f"images normalised by {name} {getattr(self, name)}, the others by {getattr(others, name)}"
+        return None
+
+
 def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
     """Return all images of ``parts``, in order.
 

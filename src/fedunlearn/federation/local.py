@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.channels.copying import copied
-from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
@@ -37,7 +37,8 @@ class LocalEngine:
         device: ``"cpu"`` or ``"cuda"``; the GPU where None and one is present.
 
     Raises:
-        FederationError: fewer than two clients, an empty client, or clients whose images differ in shape or classes.
+        FederationError: fewer than two clients, an empty client, an entry of ``validation`` that is no client,
+            or images that differ in shape, class names or normalisation.
         RecipeError: the rules ask for noise and OpenDP is not installed.
     """
 
@@ -56,13 +57,19 @@ class LocalEngine:
         for name, images in clients.items():
             if len(images) == 0:
                 raise FederationError(f"{name} holds no images: leave it out or give it some")
-            if images.shape != first.shape or images.classes != first.classes:
-                raise FederationError(
-                    f"{name} holds images of shape {images.shape} in {len(images.classes)} classes, "
-                    f"the first client {first.shape} in {len(first.classes)}: all must agree"
-                )
         check_noise(rules)
         held = validation or {}
+        for name in held:
+            if name not in clients:
+                raise FederationError(
+                    f"validation has images of {name!r}, which is no client; the clients are {', '.join(clients)}"
+                )
+        meaning = Meaning.of(first)
+        for what, parts in (("", clients), ("validation ", held)):
+            for name, images in parts.items():
+                why = Meaning.of(images).difference(meaning)
+                if why is not None:
+                    raise FederationError(f"{name} holds {what}{why}: all must agree, the first client counts")
         self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
         place = own_device() if device is None else torch.device(device)
         self._rules = rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,9 @@ from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, fit_batch_norm
 from fedunlearn.training.sgd import Training, constant
+
+_logger = logging.getLogger(__name__)
+_CROWD = 3  # of two clients, one may well hold most images
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +352,7 @@ def train_rounds(
         if watch.reached(steps):
             break
         job = replace(fed.job(tasks[round], trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
-        state, entry = ask(fed.engine, job, lambda replies: fedavg((r.tensors, r.images) for r in replies))
+        state, entry = ask(fed.engine, job, _average)
         trained.module.load_state_dict(state, strict=True)
         entries, validation = [entry], None
         if watch.due(round, rounds):
@@ -390,12 +394,31 @@ def _drawn(fed: Federation, phase: str, round: int) -> tuple[str, ...]:
     return tuple(sorted(able[int(i)] for i in order[:wanted]))
 
 
+def _average(replies: Iterable[Reply]) -> dict[str, Tensor]:
+    """Return the average of the clients' states, and say who claims more images than all others together."""
+    claims: dict[str, int] = {}
+
+    def updates() -> Iterator[tuple[Mapping[str, Tensor], int]]:
+        for reply in replies:
+            claims[reply.client] = reply.images
+            yield reply.tensors, reply.images
+
+    state = fedavg(updates())
+    for client, images in claims.items():
+        others = sum(claims.values()) - images
+        if len(claims) >= _CROWD and images > others:
+            _logger.warning("%s claims %d images, the others %d together: it weighs as much", client, images, others)
+    return state
+
+
 def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
     """Average states, weighted by images, batch normalisation buffers included.
 
     ::
 
         state[n] = sum_k images_k * state_k[n] / sum_k images_k
+
+    Of three clients or more, none weighs more than all others together: a number of images is a client's own claim.
 
     Args:
         updates: states by tensor name, each with its number of images, which is above 0.
@@ -406,9 +429,13 @@ def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Ten
     """
     sums: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
-    total = 0
+    total = clients = most = 0
+    heaviest: Mapping[str, Tensor] = {}
     for state, images in updates:
         total += images
+        clients += 1
+        if images > most:
+            heaviest, most = state, images
         for name, tensor in state.items():
             types[name] = tensor.dtype
             if tensor.is_floating_point():
@@ -417,6 +444,12 @@ def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Ten
                 sums[name].add_(tensor, alpha=images)
             else:
                 sums[name] = torch.maximum(sums[name], tensor) if name in sums else tensor
+    excess = 2 * most - total
+    if clients >= _CROWD and excess > 0:  # taken off here, as an honest sum is to add up in its order
+        total -= excess
+        for name, value in sums.items():
+            if types[name].is_floating_point:
+                value.sub_(heaviest[name].double(), alpha=excess)
     return {
         name: (value / total).to(types[name]) if types[name].is_floating_point else value
         for name, value in sums.items()

@@ -12,6 +12,7 @@ from typing import IO, cast
 from pydantic import ValidationError
 from torch import nn
 
+from fedunlearn.data.images import Meaning
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
@@ -121,16 +122,16 @@ def engine_on(
     Args:
         grid: of the server.
         patience: seconds to wait for clients at the start.
-        hello: seconds that a client may take to introduce itself; 60 where None, or the recipe's deadline if shorter.
+        hello: seconds that a client may take to introduce itself; the recipe's deadline where None.
     """
     return lambda experiment: FlowerEngine(
         grid,
         clients=tuple(experiment.clients),
         deadline=experiment.recipe.federation.deadline,
         patience=patience,
-        hello=min(experiment.recipe.federation.deadline, PATIENCE) if hello is None else hello,
+        hello=experiment.recipe.federation.deadline if hello is None else hello,
         secure=experiment.recipe.privacy.secure,
-        layout=(experiment.splits.train.shape, len(experiment.splits.train.classes)),
+        meaning=Meaning.of(experiment.splits.train),
     )
 
 

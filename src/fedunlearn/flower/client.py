@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.slicing import Kept
+from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Measure, Reply, Train, enough, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
@@ -153,6 +154,9 @@ def _answer(
     own = message.content.config_records[OWN]
     try:
         data = load_images(context)
+        other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
+        if other:
+            raise FederationError(f"its validation holds {other}, which are its training images")
     except Exception as error:
         why = f"its images cannot be read: {type(error).__name__}: {error}"
         return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
@@ -160,7 +164,9 @@ def _answer(
         about: dict[str, Any] = {
             "client": data.client,
             "shape": list(data.train.shape),
-            "classes": len(data.train.classes),
+            "classes": list(data.train.classes),
+            "mean": list(data.train.mean),
+            "std": list(data.train.std),
         }
         return Message(RecordDict({OWN: ConfigRecord(about)}), reply_to=message)
     text = str(own["job"])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import SUM, Job, Measure, Reply, Train
 from fedunlearn.flower.messages import (
@@ -38,6 +39,7 @@ from fedunlearn.flower.messages import (
 )
 
 _logger = logging.getLogger(__name__)
+_LATE = 60.0  # seconds that a client which joins later may take to introduce itself: each job waits for it
 
 # What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
 _ERRORS = {
@@ -61,11 +63,11 @@ class FlowerEngine:
         deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
         patience: seconds to wait for clients at the start; half of them must be there then.
         hello: seconds that a client may take to introduce itself; the shorter of deadline and patience where None.
-        layout: shape of the images and number of classes that clients must have; those of the first where None.
+        meaning: shape, class names and normalisation that clients must have; those of the first where None.
         secure: ask for statistics under secure aggregation: ``run`` then returns their sum as one reply.
 
     Raises:
-        FederationError: too few clients are there, or they hold images of different shapes or classes.
+        FederationError: too few clients are there, or they hold images that do not mean the same.
     """
 
     def __init__(
@@ -77,14 +79,14 @@ class FlowerEngine:
         patience: float = 60.0,
         hello: float | None = None,
         secure: bool = False,
-        layout: tuple[tuple[int, int, int], int] | None = None,
+        meaning: Meaning | None = None,
     ) -> None:
         self._grid = grid
         self._deadline = deadline
         self._secure = secure
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
-        self._layout = layout
+        self._meaning = meaning
         self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
         self._wait(clients if isinstance(clients, int) else len(clients), patience)
@@ -97,14 +99,14 @@ class FlowerEngine:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(colours, height, width)`` of the images."""
-        assert self._layout is not None  # _wait saw a client
-        return self._layout[0]
+        assert self._meaning is not None  # _wait saw a client
+        return self._meaning.shape
 
     @property
     def classes(self) -> int:
         """Number of classes that labels count."""
-        assert self._layout is not None  # _wait saw a client
-        return self._layout[1]
+        assert self._meaning is not None  # _wait saw a client
+        return len(self._meaning.classes)
 
     def run(self, job: Job) -> list[Reply]:
         """Run ``job`` on its clients and return their replies in client-id order.
@@ -112,7 +114,7 @@ class FlowerEngine:
         Raises:
             FederationError: the job names a client that is not one of this engine's.
         """
-        self._meet()
+        self._meet(min(self._hello, _LATE))
         names = self.clients if job.clients is None else tuple(sorted(job.clients))
         unknown = [name for name in names if name not in self.clients]
         if unknown:
@@ -156,23 +158,30 @@ class FlowerEngine:
         """Wait until ``wanted`` clients are there, or ``patience`` is over and half of them are."""
         end = time.monotonic() + patience
         while True:
-            self._meet()
+            self._meet(self._hello)
             here = len(self._nodes)
             if here >= wanted:
                 return
             if time.monotonic() > end:
                 break
             time.sleep(POLL)
-        reasons = "".join(f"; node {node}: {why}" for node, why in self._refused.items())
+        silent = set(self._grid.get_node_ids()) - set(self._nodes.values()) - self._refused.keys()
+        slow = f"; {len(silent)} more are connected but did not answer in {self._hello:g} s" if silent else ""
+        reasons = slow + "".join(f"; node {node}: {why}" for node, why in self._refused.items())
+        remedy = (
+            "give them longer (hello, in a recipe federation.deadline)"
+            if silent
+            else "start their SuperNodes, or ask for fewer (federation.clients in a recipe)"
+        )
         if here < max(1, wanted / 2):
             raise FederationError(
                 f"only {here} of {wanted} clients were there after {patience:g} s, expected at least half{reasons}: "
-                "start their SuperNodes, or ask for fewer (federation.clients in a recipe), and run the command again"
+                f"{remedy}, and run the command again"
             )
         _logger.warning("%d of %d clients are there after %g s%s", here, wanted, patience, reasons)
 
-    def _meet(self) -> None:
-        """Learn the names of the nodes that are new."""
+    def _meet(self, hello: float) -> None:
+        """Learn the names of the nodes that are new, and answer within ``hello`` seconds."""
         connected = set(self._grid.get_node_ids())
         # A node that left may come back mended.
         self._refused = {node: why for node, why in self._refused.items() if node in connected}
@@ -180,7 +189,7 @@ class FlowerEngine:
         if not new:
             return
         content = RecordDict({OWN: ConfigRecord({"hello": 1})})
-        answers = self._exchange(content, sorted(new), "hello", self._hello)
+        answers = self._exchange(content, sorted(new), "hello", hello)
         for node in sorted(new):
             why = self._introduce(node, answers.get(node), connected)
             if why is not None and node in answers:  # who was only slow is asked again
@@ -193,22 +202,22 @@ class FlowerEngine:
             own = _own_record(message)
             if "error" in own:
                 return one_line(str(own["error"]))
-            name, shape, classes = str(own["client"]), tuple(_integers(own["shape"])), _integers([own["classes"]])[0]
+            name, shape = str(own["client"]), tuple(_integers(own["shape"]))
+            classes = tuple(str(label) for label in own["classes"])
+            mean, std = (tuple(float(value) for value in own[key]) for key in ("mean", "std"))
         except Exception as error:  # another process wrote this, anything may be in it
             return one_line(f"it did not introduce itself ({type(error).__name__}: {error})")
         if self._expected is not None and name not in self._expected:
             return f"it calls itself {name[:80]!r}, which is none of the clients {', '.join(self._expected)}"
         if len(shape) != 3:
             return f"it holds images of shape {shape}, expected colours, height and width"
-        layout = ((shape[0], shape[1], shape[2]), classes)
-        if self._layout is not None and layout != self._layout:
-            return (
-                f"it holds images of shape {layout[0]} in {classes} classes, "
-                f"the others {self._layout[0]} in {self._layout[1]}: all must agree"
-            )
+        meaning = Meaning((shape[0], shape[1], shape[2]), classes, mean, std)
+        why = None if self._meaning is None else meaning.difference(self._meaning)
+        if why is not None:
+            return one_line(f"it holds {why}: all must agree")
         if self._nodes.get(name) in connected:
             return f"it calls itself {name[:80]!r}, and so does node {self._nodes[name]}, which is connected"
-        self._layout = layout
+        self._meaning = meaning
         self._nodes[name] = node
         return None
 
