@@ -1,9 +1,11 @@
 """The Flower app of a recipe: what a client finds by it, and what fails at the start or later."""
 
+import subprocess
 import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from conftest import job
 from fedunlearn import cli
 from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.federation.jobs import Evaluate
-from fedunlearn.federation.privacy import Privacy
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.launch import run_on, simulation
@@ -174,3 +176,45 @@ def test_the_grid_of_a_simulation_is_that_of_flower(monkeypatch):
         (answer,) = grid.send_and_receive([message], timeout=5.0)
         assert answer.content["fedunlearn"]["client"] == "client-1"
         assert grid.create_message() is grid.run is grid.set_run(None) is None  # as the loopback gives them
+
+
+class Slow:
+    """A SuperLink whose runs stay as they are."""
+
+    status_now = "pending"
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, *given):
+        pass
+
+    def start(self, app):
+        return "7"
+
+    def call(self, *arguments):
+        self.asked.append(arguments[0])
+
+    def status(self, number):
+        return self.status_now, ""
+
+
+def test_a_run_that_never_starts_is_stopped_and_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("fedunlearn.flower.launch._Flwr", Slow)
+    monkeypatch.setattr("fedunlearn.flower.launch.START", 0.05)
+    monkeypatch.setattr("fedunlearn.flower.launch._AGAIN", 0.02)
+    with pytest.raises(FederationError, match=r"run 7 on here:1 was still pending after 0.05 s, expected running: see"):
+        run_on("here:1", load_recipe("digits"), tmp_path / "run", command="train", ca=None, tell=lambda line: None)
+    assert Slow.asked == ["stop"]
+
+
+def test_a_superlink_that_keeps_silent_is_told(monkeypatch, tmp_path):
+    def silent(*given, timeout, **named):
+        raise subprocess.TimeoutExpired("flwr", timeout)
+
+    monkeypatch.setattr("fedunlearn.flower.launch.subprocess.run", silent)
+    with pytest.raises(FederationError, match="flwr run on here:1 gave no answer within 120 s: check that"):
+        run_on("here:1", load_recipe("digits"), tmp_path / "run", command="train", ca=None, tell=lambda line: None)
+
+
+def test_a_site_has_the_default_rules_whatever_the_recipe_says():
+    assert recipe_rules(context()) == DEFAULT_RULES
+    assert recipe_rules(context(node={"min-count": 1})).min_count == 1  # the site's own choice

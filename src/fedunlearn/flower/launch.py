@@ -71,6 +71,7 @@ root-certificates = {ca}
 """
 START = 300.0  # seconds for Ray to start, which takes a minute on a busy machine
 _STOP = 60.0
+_CALL = 120.0  # seconds for one command of flwr: it asks, and does not wait for a run
 
 
 def run_on(
@@ -103,7 +104,7 @@ def run_on(
         None where ``out`` is not on this machine.
 
     Raises:
-        FederationError: the SuperLink cannot be reached, or the run failed there.
+        FederationError: the SuperLink cannot be reached or does not answer, or the run did not start or failed there.
     """
     recipe = recipe.model_copy(update={"compute": ON_FLOWER})
     with tempfile.TemporaryDirectory(prefix="fedunlearn-") as name:
@@ -111,13 +112,24 @@ def run_on(
         flwr = _Flwr(home, superlink, ca)
         number = flwr.start(_bundle(home / "app", recipe, out.absolute(), command, key, patience))
         tell(f"run {number} on {superlink}")
+        began, followed = time.monotonic(), False
         try:
             while True:
-                flwr.follow(number, tell)
                 status, details = flwr.status(number)
-                if status.startswith("finished"):
+                ended = status.startswith("finished")
+                if status.startswith("running") or (ended and not followed):
+                    flwr.follow(number, tell)
+                    followed = True
+                if ended:
                     break
-                time.sleep(_AGAIN)  # the log broke off, not the run
+                if not followed and time.monotonic() - began > START:
+                    flwr.call("stop", number, _NAME)
+                    raise FederationError(
+                        f"run {number} on {superlink} was still {status} after {START:g} s, expected running: "
+                        "see the SuperLink's log for why it starts no ServerApp, and run the command again"
+                    )
+                if not followed or flwr.status(number)[0].startswith("running"):
+                    time.sleep(_AGAIN)  # it waits to start, or the log broke off, not the run
         except KeyboardInterrupt:
             flwr.call("stop", number, _NAME)
             raise
@@ -253,14 +265,21 @@ class _Flwr:
 
     def call(self, *arguments: str) -> dict[str, Any]:
         """Return what a ``flwr`` command answers as JSON."""
-        done = subprocess.run(
-            [self._command, *arguments, "--format", "json"],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [self._command, *arguments, "--format", "json"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_CALL,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FederationError(
+                f"flwr {arguments[0]} on {self._superlink} gave no answer within {_CALL:g} s: check that the SuperLink "
+                "runs there and run the command again, which goes on with what is finished"
+            ) from error
         try:
             value: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
