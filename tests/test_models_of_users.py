@@ -4,17 +4,32 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import prune as masks
+from torch.utils.checkpoint import checkpoint
 
-from conftest import classifier, make_images, normalised
+from conftest import classifier, make_images, make_net, normalised
+from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.plan import Cut, plan_pruning
+from fedunlearn.channels.scores import Ranking, random_scores
+from fedunlearn.channels.stats import measure_channels
+from fedunlearn.channels.taps import Tap
+from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.partition import partition
+from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, reestimate
+from fedunlearn.federation.rounds import Federation, Repair, reestimate, train_rounds
+from fedunlearn.flower.client import cut as cut_tensors
+from fedunlearn.flower.client import spread
 from fedunlearn.run import result
 from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_sums
+from fedunlearn.training.sgd import Training
+from fedunlearn.unlearn import unlearn
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -111,3 +126,335 @@ def test_all_calls_of_a_batch_normalisation_layer_count_and_one_without_a_call_k
     assert float(sums["mean:norm"]) == pytest.approx(30 * sum(float(z.mean()) for z in calls) / 2, rel=1e-5)
     assert float(sums["square:norm"]) == pytest.approx(30 * sum(float((z**2).mean()) for z in calls) / 2, rel=1e-5)
     assert (float(sums["mean:spare"]), float(sums["square:spare"])) == (30 * 5.0, 30 * 26.0)
+
+
+class Mixing(nn.Module):
+    """Two convolutions with ``mix`` between them."""
+
+    def __init__(self, mix=lambda maps: maps):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc, self.mix = nn.Linear(8, 3), mix
+
+    def forward(self, x):
+        return self.fc(F.relu(self.c2(self.mix(F.relu(self.c1(x))))).mean((2, 3)))
+
+
+def federation(**values):
+    return Federation(LocalEngine(partition(make_images(), by="iid", clients=2)), **values)
+
+
+def forgotten(net, fed=None, **values):
+    options = {"cut": Cut(0.25), "repair": Repair(Training(lr=0.05), rounds=1), "rank": Ranking(random_scores)}
+    return unlearn(net, fed or federation(), forget=2, **{**options, **values})
+
+
+def test_evaluation_refuses_what_depends_on_the_batch_or_on_chance():
+    class Centred(Mixing):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    class Dropping(Mixing):
+        def forward(self, x):
+            return super().forward(F.dropout(x))  # in evaluation too
+
+    for net in (Centred(), Dropping()):
+        with pytest.raises(ModelError, match="one image different logits beside other images, or a second time"):
+            evaluate(net, make_images(), forget=0)
+    untracked = make_net()
+    untracked[1] = nn.BatchNorm2d(6, track_running_stats=False)
+    for call in (lambda: evaluate(untracked, make_images(), forget=0), lambda: find_channels(untracked, EXAMPLE)):
+        with pytest.raises(ModelError, match=r"'1' keeps no running statistics.*use batch normalisation with running"):
+            call()
+
+
+# A trial shows something
+
+
+START = ["normal", "zero head", "silent"]
+
+
+def started(net, start):
+    with torch.no_grad():
+        if start == "zero head":
+            net.fc.weight.zero_(), net.fc.bias.zero_()
+        if start == "silent":
+            net.c2.bias.fill_(-50)
+    return net
+
+
+@pytest.mark.parametrize("start", START)
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h.flip(1),
+        lambda h: h.roll(3, 1),
+        lambda h: h.view(len(h), 2, -1, *h.shape[2:]).transpose(1, 2).flatten(1, 2),
+        lambda h: h.sort(1).values,
+        lambda h: h.amax(1, keepdim=True).expand(-1, 8, -1, -1),
+        lambda h: h.softmax(1),
+    ],
+    ids=["flip", "roll", "shuffle", "sort", "amax", "softmax"],
+)
+def test_channels_that_are_moved_on_the_way_are_left_out_whatever_the_weights_are(mix, start):
+    torch.manual_seed(0)
+    channels = find_channels(started(Mixing(mix), start), EXAMPLE)
+    assert list(channels.taps) == ["c2"]
+    assert "cross an operation" in channels.left_out["c1"]
+
+
+@pytest.mark.parametrize("start", START)
+@pytest.mark.parametrize("mix", [lambda h: h, lambda h: -h], ids=["plain", "negative"])
+def test_plain_channels_are_followed_whatever_the_weights_are(mix, start):
+    torch.manual_seed(0)
+    assert list(find_channels(started(Mixing(mix), start), torch.zeros(1, 1, 8, 8)).taps) == ["c1", "c2"]
+
+
+def test_channels_that_reach_no_logit_are_left_out_because_nothing_shows():
+    torch.manual_seed(0)
+    channels = find_channels(Mixing(lambda h: 0 * h), EXAMPLE)
+    assert "nothing shows that it was followed rightly" in channels.left_out["c1"]
+
+
+def test_a_shared_maximum_as_the_only_channel_of_a_convolution_is_no_traceback():
+    net = Mixing(lambda h: h.amax(1, keepdim=True))
+    net.c2 = nn.Conv2d(1, 8, 3, padding=1)
+    assert "c1" in find_channels(net, EXAMPLE).left_out
+
+
+def test_the_seed_of_the_federation_draws_the_random_scores():
+    net = make_net()
+    plans = [forgotten(net, federation(seed=seed)).pruned.plan.pruned for seed in (1, 1, 2)]
+    assert plans[0] == plans[1] != plans[2]
+
+
+# Parts called twice, shared, or not run
+
+
+class Again(nn.Module):
+    """The second convolution twice, its channels going into itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c3, self.fc = nn.Conv2d(8, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.c3(F.relu(self.c2(F.relu(self.c2(F.relu(self.c1(x)))))))).mean((2, 3)))
+
+
+def test_a_layer_that_is_called_twice_is_left_out_by_name():
+    channels = find_channels(Again(), EXAMPLE)
+    assert list(channels.taps) == ["c3"]
+    assert "c2, where it is read, is called 2 times in a pass" in channels.left_out["c1"]
+    batch = (EXAMPLE, torch.tensor([0, 1]))
+    with pytest.raises(ModelError, match=r"c2 is called more than once in a pass.*channels of c1 cannot be read"):
+        measure_channels(Again(), [batch], taps={"c1": Tap("c2", "input", 0, 8)}, classes=3)
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_a_module_under_two_names_is_cut_under_both(tmp_path):
+    done = forgotten(TwoNames())
+    state, plan = done.repaired.module.state_dict(), done.repaired.plan
+    assert plan.kept["conv.weight"] == plan.kept["body.0.weight"]
+    assert done.model.module.conv is done.model.module.body[0]
+    whole = spread(state, plan.kept, plan.shapes)
+    TwoNames().load_state_dict(whole)
+    assert all(tensor.equal(state[name]) for name, tensor in cut_tensors(whole, plan.kept).items())
+    save_checkpoint(tmp_path / "m.safetensors", done.model, images=make_images(), architecture={"name": "two"})
+    again = load_weights(classifier(TwoNames()), read_weights(tmp_path / "m.safetensors"))
+    assert again.module.eval()(EXAMPLE).equal(done.model.module.eval()(EXAMPLE))
+
+
+class Tied(Again):
+    """Two convolutions with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin = nn.Conv2d(8, 8, 3, padding=1)
+        self.twin.weight = self.c2.weight
+
+    def forward(self, x):
+        maps = F.relu(self.twin(F.relu(self.c2(F.relu(self.c1(x))))))
+        return self.fc(F.relu(self.c3(maps)).mean((2, 3)))
+
+
+def test_layers_that_share_a_tensor_stay_tied_and_whole():
+    done = forgotten(Tied())
+    left_out = done.model.plan.left_out
+    assert left_out["c2"] == left_out["c1"] == "twin.weight is the same tensor as c2.weight"
+    assert list(done.model.plan.pruned) == ["c3"]
+    assert done.model.module.twin.weight is done.model.module.c2.weight
+
+
+class SecondHead(Mixing):
+    def __init__(self, how):
+        super().__init__()
+        self.aux, self.how = nn.Linear(8, 3), how
+
+    def forward(self, x):
+        maps = F.relu(self.c1(x))
+        logits = self.fc(F.relu(self.c2(maps)).mean((2, 3)))
+        if not self.training or self.how == "never":
+            return logits
+        second = self.aux(maps.mean((2, 3)))
+        return (logits, second) if self.how == "tuple" else logits + second
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("never", "'aux' has 3 rows, one per class, and evaluation does not run it.*take it out"),
+        ("added", "'aux' runs in training but not in evaluation.*take it out of the model"),
+        ("tuple", "in training the model must return one tensor of logits.*got a tuple"),
+    ],
+)
+def test_a_second_head_that_evaluation_does_not_run_is_refused(how, text):
+    with pytest.raises(ModelError, match=text):
+        forgotten(SecondHead(how))
+
+
+def test_the_row_of_the_class_in_a_second_head_is_an_artefact(tmp_path):
+    net = SecondHead("never")
+    model = classifier(net).without_rows([2])
+    save_checkpoint(tmp_path / "m.safetensors", model, images=make_images(), architecture={"name": "second"})
+    found = artefacts(tmp_path / "m.safetensors", state=net.state_dict(), forget=[2])
+    assert found == ["tensor aux.weight holds the original's row 2, of the forgotten class"]
+
+
+def test_a_head_that_is_used_twice_or_shared_is_refused():
+    class Gated(Mixing):
+        def forward(self, x):
+            maps = F.relu(self.c2(F.relu(self.c1(x)))).mean((2, 3))
+            return self.fc(maps * self.fc(maps).sum(1, keepdim=True))
+
+    with pytest.raises(ModelError, match="row of a class cannot be removed alone, fc is called 2 times in a pass"):
+        head_layer(Gated(), EXAMPLE)
+    shared = SecondHead("never")
+    shared.aux.weight = shared.fc.weight
+    with pytest.raises(ModelError, match=r"aux.weight is the same tensor as fc.weight: give the output its own Linear"):
+        head_layer(shared, EXAMPLE)
+
+
+def test_logits_of_another_shape_in_training_are_refused():
+    class Wider(Mixing):
+        def forward(self, x):
+            logits = super().forward(x)
+            return torch.cat([logits, logits], 1) if self.training else logits
+
+    with pytest.raises(ModelError, match=r"logits of shape \(2, 6\) in training and \(2, 3\) in evaluation"):
+        find_channels(Wider(), EXAMPLE)
+
+
+# Frozen, detached, computed weights
+
+
+@pytest.mark.parametrize("frozen", [["c1"], ["c1", "c2"]])
+def test_frozen_layers_are_cut_and_stay_frozen(frozen):
+    net = Mixing()
+    for name in frozen:
+        net.get_submodule(name).requires_grad_(False)
+    done = forgotten(net)
+    assert set(done.model.plan.pruned) == {"c1", "c2"}
+    flags = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in done.model.module.named_parameters()} == flags
+
+
+def test_a_frozen_model_can_be_cut_but_not_repaired():
+    net = Mixing().requires_grad_(False)
+    plan = plan_pruning(find_channels(net, EXAMPLE), {"c1": torch.ones(8)}, Cut(0.25))
+    assert plan.pruned["c1"] == (0, 1)
+    with pytest.raises(FederationError, match=r"every weight of the model is frozen \(requires_grad=False\)"):
+        train_rounds(classifier(net), federation(), Training(lr=0.1), rounds=1)
+
+
+class Cutting(Mixing):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no_grad"):
+            maps = F.relu(self.c1(x))
+        if self.how == "detach":
+            maps = maps.detach()
+        if "checkpoint" in self.how:
+            reentrant = "reentrant" in self.how
+            maps = checkpoint(lambda z: F.relu(self.c2(z)), maps, use_reentrant=reentrant)
+        else:
+            maps = F.relu(self.c2(maps))
+        return self.fc(maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_layers_that_autograd_does_not_record_are_left_out_by_name(how):
+    channels = find_channels(Cutting(how), EXAMPLE)
+    assert list(channels.taps) == ["c2"]
+    assert "autograd does not record it" in channels.left_out["c1"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_checkpointed_model_is_followed_or_refused_in_one_line():
+    assert list(find_channels(Cutting("checkpoint"), EXAMPLE).taps) == ["c1", "c2"]
+    with pytest.raises(ModelError, match=r"no convolution of the model can lose channels.*autograd does not record"):
+        find_channels(Cutting("checkpoint, reentrant"), EXAMPLE)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("layer", ["c1", "fc"])
+@pytest.mark.parametrize(
+    ("compute", "text"),
+    [
+        (
+            lambda own: masks.l1_unstructured(own, "weight", amount=0.5),
+            r"weight_mask.*call torch.nn.utils.prune.remove",
+        ),
+        (weight_norm, r"weight_g, weight_v.*call torch.nn.utils.remove_weight_norm\(layer\) first"),
+        (spectral_norm, r"weight_u.*call torch.nn.utils.remove_spectral_norm\(layer\) first"),
+        (parametrizations.weight_norm, "computed in each pass .a parametrization.*remove_parametrizations"),
+    ],
+)
+def test_weights_that_are_computed_are_refused_by_name_with_the_remedy(compute, text, layer):
+    net = Mixing()
+    compute(net.get_submodule(layer))
+    for call in (lambda: find_channels(net, EXAMPLE), lambda: forgotten(net)):
+        with pytest.raises(ModelError, match=f"'{layer}'.*{text}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda net: net.double(), "c1.weight is float64, expected float32.*model.float"),
+        (lambda net: net.half(), "c1.weight is float16, expected float32"),
+        (lambda net: net.to("meta"), "c1.weight is on the meta device, without values"),
+        (lambda net: setattr(net, "fc", nn.LazyLinear(3)), r"fc.weight has no shape yet \(a lazy layer\)"),
+    ],
+)
+def test_weights_of_another_kind_are_refused_by_name(change, text):
+    net = Mixing()
+    change(net)
+    for call in (lambda: head_layer(net, EXAMPLE), lambda: evaluate(net, make_images(), forget=0)):
+        with pytest.raises(ModelError, match=text):
+            call()
+
+
+def test_an_example_without_a_batch_and_an_output_that_is_no_tensor_are_refused():
+    with pytest.raises(ModelError, match=r"must be a batch .* got shape \(1, 8, 8\): one image becomes a batch by"):
+        find_channels(Mixing(), EXAMPLE[0])
+
+    class Pair(Mixing):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ModelError, match=r"in evaluation the model must return one tensor of logits.*got a tuple"):
+        evaluate(Pair(), make_images(), forget=0)

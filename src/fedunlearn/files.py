@@ -28,7 +28,13 @@ def written(path: Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write ``tensors`` as safetensors, whole or not at all."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    state: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        # A module under two names has one tensor under both, which safetensors writes as two.
+        state[name] = own.clone() if own.data_ptr() in places else own
+        places.add(own.data_ptr())
     with written(path) as part:
         part.write_bytes(save(state, dict(metadata)))
 

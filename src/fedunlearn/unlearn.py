@@ -77,7 +77,7 @@ def unlearn(
         stats, held = measure(
             pruned, federation, hook=rank.hook, phase=f"measure-{index}", pooling=rank.pooling, sample=rank.sample
         )
-        scores = rank.criterion(stats, turn)
+        scores = rank.scores(stats, turn, seed=federation.seed)
         pruned = pruned.cut(plan_pruning(channels, scores, cut))
 
     kept = federation.keeping(exclude=wanted, clients=held.with_images_besides(wanted))

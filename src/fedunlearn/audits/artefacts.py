@@ -22,7 +22,8 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
 
     Looked for: tensors that the pruned architecture does not have, such as the state of an optimiser; tensors that
     pruning made smaller and that are as large as before; the output row or label of a forgotten class, or a name
-    without a row; metadata beyond what is needed to use the model; a kernel of a removed filter of the original.
+    without a row; metadata beyond what is needed to use the model; the row of
+    the class in a matrix with a row per class, such as a second head; a kernel of a removed filter of the original.
 
     Args:
         path: the file.
@@ -51,12 +52,29 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
             wanted[int(axis)] = len(positions)
         if list(found[name].shape) != wanted:
             lines.append(f"tensor {name} has shape {list(found[name].shape)}, the plan leaves {wanted}")
+    lines += _rows_left(found, state, forget, len(about["labels"]) + len(set(forget) - set(about["labels"])))
     data = path.read_bytes()
     for name, axes in sorted(kept.items()):
         gone = sorted(set(range(len(state[name]))) - set(axes.get("0", range(len(state[name])))))
         if state[name].ndim == 4:
             lines += [f"filter {row} of {name} is still in the file" for row in gone if _inside(state[name][row], data)]
     return lines
+
+
+def _rows_left(
+    found: Mapping[str, Tensor], state: Mapping[str, Tensor], forget: Sequence[int], classes: int
+) -> list[str]:
+    """Return the matrices with a row per class of the original in which the row of a forgotten class is as it was.
+
+    A second head that evaluation does not run is neither cut nor trained.
+    """
+    return [
+        f"tensor {name} holds the original's row {label}, of the forgotten class"
+        for name in sorted(found.keys() & state.keys())
+        if found[name].ndim == 2 and found[name].shape == state[name].shape and len(found[name]) == classes
+        for label in forget
+        if bool(found[name][label].count_nonzero()) and found[name][label].equal(state[name][label].cpu())
+    ]
 
 
 def _inside(filter: Tensor, data: bytes) -> bool:

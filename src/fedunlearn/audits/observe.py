@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.checks import check_evaluation, placed
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
 from fedunlearn.channels.groups import find_channels, head_layer
@@ -49,6 +50,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
     """
     classifier = Classifier.of(model, images.shape)
     module, example = classifier.module, classifier.example
+    check_evaluation(module, placed(example, module))
     taps = {_HEAD: Tap(head_layer(module, example), "input", 0, 0)}
     if layers:
         taps |= {name: tap for name, tap in find_channels(module, example).taps.items() if tap.module}
@@ -63,9 +65,10 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
     """Observe ``images`` with a copy of the model that no other thread uses: its hooks collect into one place."""
     seen = []
     device = next(model.parameters()).device
-    with reading(model, taps) as maps, torch.inference_mode():
+    with torch.inference_mode():
         for batch, _ in batches(images, FORWARD_BATCH, device=device):
-            logits = finite(model(batch)).float().cpu()
+            with reading(model, taps) as maps:
+                logits = finite(model(batch)).float().cpu()
             means = {
                 name: channel_means(maps[name], tap, model.get_submodule(name).get_parameter("weight").shape[0])
                 for name, tap in taps.items()

@@ -1,71 +1,33 @@
 """Which layers lose channels together, and where each channel is read: the outcome of following a model once.
 
 Torch-Pruning follows the graph of the model (residual additions, flattening, concatenation). It can be wrong without
-a sign, on zero-padded shortcuts for one, so every group is tried out before it is used: the model with channels
-sliced away must give the same logits as the model with those channels masked.
+a sign, on zero-padded shortcuts for one, so every group is tried out before it is used, see ``channels/trial.py``.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
+from fedunlearn.channels.checks import (
+    FOLLOWED,
+    check_evaluation,
+    check_parts,
+    check_weights,
+    example_images,
+    passed,
+    placed,
+    tied_tensors,
+)
+from fedunlearn.channels.copying import copied
+from fedunlearn.channels.structure import Group, Member
 from fedunlearn.channels.taps import HOOKS, Tap, rectified
+from fedunlearn.channels.trial import try_out
 from fedunlearn.errors import ModelError
-
-FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
-_TRIAL_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Member:
-    """One side of one module in a group.
-
-    Attributes:
-        module: its name.
-        axis: of its tensors: 0 for the output side, 1 for the input side.
-        positions: of all the group's channels, ascending; ``k`` in a row per channel where maps were flattened.
-    """
-
-    module: str
-    axis: int
-    positions: tuple[int, ...]
-
-    def of(self, channels: Sequence[int], width: int) -> list[int]:
-        """Return the positions of these ``channels``, in a group of ``width`` channels."""
-        k = len(self.positions) // width
-        return [self.positions[c * k + i] for c in channels for i in range(k)]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Convolutions whose output channels can only be removed together, and all that consumes them.
-
-    Attributes:
-        layers: the convolutions, in the order of the model.
-        width: their channels.
-        members: every module side that carries these channels (axis 0 output, axis 1 input).
-    """
-
-    layers: tuple[str, ...]
-    width: int
-    members: tuple[Member, ...]
-
-    def kept(self, model: nn.Module, removed: Sequence[int]) -> Kept:
-        """Return ``tensor -> axis -> kept positions`` when the channels ``removed`` go."""
-        gone: dict[tuple[str, int], set[int]] = {}
-        for member in self.members:
-            gone.setdefault((member.module, member.axis), set()).update(member.of(removed, self.width))
-        kept: dict[str, dict[int, tuple[int, ...]]] = {}
-        for (name, axis), positions in gone.items():
-            for tensor, size in parameter_layers(model, name, axis):
-                kept.setdefault(tensor, {})[axis] = tuple(i for i in range(size) if i not in positions)
-        return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +56,7 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
 
     Args:
         model: the CNN; left as it was.
-        example: a batch of normalised images, shape ``(images, colours, height, width)``; two are used.
+        example: a batch of images, shape ``(images, colours, height, width)``; of the shape alone use is made.
         hook: ``"convolution"``: a channel is read at the output of its convolution, before batch normalisation, as in
             the paper. ``"activation"``: what the network makes of it, namely the input of the first layer called
             after the convolution that consumes its channels; the model's output where none does.
@@ -110,34 +72,66 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
     if hook not in HOOKS:
         raise ModelError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {hook!r}")
     check_prunable(model)
-    trial = copy.deepcopy(model).eval()
-    example = example[:2].to(next(trial.parameters()).device)
+    trial = copied(model).eval().requires_grad_(True)  # autograd records no frozen layer
+    if example.ndim == 4:  # what is tried out is always the same, whatever the images are
+        example = example_images(tuple(example.shape[1:]))
+    example = placed(example, trial)
+    check_evaluation(trial, example)
+    check_parts(trial, example)
+    calls = passed(trial, example).outputs
     found: list[Group] = []
-    left_out: dict[str, str] = {}
-    for group in trace(trial, example):
+    left_out = {name: "evaluation does not run it" for name in _convolutions(trial) if name not in calls}
+    traced, unseen = trace(trial, example)
+    left_out |= unseen
+    for group in traced:
         if all(member.axis == 0 for member in group.members):
-            left_out |= dict.fromkeys(group.layers, "no layer consumes its channels: they are the model's output")
+            left_out |= dict.fromkeys(
+                group.layers,
+                "no layer is seen to consume its channels: they are the model's output, or autograd does not record "
+                "what follows (detach, no_grad)",
+            )
         else:
             found.append(group)
-    followed = _followed(trial, found, example)
-    for group in found:
-        if group not in followed:
-            left_out |= dict.fromkeys(
-                group.layers, "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
-            )
-    if not followed:
+    followed, refused = try_out(trial, found, tuple(example.shape[1:]))
+    left_out |= refused
+    tied, usable = tied_tensors(trial), []
+    times = {name: len(outputs) for name, outputs in calls.items()}
+    taps = _taps(trial, followed, list(calls), hook)
+    for group in followed:
+        reason = _unusable(group, taps, times, tied)
+        if reason is None:
+            usable.append(group)
+        else:
+            left_out |= dict.fromkeys(group.layers, reason)
+    if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ModelError(f"no convolution of the model can lose channels ({reasons}); use plain or 1x1 shortcuts")
-    return Channels(model, tuple(followed), _taps(trial, followed, example, hook), left_out)
+    read = {layer for group in usable for layer in group.layers}
+    taps = rectified(trial, {name: tap for name, tap in taps.items() if name in read}, example)
+    return Channels(model, tuple(usable), taps, left_out)
 
 
-def _taps(model: nn.Module, groups: Sequence[Group], example: Tensor, hook: str) -> dict[str, Tap]:
-    """Return where each layer of ``groups`` is read, in the order of ``model``, which may be changed."""
+def _unusable(group: Group, taps: Mapping[str, Tap], calls: Mapping[str, int], tied: Mapping[str, str]) -> str | None:
+    """Return why a group that was followed rightly loses nothing all the same, or None."""
+    for layer in group.layers:
+        for name in (layer, taps[layer].module):
+            if calls.get(name, 1) > 1:
+                where = "it" if name == layer else f"{name}, where it is read,"
+                return f"{where} is called {calls[name]} times in a pass, and statistics are of one call"
+    return next((tied[member.module] for member in group.members if member.module in tied), None)
+
+
+def _convolutions(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def _taps(model: nn.Module, groups: Sequence[Group], called: Sequence[str], hook: str) -> dict[str, Tap]:
+    """Return where each layer of ``groups`` is read, in the order of ``model``; ``called`` in the order of calls."""
     group_of = {layer: group for group in groups for layer in group.layers}
     layers = [name for name, _ in model.named_modules() if name in group_of]
     if hook == "convolution":  # as it comes, so below 0 too
         return {name: Tap(name, "output", 0, group_of[name].width) for name in layers}
-    order = {name: place for place, name in enumerate(outputs_of(model, example, FOLLOWED)[0])}
+    order = {name: place for place, name in enumerate(called)}
     taps = {}
     for name in layers:
         later = [
@@ -150,7 +144,7 @@ def _taps(model: nn.Module, groups: Sequence[Group], example: Tensor, hook: str)
             taps[name] = Tap(member.module, "input", min(member.positions), max(member.positions) + 1)
         else:
             taps[name] = Tap("", "output", 0, group_of[name].width)
-    return rectified(model, taps, example)
+    return taps
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -159,6 +153,7 @@ def check_prunable(model: nn.Module) -> None:
     Raises:
         ModelError: it has no convolution, a grouped convolution, or a module with weights of an unknown kind.
     """
+    check_weights(model)
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ModelError("the model has no Conv2d layer: pruning removes channels of convolutions; use a CNN")
     for name, module in model.named_modules():
@@ -178,11 +173,17 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     """Return the name of the linear layer whose output is the model's, one row per class.
 
     Raises:
-        ModelError: the model's output does not come straight from a ``Linear`` layer.
+        ModelError: the model's output does not come straight from a ``Linear`` layer, or that is used twice.
     """
-    outputs, logits = outputs_of(model, example, (nn.Linear,))
-    for name, output in outputs.items():
-        if output is logits:
+    check_weights(model)
+    seen = passed(model, placed(example, model))
+    for name, outputs in seen.outputs.items():
+        if any(output is seen.logits for output in outputs) and isinstance(model.get_submodule(name), nn.Linear):
+            used = tied_tensors(model).get(name)
+            if len(outputs) > 1:
+                used = f"{name} is called {len(outputs)} times in a pass"
+            if used:
+                raise ModelError(f"the row of a class cannot be removed alone, {used}: give the output its own Linear")
             return name
     raise ModelError(
         "the model's output must come straight from a Linear layer, whose row of the class is removed at the end; "
@@ -190,110 +191,60 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     )
 
 
-def trace(model: nn.Module, example: Tensor) -> list[Group]:
-    """Return every group of the model as Torch-Pruning sees it, whether it can be pruned or not."""
+def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:
+    """Return every group of the model as Torch-Pruning sees it, right or wrong, and why it does not see a layer.
+
+    Raises:
+        ModelError: Torch-Pruning cannot follow the model at all.
+    """
     import torch_pruning  # slow to import, and a client never traces
 
     names = {module: name for name, module in model.named_modules()}
-    called = outputs_of(model, example, (nn.Conv2d,))[0]
-
-    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example.clone())
+    called = passed(model, example).outputs
     groups: list[Group] = []
+    unseen: dict[str, str] = {}
     seen: set[str] = set()
-    for module, name in names.items():
-        if name not in called or name in seen:
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example.clone())
+            for module, name in names.items():
+                if name not in called or name in seen or not isinstance(module, nn.Conv2d):
+                    continue
+                if module not in graph.module2node:
+                    unseen[name] = "autograd does not record it: the model runs it under no_grad, or detached"
+                    continue
+                group = _group(graph, module, names)
+                seen.update(group.layers)
+                groups.append(group)
+    except Exception as error:  # it fails in many ways on what it does not know
+        raise ModelError(
+            f"the model cannot be followed from layer to layer ({type(error).__name__}): take no_grad, detach and "
+            "activation checkpointing out of its forward pass"
+        ) from error
+    return groups, unseen
+
+
+def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Group:
+    import torch_pruning
+
+    width = int(module.weight.shape[0])
+    items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
+    members = {}
+    for dependency, positions in items:
+        target = dependency.target.module
+        if not isinstance(target, FOLLOWED):
             continue
-        width = int(module.get_parameter("weight").shape[0])
-        items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
-        members = {}
-        for dependency, positions in items:
-            target = dependency.target.module
-            if not isinstance(target, FOLLOWED):
-                continue
-            axis = 1 if dependency.handler.__name__ == "prune_in_channels" and not _is_norm(target) else 0
-            member = Member(names[target], axis, tuple(sorted(int(i) for i in positions)))
-            members[member.module, member.axis, member.positions] = member
-        layers = tuple(
-            member.module
-            for member in members.values()
-            if member.axis == 0 and len(member.positions) == width and _is_convolution(model, member.module)
-        )
-        ordered = tuple(layer for layer in names.values() if layer in layers)
-        seen.update(ordered)
-        groups.append(Group(ordered, width, tuple(members.values())))
-    return groups
+        axis = 1 if dependency.handler.__name__ == "prune_in_channels" and not _is_norm(target) else 0
+        member = Member(names[target], axis, tuple(sorted(int(i) for i in positions)))
+        members[member.module, member.axis, member.positions] = member
+    kinds = {name: own for own, name in names.items()}
+    layers = {
+        member.module
+        for member in members.values()
+        if member.axis == 0 and len(member.positions) == width and isinstance(kinds[member.module], nn.Conv2d)
+    }
+    return Group(tuple(name for name in names.values() if name in layers), width, tuple(members.values()))
 
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-
-
-def _is_convolution(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), nn.Conv2d)
-
-
-def outputs_of(
-    model: nn.Module, example: Tensor, kinds: tuple[type[nn.Module], ...]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the output of each module of these kinds, in the order of their first call, and the model's own."""
-    outputs: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            outputs[name] = output
-
-        return keep
-
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
-    try:
-        logits = _forward(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs, logits
-
-
-def _followed(model: nn.Module, groups: list[Group], example: Tensor) -> list[Group]:
-    """Return the groups that pass the trial, all at once where all do, otherwise by halves."""
-    if not groups or _sliced_equals_masked(model, groups, example):
-        return groups
-    if len(groups) == 1:
-        return []
-    half = len(groups) // 2
-    return _followed(model, groups[:half], example) + _followed(model, groups[half:], example)
-
-
-def _sliced_equals_masked(model: nn.Module, groups: Sequence[Group], example: Tensor) -> bool:
-    """Try the groups out on channels drawn unevenly, so that a shifted map cannot pass unseen."""
-    masked = copy.deepcopy(model)
-    parts = []
-    for group in groups:
-        removed = range(min(max(1, group.width // 4), group.width - 1))
-        parts.append(group.kept(model, removed))
-        for member in group.members:
-            if member.axis == 1:
-                weight = masked.get_submodule(member.module).get_parameter("weight")
-                with torch.no_grad():
-                    weight[:, member.of(removed, group.width)] = 0
-    sliced = copy.deepcopy(model)
-    try:
-        slice_tensors(sliced, combine(parts))
-        found, expected = _forward(sliced, example), _forward(masked, example)
-    except (ModelError, IndexError):  # the sliced shapes do not fit together
-        return False
-    scale = expected.abs().max().clamp_min(1.0)
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= _TRIAL_TOLERANCE * scale)
-
-
-def _forward(model: nn.Module, images: Tensor) -> Tensor:
-    training = model.training
-    try:
-        with torch.no_grad():
-            output: Tensor = model.eval()(images.clone())  # a model may change its input in place
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])}: {error}; choose another model or size"
-        ) from error
-    finally:
-        model.train(training)
-    return output

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fedunlearn.arguments import is_number
+from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
-from fedunlearn.channels.groups import Channels, Group, head_layer
+from fedunlearn.channels.groups import Channels, head_layer
 from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
+from fedunlearn.channels.structure import Group
 from fedunlearn.errors import PlanError
-from fedunlearn.seeding import generator
 
 ENDS = ("highest", "lowest")
 SCOPES = ("layer", "global")
@@ -146,7 +147,7 @@ class Classifier:
     @property
     def example(self) -> Tensor:
         """Two normalised images of noise, always the same, to follow the model with."""
-        return torch.randn((2, *self.shape), generator=generator(0, "example"))
+        return example_images(self.shape)
 
     @property
     def rows(self) -> int:

@@ -227,6 +227,12 @@ class Ranking:
                 f"Ranking(sample=...) must be a whole number of at least 1, or None for all images, got {self.sample!r}"
             )
 
+    def scores(self, stats: ChannelStats, forget: Sequence[int], *, seed: int) -> ChannelScores:
+        """Return what the criterion makes of ``stats``; ``seed``, the federation's, owns the draw of random scores."""
+        if self.criterion is random_scores:
+            return random_scores(stats, forget, seed=seed)
+        return self.criterion(stats, forget)
+
 
 CRITERIA: dict[str, Callable[..., ChannelScores]] = {
     "tf_idf": tf_idf,

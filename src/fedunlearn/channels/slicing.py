@@ -12,10 +12,14 @@ Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
-    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input)."""
+    """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input).
+
+    A module under two names has its tensors under both, as in the state of the model.
+    """
     owner = model.get_submodule(module)
     tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-    return [(f"{module}.{name}", tensor.shape[axis]) for name, tensor in tensors if tensor.ndim > axis]
+    names = [name for name, own in model.named_modules(remove_duplicate=False) if own is owner]
+    return [(f"{name}.{own}", tensor.shape[axis]) for name in names for own, tensor in tensors if tensor.ndim > axis]
 
 
 def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
@@ -32,9 +36,13 @@ def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
 def slice_tensors(model: nn.Module, kept: Kept) -> None:
     """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
     owners = set()
+    done = set()
     for name, axes in kept.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
+        if (owner, attribute) in done:  # it has two names
+            continue
+        done.add((owner, attribute))
         owners.add(owner)
         tensor: Tensor = getattr(owner, attribute)
         value = tensor.detach()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.errors import ModelError
+
 HOOKS = ("activation", "convolution")
 # Steps after a ReLU that make nothing negative. A name that torch does not use costs a clamp, nothing else.
 _KEEPS_SIGNS = {
@@ -60,21 +62,34 @@ def rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dic
 
 @contextmanager
 def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
-    """Collect what passes each tap while the context lasts; the hooks are gone after it, also on failure."""
+    """Collect what passes each tap in one pass; the hooks are gone after the context, also on failure.
+
+    Raises:
+        ModelError: a module that is read is called a second time, so that one map would take the place of another.
+    """
     maps: dict[str, Tensor] = {}
+
+    def keep(layer: str, found: Tensor) -> None:
+        if layer in maps:
+            raise ModelError(
+                f"{taps[layer].module or 'the model'} is called more than once in a pass, so that the channels of "
+                f"{layer or 'the last layer'} cannot be read there: give each call a module of its own"
+            )
+        maps[layer] = found
+
     handles = []
     for layer, tap in taps.items():
         module = model.get_submodule(tap.module)
         if tap.side == "input":
 
             def before(_module: nn.Module, inputs: tuple[Tensor, ...], layer: str = layer) -> None:
-                maps[layer] = inputs[0]
+                keep(layer, inputs[0])
 
             handles.append(module.register_forward_pre_hook(before))
         else:
 
             def after(_module: nn.Module, _inputs: object, output: Tensor, layer: str = layer) -> None:
-                maps[layer] = output
+                keep(layer, output)
 
             handles.append(module.register_forward_hook(after))
     try:

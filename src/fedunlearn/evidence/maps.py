@@ -85,10 +85,11 @@ def save_feature_maps(
     rows = [image.classes[int(image.labels[0])] for image in picked]
     device = next(module.parameters()).device
     module.eval()
-    with reading(module, taps) as maps, torch.inference_mode():
+    with torch.inference_mode():
         seen: dict[str, list[Tensor]] = {layer: [] for layer in taps}
         for image in picked:
-            module(next(iter(batches(image, 1, device=device)))[0])
+            with reading(module, taps) as maps:
+                module(next(iter(batches(image, 1, device=device)))[0])
             for layer, tap in taps.items():
                 seen[layer].append(maps[layer].clamp_min(0).cpu() if tap.module else torch.zeros(1, 1))
     pictures = [name for name in taps if seen[name][0].ndim == 4 and seen[name][0][0, 0].numel() >= _FEWEST_PIXELS]

@@ -1,7 +1,6 @@
 """Control: unlearning with channels drawn at random, of equal number and cost."""
 
 from dataclasses import replace
-from functools import partial
 
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
@@ -23,7 +22,7 @@ def randomly(model: Classifier, fed: Federation, request: Request) -> Outcome:
         forget=request.forget,
         cut=replace(request.cut, end="highest"),
         repair=request.repair,
-        rank=replace(request.rank, criterion=partial(random_scores, seed=fed.seed)),
+        rank=replace(request.rank, criterion=random_scores),
         jointly=request.jointly,
     )
     return Outcome(Subject(done.model, done.repaired), done.cost)

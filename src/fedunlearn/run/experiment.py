@@ -265,8 +265,6 @@ def _criterion(recipe: Recipe) -> Criterion:
     name = recipe.unlearn.criterion
     if name == "tf_idf":
         return partial(CRITERIA[name], reference=recipe.unlearn.reference, smoothing=recipe.unlearn.smoothing)
-    if name == "random":
-        return partial(CRITERIA[name], seed=recipe.federation.seed)
     return CRITERIA[name]
 
 

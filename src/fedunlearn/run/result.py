@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedunlearn.audits.audit import CANDIDATE, Findings
+from fedunlearn.channels.checks import check_evaluation, placed
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Classes, forget_classes
@@ -203,6 +204,7 @@ def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, tor
 
     A model that keeps an activation on itself between two steps of a pass would read that of another thread.
     """
+    check_evaluation(model.module, placed(model.example, model.module))
     part = max(1, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:

@@ -159,8 +159,13 @@ def train_locally(
         compute: precision and memory format; the model is in that format already.
 
     Raises:
-        FederationError: the loss became NaN or infinite.
+        FederationError: the loss became NaN or infinite, or every weight is frozen.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise FederationError(
+            "every weight of the model is frozen (requires_grad=False), so that there is nothing to train: "
+            "set requires_grad on those that may change, or ask for no rounds"
+        )
     device = next(model.parameters()).device
     optimiser = Sgd(
         model.parameters(),

@@ -1,0 +1,176 @@
+"""Trying groups out: a model with channels sliced away must give the logits of the model with those channels masked.
+
+The trial is run on copies whose weights are drawn anew. Whatever a model has learnt, zeros, tiny heads or units that
+are silent on noise, its channels then reach the output, and none looks like another: a trial that changes nothing of
+the output would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedunlearn.channels.checks import example_images, forward
+from fedunlearn.channels.copying import copied
+from fedunlearn.channels.slicing import combine, parameter_layers, slice_tensors
+from fedunlearn.channels.structure import Group, Member
+from fedunlearn.errors import ModelError
+from fedunlearn.seeding import generator
+
+CROSSED = "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
+BLIND = "without its channels the output of the trial stays the same, so nothing shows that it was followed rightly"
+_SIGMA = 1.5
+# Of the largest logit: what a group must move. And of what it moved: how far slicing may be from masking.
+_BOUNDS = {torch.float64: (1e-6, 1e-6), torch.float32: (1e-3, 2e-2)}
+
+
+def try_out(model: nn.Module, groups: Sequence[Group], shape: tuple[int, ...]) -> tuple[list[Group], dict[str, str]]:
+    """Return the groups that are followed rightly, and layer to the reason why the others are not.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        groups: what Torch-Pruning says.
+        shape: of an image.
+    """
+    able = [group for group in groups if all(_fits(model, member, group.width) for member in group.members)]
+    open_ = [group for group in able if group.width > 1]  # a single channel is never cut
+    for positive in (True, False):  # where no positive value gets through, perhaps one of either sign does
+        if not open_:
+            break
+        net, images = _drawn(model, positive, shape)
+        least, tolerance = _BOUNDS[images.dtype]
+        moved = _movements(net, open_, images)
+        shown = [group for group in open_ if moved[group] > least]
+        right = shown
+        for half in (0, 1):
+            right = _right(net, right, half, images, {group: tolerance * moved[group] for group in right})
+        able = [group for group in able if group in right or group not in shown]
+        open_ = [group for group in open_ if group not in shown]
+    reasons: dict[str, str] = {}
+    for group in groups:
+        if group in open_ or group not in able:
+            reasons |= dict.fromkeys(group.layers, BLIND if group in open_ else CROSSED)
+    return [group for group in able if group not in open_], reasons
+
+
+def _fits(model: nn.Module, member: Member, width: int) -> bool:
+    """Return whether a member has k positions for each channel; a maximum over channels leaves one for all."""
+    size = max((size for _, size in parameter_layers(model, member.module, member.axis)), default=0)
+    return len(member.positions) % width == 0 and member.positions[-1] < size
+
+
+def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[Group, float]:
+    """Return how far the logits would move without the half of a group that moves them less, as a share of the largest.
+
+    To first order: the sum of weight times gradient over what reads the channels.
+    """
+    try:
+        with torch.enable_grad():
+            logits = net(images.clone())
+            weights = torch.linspace(1, 2, logits.numel()).to(logits).view_as(logits)
+            torch.autograd.backward((weights * logits).sum())
+    except RuntimeError as error:
+        raise ModelError(
+            f"autograd cannot go back through the model: {error}; return logits that torch made"
+        ) from error
+    scale = float(logits.detach().abs().max())
+    moved = {}
+    for group in groups:
+        halves = [0.0, 0.0]
+        for member in group.members:
+            weight = net.get_parameter(f"{member.module}.weight")
+            if member.axis == 1 and weight.grad is not None:
+                flow = (weight.detach() * weight.grad).transpose(0, 1).flatten(1).abs().sum(1)
+                for half in (0, 1):
+                    halves[half] += float(flow[member.of(_removed(group, half), group.width)].sum())
+        moved[group] = min(halves) / scale if scale else 0.0
+    return moved
+
+
+def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """Return a copy with weights drawn anew, positive and very uneven or of either sign, and images for it.
+
+    In float64, where a channel in a wrong place stands out from rounding; in float32 where the model insists on it.
+    """
+    net = copied(model)
+    draw = generator(0, "trial")
+
+    def normal(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=draw).to(tensor)
+
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                weight = normal(module.weight)
+                axes = tuple(range(1, weight.ndim))
+                if positive:
+                    weight = (_SIGMA * weight).exp()
+                    weight /= weight.sum(axes, keepdim=True)
+                else:
+                    weight *= (2 / weight[0].numel()) ** 0.5
+                module.weight.copy_(weight)
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                if module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.zero_()
+                    module.running_var.fill_(1)
+                if module.affine:
+                    _ = module.weight.copy_(0.75 + 0.25 * normal(module.weight).tanh())
+            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+                level = 0.1 * normal(bias)
+                bias.copy_(level.abs() if positive else level)
+    images = example_images(shape).to(next(net.parameters()).device)
+    images = images.abs() if positive else images
+    try:
+        forward(net.double(), images.double())
+    except ModelError:
+        return net.float(), images
+    return net, images.double()
+
+
+def _removed(group: Group, half: int) -> list[int]:
+    """Return a drawn half of the channels, or the other half: each channel is tried out once."""
+    order = torch.randperm(group.width, generator=generator(0, "half", group.width)).tolist()
+    middle = group.width // 2
+    return sorted(order[:middle] if half == 0 else order[middle:])
+
+
+def _masked(net: nn.Module, groups: Sequence[Group], half: int, images: Tensor) -> Tensor:
+    """Return the logits where the layers that read the removed channels ignore them."""
+    before: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for group in groups:
+            for member in group.members:
+                if member.axis == 1:
+                    weight = net.get_parameter(f"{member.module}.weight")
+                    before.setdefault(member.module, weight.clone())
+                    weight[:, member.of(_removed(group, half), group.width)] = 0
+        logits = forward(net, images)
+        for name, kept in before.items():
+            net.get_parameter(f"{name}.weight").copy_(kept)
+    return logits
+
+
+def _right(
+    net: nn.Module, groups: list[Group], half: int, images: Tensor, tolerance: Mapping[Group, float]
+) -> list[Group]:
+    """Return the groups that pass, all at once where all do, otherwise by halves."""
+    if not groups or _sliced_equals_masked(net, groups, half, images, min(tolerance[group] for group in groups)):
+        return groups
+    if len(groups) == 1:
+        return []
+    middle = len(groups) // 2
+    parts = (groups[:middle], groups[middle:])
+    return [group for part in parts for group in _right(net, part, half, images, tolerance)]
+
+
+def _sliced_equals_masked(net: nn.Module, groups: Sequence[Group], half: int, images: Tensor, tolerance: float) -> bool:
+    sliced = copied(net)
+    try:
+        slice_tensors(sliced, combine(group.kept(net, _removed(group, half)) for group in groups))
+        found, expected = forward(sliced, images), _masked(net, groups, half, images)
+    except (ModelError, IndexError):  # the sliced shapes do not fit together
+        return False
+    scale = expected.abs().max()
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * scale)
