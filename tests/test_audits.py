@@ -200,6 +200,12 @@ def test_the_auc_is_the_share_of_pairs_in_order_and_the_tpr_that_above_all_but_1
     assert found.auc_error == pytest.approx(float(np.std([own.auc for own in resampled])), rel=0.3)
 
 
+@pytest.mark.parametrize("members", [[1.0, math.nan], [-math.inf, 1.0], []])
+def test_membership_of_scores_that_are_no_numbers_is_refused(members):
+    with pytest.raises(EvidenceError, match="membership needs scores of at least one member .* all of them finite"):
+        membership(torch.tensor(members), torch.tensor([0.0, 1.0]))
+
+
 def test_rmia_orders_images_as_the_count_over_other_images_does():
     target, references = torch.rand(25, generator=draw()).log(), torch.rand(3, 25, generator=draw(1)).log()
     z, z_references = torch.rand(400, generator=draw(2)), torch.rand(3, 400, generator=draw(3))

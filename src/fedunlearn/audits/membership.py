@@ -103,7 +103,7 @@ def membership(members: Tensor, others: Tensor) -> Membership:
         others: scores, shape ``(n,)``.
 
     Raises:
-        EvidenceError: there are no scores on one side, or a score is no number.
+        EvidenceError: there are no scores on one side, or a score is not finite.
 
     Example:
         >>> membership(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])).auc
@@ -113,11 +113,11 @@ def membership(members: Tensor, others: Tensor) -> Membership:
     from sklearn.metrics import roc_auc_score
 
     m, n = len(members), len(others)
-    wrong = int(members.isnan().sum() + others.isnan().sum())
+    wrong = int((~members.isfinite()).sum() + (~others.isfinite()).sum())
     if not m or not n or wrong:
         raise EvidenceError(
-            f"membership needs scores of at least one member and one other image, all of them numbers: got {m} and "
-            f"{n}, {wrong} of them NaN; a model whose outputs are not finite cannot be audited"
+            f"membership needs scores of at least one member and one other image, all of them finite: got {m} and "
+            f"{n}, {wrong} of them NaN or infinite; a model whose outputs are not finite cannot be audited"
         )
     truth = torch.cat([torch.ones(m), torch.zeros(n)])
     auc = float(roc_auc_score(truth.numpy(), torch.cat([members, others]).numpy()))
