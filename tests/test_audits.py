@@ -202,7 +202,7 @@ def test_the_auc_is_the_share_of_pairs_in_order_and_the_tpr_that_above_all_but_1
 
 @pytest.mark.parametrize("members", [[1.0, math.nan], [-math.inf, 1.0], []])
 def test_membership_of_scores_that_are_no_numbers_is_refused(members):
-    with pytest.raises(EvidenceError, match="membership needs scores of at least one member .* all of them finite"):
+    with pytest.raises(EvidenceError, match=r"membership needs scores of at least one member .* all of them finite"):
         membership(torch.tensor(members), torch.tensor([0.0, 1.0]))
 
 
