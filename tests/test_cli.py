@@ -185,7 +185,7 @@ def test_ctrl_c_while_the_program_starts_is_one_line():
 def test_a_second_run_into_one_folder_is_refused_and_the_first_is_signed_and_verified(recipe, tmp_path):
     key, out = tmp_path / "operator", tmp_path / "out"
     make_keys(key)
-    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=3", "--set", "train.rounds=12"]
+    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=3", "--set", "train.rounds=2"]
     first = subprocess.Popen([sys.executable, "-m", "fedunlearn", *map(str, command), "--quiet"])
     deadline = time.monotonic() + 100
     while not (out / "events.jsonl").exists() and time.monotonic() < deadline:
