@@ -170,11 +170,11 @@ def test_outputs_that_overflow_are_refused():
         ([torch.tensor(2), 0], (0, 2)),
         ({2, 0}, (0, 2)),
         (range(2), (0, 1)),
-        ((label for label in (3, 1)), (1, 3)),
+        (iter((3, 1)), (1, 3)),
         ("dog", (2,)),
         (["dog", 0], (0, 2)),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_the_classes_to_forget_are_understood_in_every_form(forget, expected):
     assert forget_classes(forget, NAMES) == expected

@@ -13,7 +13,7 @@ from deployment import Deployment, make_certificates, make_node_key
 from safetensors.torch import load_file
 
 from fedunlearn.errors import FederationError
-from fedunlearn.flower.launch import run_on
+from fedunlearn.flower.launch import SuperLink, run_on
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
@@ -159,7 +159,14 @@ def test_a_run_that_fails_on_the_server_says_why(tmp_path, sites):
     recipe = load_recipe("digits", (*SETTINGS, "federation.clients=7", "federation.engine=flower"))
     said = []
     with pytest.raises(FederationError) as error:
-        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=sites.ca, patience=1.0, tell=said.append)
+        run_on(
+            SuperLink(sites.address, sites.ca),
+            recipe,
+            tmp_path / "run",
+            command="train",
+            patience=1.0,
+            tell=said.append,
+        )
     assert "ended as finished:failed: only 3 of 7 clients were there after 1 s, expected at least half" in str(
         error.value
     )
@@ -205,4 +212,4 @@ def test_the_command_line_refuses_a_wrong_ca(tmp_path, sites):
     with pytest.raises(
         FederationError, match=r"flwr run on .* failed: .*; check that the SuperLink runs there, and --ca"
     ):
-        run_on(sites.address, recipe, tmp_path / "run", command="train", ca=tmp_path / "ca.crt")
+        run_on(SuperLink(sites.address, tmp_path / "ca.crt"), recipe, tmp_path / "run", command="train")

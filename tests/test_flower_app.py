@@ -19,7 +19,7 @@ from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
 from fedunlearn.flower.client import client_app
-from fedunlearn.flower.launch import run_on, simulation
+from fedunlearn.flower.launch import SuperLink, run_on, simulation
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import PrivacyTable, load_recipe
 from loopback import Loopback, nodes
@@ -101,7 +101,7 @@ def test_engine_and_superlink_go_together(options, tmp_path):
 def test_a_certificate_that_is_not_there_is_named(tmp_path):
     recipe = load_recipe("digits", ("federation.engine=flower",))
     with pytest.raises(FederationError, match=r"nobody.crt: there is no such certificate; give the one of the SuperL"):
-        run_on("127.0.0.1:1", recipe, tmp_path / "run", command="train", ca=tmp_path / "nobody.crt")
+        run_on(SuperLink("127.0.0.1:1", tmp_path / "nobody.crt"), recipe, tmp_path / "run", command="train")
 
 
 TWO = load_recipe("digits", ("federation.clients=2",))
@@ -202,7 +202,7 @@ def test_a_run_that_never_starts_is_stopped_and_told(monkeypatch, tmp_path):
     monkeypatch.setattr("fedunlearn.flower.launch.START", 0.05)
     monkeypatch.setattr("fedunlearn.flower.launch._AGAIN", 0.02)
     with pytest.raises(FederationError, match=r"run 7 on here:1 was still pending after 0.05 s, expected running: see"):
-        run_on("here:1", load_recipe("digits"), tmp_path / "run", command="train", ca=None, tell=lambda line: None)
+        run_on(SuperLink("here:1"), load_recipe("digits"), tmp_path / "run", command="train", tell=lambda line: None)
     assert Slow.asked == ["stop"]
 
 
@@ -212,7 +212,7 @@ def test_a_superlink_that_keeps_silent_is_told(monkeypatch, tmp_path):
 
     monkeypatch.setattr("fedunlearn.flower.launch.subprocess.run", silent)
     with pytest.raises(FederationError, match="flwr run on here:1 gave no answer within 120 s: check that"):
-        run_on("here:1", load_recipe("digits"), tmp_path / "run", command="train", ca=None, tell=lambda line: None)
+        run_on(SuperLink("here:1"), load_recipe("digits"), tmp_path / "run", command="train", tell=lambda line: None)
 
 
 def test_a_site_has_the_default_rules_whatever_the_recipe_says():

@@ -65,7 +65,9 @@ class Options:
         }
         given = {key: value for key, value in named.items() if value is not None}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
-        return load_recipe(self.recipe, [*(self.overrides or ()), *overrides])
+        from fedunlearn.engines import known  # slow to import
+
+        return known(load_recipe(self.recipe, [*(self.overrides or ()), *overrides]))
 
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -40,7 +40,6 @@ _PHASES = {
 }
 
 
-_PARTS = {"random": "random channels, for comparison"}
 _BLOCKS = ("original", "pruned")  # controls that result.json has a block of its own for
 
 
@@ -90,8 +89,8 @@ class RunProgress:
 def _phase_text(phase: str) -> str:
     part, _, own = phase.rpartition(".")
     name, _, number = own.partition("-")
-    text = _PHASES[name] + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
-    return text + (f" ({_PARTS.get(part, part)})" if part else "")
+    text = _PHASES.get(name, name) + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
+    return text + (f" ({MODELS.get(part, part)})" if part else "")
 
 
 def describe(experiment: Experiment) -> str:

@@ -42,6 +42,18 @@ class Order:
     tell: Callable[[str], object] = print
 
 
+def known(recipe: Recipe) -> Recipe:
+    """Return ``recipe``; refuse one whose engine is not in the table.
+
+    Raises:
+        RecipeError: there is no such engine.
+    """
+    name = recipe.federation.engine
+    if name not in ENGINES:
+        raise RecipeError(f"federation.engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    return recipe
+
+
 def carry_out(order: Order) -> dict[str, Any] | None:
     """Do what ``order`` says on the engine of its recipe and return the content of result.json.
 
@@ -52,9 +64,7 @@ def carry_out(order: Order) -> dict[str, Any] | None:
         RecipeError: there is no such engine, it is not installed, or it needs what the order lacks.
         FedUnlearnError: something cannot be used; what was finished stays in the folder.
     """
-    name = order.recipe.federation.engine
-    if name not in ENGINES:
-        raise RecipeError(f"federation.engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    name = known(order.recipe).federation.engine
     if (order.superlink is not None) != (name == "flower"):
         raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
     return ENGINES[name](order)
@@ -79,17 +89,16 @@ def flower_simulation(order: Order) -> dict[str, Any]:
 def flower(order: Order) -> dict[str, Any] | None:
     """Have a Flower deployment run server and clients."""
     try:
-        from fedunlearn.flower.launch import run_on
+        from fedunlearn.flower.launch import SuperLink, run_on
     except ImportError as error:
         raise RecipeError(str(error)) from error
     assert order.superlink is not None  # carry_out checked it
     return run_on(
-        order.superlink,
+        SuperLink(order.superlink, order.ca),
         order.recipe,
         order.out,
         command=order.command,
         key=order.key,
-        ca=order.ca,
         tell=order.tell,
     )
 

@@ -259,8 +259,7 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
         PlanError: scores do not fit the model.
 
     Example:
-        >>> from fedunlearn.channels.copying import copied
-    from fedunlearn.channels.groups import find_channels
+        >>> from fedunlearn.channels.groups import find_channels
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
         >>> channels = find_channels(net, torch.rand(2, 1, 8, 8))
         >>> print(plan_pruning(channels, {"0": torch.tensor([0.1, 0.9, 0.3, 0.2])}, Cut(0.5)))

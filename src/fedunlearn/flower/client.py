@@ -17,7 +17,7 @@ from fedunlearn.channels.slicing import Kept
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Measure, Reply, Train, enough, handle
-from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
 from fedunlearn.flower.messages import (
     ARRAYS,
     JOB,
@@ -161,6 +161,10 @@ def _answer(
         why = f"its images cannot be read: {type(error).__name__}: {error}"
         return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
     if "hello" in own:
+        try:
+            check_noise(rules)  # now, not after the training
+        except FedUnlearnError as error:
+            return Message(RecordDict({OWN: ConfigRecord({"error": str(error)})}), reply_to=message)
         about: dict[str, Any] = {
             "client": data.client,
             "shape": list(data.train.shape),

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,25 @@ _STOP = 60.0
 _CALL = 120.0  # seconds for one command of flwr: it asks, and does not wait for a run
 
 
+@dataclass(frozen=True)
+class SuperLink:
+    """A Flower deployment.
+
+    Attributes:
+        address: ``ADDRESS:PORT``.
+        ca: certificate of the authority that signed its HTTPS certificate; those the system trusts where None.
+    """
+
+    address: str
+    ca: Path | None = None
+
+
 def run_on(
-    superlink: str,
+    superlink: SuperLink,
     recipe: Recipe,
     out: Path,
     *,
     command: str,
-    ca: Path | None,
     key: Path | None = None,
     patience: float = PATIENCE,
     tell: Callable[[str], object] = print,
@@ -91,11 +104,10 @@ def run_on(
     Ctrl-C stops the run; the same call goes on with it.
 
     Args:
-        superlink: ``ADDRESS:PORT``.
+        superlink: the deployment.
         recipe: what to do.
         out: folder of the run, on the machine of the SuperLink.
         command: ``"train"``, ``"unlearn"`` or ``"run"``.
-        ca: certificate of the authority that signed the SuperLink's; those the system trusts where None.
         key: the operator's private key, on the machine of the SuperLink.
         patience: seconds that the server's part waits for clients at the start; half of them must be there then.
         tell: shown each line that the server's part has to say.
@@ -109,9 +121,9 @@ def run_on(
     recipe = recipe.model_copy(update={"compute": ON_FLOWER})
     with tempfile.TemporaryDirectory(prefix="fedunlearn-") as name:
         home = Path(name)
-        flwr = _Flwr(home, superlink, ca)
+        flwr = _Flwr(home, superlink)
         number = flwr.start(_bundle(home / "app", recipe, out.absolute(), command, key, patience))
-        tell(f"run {number} on {superlink}")
+        tell(f"run {number} on {superlink.address}")
         began, followed = time.monotonic(), False
         try:
             while True:
@@ -125,7 +137,7 @@ def run_on(
                 if not followed and time.monotonic() - began > START:
                     flwr.call("stop", number, _NAME)
                     raise FederationError(
-                        f"run {number} on {superlink} was still {status} after {START:g} s, expected running: "
+                        f"run {number} on {superlink.address} was still {status} after {START:g} s, expected running: "
                         "see the SuperLink's log for why it starts no ServerApp, and run the command again"
                     )
                 if not followed or flwr.status(number)[0].startswith("running"):
@@ -136,7 +148,7 @@ def run_on(
     if status != "finished:completed":
         reason = details.removeprefix("ServerApp failed with exception: ")
         raise FederationError(
-            f"run {number} on {superlink} ended as {status}: {reason or 'no reason given'} "
+            f"run {number} on {superlink.address} ended as {status}: {reason or 'no reason given'} "
             f"(its log: flwr log {number}); what was finished is kept, the same command goes on with it"
         )
     return _result(out / RESULT, recipe)
@@ -245,12 +257,12 @@ def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | N
 class _Flwr:
     """The command ``flwr`` with a connection of its own; the user's configuration is left alone."""
 
-    def __init__(self, home: Path, superlink: str, ca: Path | None) -> None:
-        self._superlink = superlink
+    def __init__(self, home: Path, superlink: SuperLink) -> None:
+        ca, self._superlink = superlink.ca, superlink.address
         certificate = "" if ca is None else str(ca.absolute())
         if ca is not None and not ca.exists():
             raise FederationError(f"{ca}: there is no such certificate; give the one of the SuperLink's CA with --ca")
-        text = _CONNECTION.format(name=_NAME, address=json.dumps(superlink), ca=json.dumps(certificate))
+        text = _CONNECTION.format(name=_NAME, address=json.dumps(superlink.address), ca=json.dumps(certificate))
         if ca is None:
             text = "".join(line for line in text.splitlines(keepends=True) if "root-certificates" not in line)
         (home / "config.toml").write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.federation.jobs import ClientData, Engine
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Federation, Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.recipe import ComputeTable, Recipe
@@ -148,7 +149,9 @@ def _local_engine(
     table = recipe.compute
     precision = "float32" if table.precision == "auto" else table.precision
     compute = Compute(precision, table.memory_format, table.workers or workers_on(own_device()))
-    return LocalEngine(clients, validation=validation, rules=recipe.rules(), compute=compute)
+    # Clients elsewhere have rules of their own, and this process draws no noise for them.
+    rules = recipe.rules() if recipe.federation.engine == "local" else DEFAULT_RULES
+    return LocalEngine(clients, validation=validation, rules=rules, compute=compute)
 
 
 def share_out(recipe: Recipe, train: LabelledImages) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:

@@ -254,7 +254,7 @@ def check(recipe: Recipe) -> None:
             "compute holds for the engine local: clients on Flower compute in float32, so leave it out, or set "
             "compute.precision = float32 and nothing else there"
         )
-    if recipe.privacy.secure and recipe.federation.engine == "local":
+    if recipe.privacy.secure and not recipe.federation.engine.startswith("flower"):
         raise RecipeError(
             "privacy.secure needs --engine flower or flower-simulation: clients of one process hide nothing"
         )
