@@ -275,7 +275,7 @@ def test_a_clean_file_has_no_artefacts(shipped):
 
 def test_artefacts_are_named(shipped):
     path, net, small = shipped
-    write_shipped(path, replace(small, module=net, labels=None))
+    write_shipped(path, replace(small, module=net, labels=(0, 1, 2)))
     found = artefacts(path, state=net.state_dict(), forget=[1])
     assert "the labels name the forgotten class 1" in found
     assert "tensor 8.weight has shape [3, 8], the plan leaves [2, 6]" in found

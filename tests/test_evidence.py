@@ -304,7 +304,9 @@ def test_links_and_names_that_write_lines_are_found(copied, tmp_path):
     folder, key = copied
     (folder / "extra").symlink_to(tmp_path)
     (folder / "a\nverified: all").write_text("")
-    assert problems(folder, key) == ["extra is a link or device, not a file", "a\\nverified: all is not in the dossier"]
+    linked, added = problems(folder, key)
+    assert linked == "extra is a link or device, not a file"
+    assert added.startswith("a\\nverified: all is not in the dossier: it was put there after signing")
 
 
 def test_a_pass_counts_for_nothing_where_a_control_passes_too(copied, signed):

@@ -256,7 +256,11 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     _, other, _ = retrained(tmp_path, "three", "train.lr=0.2")
     assert not other.cached
     unlearning = Cost.of([Entry("train", ("a",), samples=1, seconds=1.0, flops=1, bytes_up=1, bytes_down=1)])
-    result = {"unlearned": {"validation": {"retain": 0.0}}, "cost": {"unlearn": asdict(unlearning)}}
+    result = {
+        "original": {"accuracy": {"forget_row_kept": 1.0}},
+        "unlearned": {"validation": {"retain": 0.0}},
+        "cost": {"unlearn": asdict(unlearning)},
+    }
     ratios = [cost_blocks(experiment, {"retrained-1": oracle}, result)["speedup"] for oracle in (first, second)]
     assert ratios[1] == {name: ratio for name, ratio in ratios[0].items() if name != "client_seconds"}
     assert "client_seconds" in ratios[0]
@@ -683,7 +687,9 @@ def test_weights_whose_names_or_shapes_differ_are_named(net, tmp_path):
         load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
     plan = PruningPlan({"0.weight": (9, 1, 3, 3)}, {"0.weight": {0: (1,)}})
     with pytest.raises(ModelError, match=r"m.safetensors: the plan is for 0.weight"):
-        load_weights(classifier(net), checkpoint_of(classifier(net, plan=plan), tmp_path / "m.safetensors"))
+        load_weights(
+            classifier(net), checkpoint_of(classifier(net, plan=plan, labels=(0, 1, 2)), tmp_path / "m.safetensors")
+        )
 
 
 def test_weights_of_another_shortcut_or_colours_are_refused(tmp_path):

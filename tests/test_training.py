@@ -145,7 +145,7 @@ def test_a_step_with_smoothed_labels_is_that_of_the_formula():
 
 @pytest.mark.parametrize(("every", "rounds", "measured"), [(0, 3, []), (1, 3, [0, 1, 2]), (2, 5, [1, 3, 4])])
 def test_validation_accuracy_is_measured_every_so_many_rounds_and_at_the_last(every, rounds, measured):
-    shares, held = hold_out(partition(make_images(30), by="iid", clients=2, seed=0), 0.2, seed=0)
+    shares, held = hold_out(partition(make_images(60), by="iid", clients=2, seed=0), 0.2, seed=0)
     fed = Federation(LocalEngine(shares, validation=held))
     train_rounds(make_net(), fed, Training(lr=0.01), rounds=rounds, watch=Watch(every))
     assert [step.round for step in fed.journal.steps("train") if step.validation is not None] == measured

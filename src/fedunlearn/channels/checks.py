@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.fit import check_module
 from fedunlearn.errors import ModelError
 from fedunlearn.seeding import generator
 
@@ -118,11 +118,7 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         ModelError: with the name of the tensor or layer, and what to do.
     """
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ModelError(f"{name} has no shape yet (a lazy layer): run the model on one batch of images first")
-        if parameter.is_meta:
-            raise ModelError(f"{name} is on the meta device, without values: build the model on cpu or cuda")
+    for name, parameter in check_module(model).named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ModelError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, expected float32 as images are: "
