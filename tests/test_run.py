@@ -257,6 +257,7 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     assert not other.cached
     unlearning = Cost.of([Entry("train", ("a",), samples=1, seconds=1.0, flops=1, bytes_up=1, bytes_down=1)])
     result = {
+        "classes": list(experiment.splits.test.classes),
         "original": {"accuracy": {"forget_row_kept": 1.0}},
         "unlearned": {"validation": {"retain": 0.0}},
         "cost": {"unlearn": asdict(unlearning)},
