@@ -23,6 +23,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import (
     Federation,
     Holdings,
+    Server,
     Watch,
     fedavg,
     measure,
@@ -263,7 +264,7 @@ def test_training_stops_at_the_target_and_counts_the_evaluations(net):
 
 def test_training_learns_what_can_be_seen(images):
     fed = Federation(make_engine(make_images(200)))
-    trained = train_rounds(make_net(seed=3), fed, Training(lr=0.1, batch_size=8), rounds=8, schedule=one_cycle)
+    trained = train_rounds(make_net(seed=3), fed, Training(lr=0.1, batch_size=8), rounds=8, server=Server(one_cycle))
     correct, counts = count_correct(trained.module, images)
     assert int(correct.sum()) >= 0.95 * int(counts.sum())
 

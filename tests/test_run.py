@@ -32,7 +32,7 @@ from fedunlearn.federation.about import asked
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Repair, train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Server, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import retrained_models
@@ -56,7 +56,7 @@ def trained():
     clients, validation = hold_out(partition(make_images(200, 4), by="dirichlet", clients=4, alpha=2.0), 0.2)
     engine = LocalEngine(clients, validation=validation)
     training = Training(lr=0.1, batch_size=8)
-    model = train_rounds(make_net(classes=4), Federation(engine), training, rounds=8, schedule=one_cycle)
+    model = train_rounds(make_net(classes=4), Federation(engine), training, rounds=8, server=Server(one_cycle))
     return model.module, engine
 
 
@@ -557,7 +557,7 @@ def test_a_journal_does_not_answer_another_request(trained, tmp_path, kept_in):
 def test_a_journal_goes_on_for_more_rounds_but_not_with_other_starting_weights_or_clients(trained):
     _, engine = trained
     training, federation = Training(lr=0.1, batch_size=8), Federation(engine)
-    train_rounds(make_net(classes=4), federation, training, rounds=2, schedule=one_cycle)
+    train_rounds(make_net(classes=4), federation, training, rounds=2, server=Server(one_cycle))
     for fed, seed, text in (
         (federation, 3, "weights is"),
         (federation.keeping(exclude=(1,)), 0, r"exclude is '\[\]' there, '\[1\]' here"),
@@ -565,9 +565,9 @@ def test_a_journal_goes_on_for_more_rounds_but_not_with_other_starting_weights_o
         (replace(federation, participation=0.5), 0, "participation is '1.0' there, '0.5' here"),
     ):
         with pytest.raises(RunError, match=f"this journal holds train, step 1, of another request.*{text}"):
-            train_rounds(make_net(classes=4, seed=seed), fed, training, rounds=2, schedule=one_cycle)
+            train_rounds(make_net(classes=4, seed=seed), fed, training, rounds=2, server=Server(one_cycle))
     with pytest.raises(RunError, match=r"step 1, of another request \(lr is"):  # the cycle of four rounds is another
-        train_rounds(make_net(classes=4), federation, training, rounds=4, schedule=one_cycle)
+        train_rounds(make_net(classes=4), federation, training, rounds=4, server=Server(one_cycle))
     with pytest.raises(RunError, match=r"this journal holds 2 steps of train, this request asks for 1: give each its"):
         train_rounds(make_net(classes=4), federation, training, rounds=1)
 

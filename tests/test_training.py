@@ -14,13 +14,18 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_images, make_net, normalised
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_digits
+from fedunlearn.errors import RecipeError
+from fedunlearn.federation.ask import ask
+from fedunlearn.federation.jobs import Job, Train
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Watch, train_rounds
+from fedunlearn.federation.rounds import Federation, Server, Watch, fedavg, train_rounds
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.training.sgd import Sgd, Training, train_locally
+from fedunlearn.training.sgd import Sgd, Training, one_cycle, train_locally
 
 
 class Unusual(nn.Module):
@@ -149,3 +154,37 @@ def test_validation_accuracy_is_measured_every_so_many_rounds_and_at_the_last(ev
     fed = Federation(LocalEngine(shares, validation=held))
     train_rounds(make_net(), fed, Training(lr=0.01), rounds=rounds, watch=Watch(every))
     assert [step.round for step in fed.journal.steps("train") if step.validation is not None] == measured
+
+
+def test_the_server_s_momentum_is_that_of_the_formula_and_survives_an_interruption():
+    fed = Federation(LocalEngine(partition(make_images(60), by="iid", clients=2, seed=0)))
+    training, server = Training(lr=0.05, batch_size=8, momentum=0.0), Server(one_cycle, 0.9)
+    expected, velocity = make_net(), None
+    for round in range(3):
+        shares = LocalEngine(partition(make_images(60), by="iid", clients=2, seed=0))
+        task = Train(training=training, lr=training.lr * one_cycle(round, 3))
+        own = Job(task=task, model=Classifier(expected, (1, 8, 8)), phase="train", round=round)
+        average, _ = ask(shares, own, lambda replies: fedavg((reply.tensors, reply.images) for reply in replies))
+        before = torch.nn.utils.parameters_to_vector(expected.parameters()).detach()
+        expected.load_state_dict(average)
+        change = torch.nn.utils.parameters_to_vector(expected.parameters()).detach() - before
+        velocity = change if velocity is None else 0.9 * velocity + change
+        torch.nn.utils.vector_to_parameters(before + velocity, expected.parameters())
+    whole = train_rounds(make_net(), fed, training, rounds=3, server=server)
+    for mine, other in zip(whole.module.state_dict().values(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_killed_training_goes_on_with_the_server_s_velocity(tmp_path):
+    engine = LocalEngine(partition(make_images(60), by="iid", clients=2, seed=0))
+    training, server = Training(lr=0.05, batch_size=8), Server(momentum=0.5)
+    train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=2, server=server)
+    resumed = train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=4, server=server)
+    whole = train_rounds(make_net(), Federation(engine), training, rounds=4, server=server)
+    assert all(t.equal(whole.module.state_dict()[name]) for name, t in resumed.module.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan"), "0.9"])
+def test_a_momentum_of_the_server_out_of_range_is_refused(momentum):
+    with pytest.raises(RecipeError, match=r"Server\(momentum=\.\.\.\) must be at least 0 and below 1, got"):
+        Server(momentum=momentum)

@@ -33,7 +33,7 @@ from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimat
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Repair, Watch, reestimate, train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Server, Watch, reestimate, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import Compute
@@ -75,6 +75,7 @@ __all__ = [
     "Repair",
     "Reply",
     "RunError",
+    "Server",
     "Splits",
     "Subject",
     "Train",

@@ -25,6 +25,8 @@ from fedunlearn.training.sgd import Training, constant
 _logger = logging.getLogger(__name__)
 _CROWD = 3  # of two clients, one may well hold most images
 
+_VELOCITY = "velocity:"  # of the server, beside the weights in the state of a round
+
 
 @dataclass(frozen=True, eq=False)
 class Federation:
@@ -124,6 +126,49 @@ class Holdings:
         counts = self.counts.get(client)
         # A client that reports nothing by its rules may hold images of the kept classes all the same.
         return counts is None or not bool(counts.any()) or int(counts.sum() - counts[list(classes)].sum()) > 0
+
+
+@dataclass(frozen=True)
+class Server:
+    """How the learning rate changes from round to round, and what the server makes of the clients' average.
+
+    With momentum ``b`` the server moves on as the averages did before (FedAvgM: T. Hsu, H. Qi, M. Brown, *Measuring the
+    Effects of Non-Identical Data Distribution for Federated Visual Classification*, 2019)::
+
+        v = b v + (average - w)        w = w + v
+
+    Buffers, such as the statistics of batch normalisation, are the clients' average at any momentum.
+
+    Attributes:
+        schedule: factor of the learning rate in ``round`` of ``rounds``.
+        momentum: ``b``; 0 is plain averaging.
+
+    Raises:
+        RecipeError: the momentum does not lie in ``[0, 1)``.
+    """
+
+    schedule: Callable[[int, int], float] = constant
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.momentum) or not 0 <= self.momentum < 1:
+            raise RecipeError(f"Server(momentum=...) must be at least 0 and below 1, got {self.momentum!r}")
+
+    def moved(
+        self, model: nn.Module, average: Mapping[str, Tensor], velocity: dict[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the next state of ``model``; ``velocity``, by parameter, is brought up to date in place."""
+        if not self.momentum:
+            return average
+        state = dict(average)
+        for name, parameter in model.named_parameters():
+            before = parameter.detach().cpu()
+            moving = average[name] - before
+            if name in velocity:
+                moving += self.momentum * velocity[name]
+            velocity[name] = moving
+            state[name] = before + moving
+        return state
 
 
 @dataclass(frozen=True)
@@ -306,7 +351,7 @@ def train_rounds(
     *,
     rounds: int,
     phase: str = "train",
-    schedule: Callable[[int, int], float] = constant,
+    server: Server = Server(),
     watch: Watch = Watch(),
 ) -> Classifier:
     """Train a copy of ``model`` by rounds of federated averaging; ``fed.journal.steps(phase)`` tells of each round.
@@ -314,10 +359,10 @@ def train_rounds(
     Args:
         model: where training starts; where the journal knows finished rounds of ``phase``, it goes on after them.
         fed: clients, participation and the classes that are left out.
-        training: local settings; ``training.lr`` times ``schedule(round, rounds)`` is the rate of a round.
+        training: local settings; ``training.lr`` times ``server.schedule(round, rounds)`` is the rate of a round.
         rounds: at most so many.
         phase: name of the phase in the journal and in every draw.
-        schedule: factor of the learning rate.
+        server: how the rate changes, and what the server makes of the averages.
         watch: when to measure on validation images, and to stop.
 
     Raises:
@@ -339,21 +384,25 @@ def train_rounds(
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
     tasks = [
-        Train(training=training, lr=training.lr * schedule(round, rounds), exclude=fed.exclude)
+        Train(training=training, lr=training.lr * server.schedule(round, rounds), exclude=fed.exclude)
         for round in range(rounds)
     ]
     common = fed.about(weights=trained, clients=fed.able(), participation=fed.participation, watch=watch)
+    common |= asked(server_momentum=server.momentum)
     about = [{**common, **asked(**vars(task))} for task in tasks]
     steps = fed.journal.finished(phase, about)
+    velocity: dict[str, Tensor] = {}
     if steps:
-        trained.module.load_state_dict(fed.journal.state(phase))
+        saved = fed.journal.state(phase)
+        velocity = {name: saved.pop(_VELOCITY + name) for name in [*saved] if _VELOCITY + name in saved}
+        trained.module.load_state_dict(saved)
     for round in range(len(steps), rounds):
         fed.journal.report(phase, round, rounds)
         if watch.reached(steps):
             break
         job = replace(fed.job(tasks[round], trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
-        state, entry = ask(fed.engine, job, _average)
-        trained.module.load_state_dict(state, strict=True)
+        average, entry = ask(fed.engine, job, _average)
+        trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
         if watch.due(round, rounds):
             validation, evaluated = validation_accuracy(trained, fed, phase=phase)
@@ -364,7 +413,8 @@ def train_rounds(
                 )
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation, about[round]))
-        fed.journal.finish(steps[-1], trained.module.state_dict())
+        moving = {_VELOCITY + name: tensor for name, tensor in velocity.items()}
+        fed.journal.finish(steps[-1], {**trained.module.state_dict(), **moving})
     fed.journal.report(phase, rounds, rounds)
     return trained
 

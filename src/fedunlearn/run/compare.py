@@ -181,7 +181,9 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
             return Oracle(fresh, restored, True)
     kept = fed.keeping(exclude=experiment.forget, clients=experiment.holders())
     validate = recipe.train.validate_every if recipe.data.validation else 0
-    model = retrain(fresh, kept, recipe.training(), rounds=recipe.train.rounds, validate=validate)
+    model = retrain(
+        fresh, kept, recipe.training(), rounds=recipe.train.rounds, server=experiment.server(), validate=validate
+    )
     steps = fed.journal.steps("retrain")
     if cache is not None:
         cache.store(model.module, steps)

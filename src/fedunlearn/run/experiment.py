@@ -26,7 +26,7 @@ from fedunlearn.federation.jobs import ClientData, Engine
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
-from fedunlearn.federation.rounds import Federation, Repair, train_rounds
+from fedunlearn.federation.rounds import Federation, Repair, Server, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.recipe import ComputeTable, Recipe
 from fedunlearn.training.compute import Compute, own_device, workers_on
@@ -80,6 +80,10 @@ class Experiment:
         """Return the clients with ``journal`` as their record."""
         fed = self.recipe.federation
         return Federation(self.engine, journal, seed=fed.seed, participation=fed.participation)
+
+    def server(self) -> Server:
+        """Return what the server does while the original and the retrained models are trained."""
+        return Server(one_cycle, self.recipe.train.server_momentum)
 
     def ranking(self) -> Ranking:
         """Return how the recipe measures and ranks channels."""
@@ -288,7 +292,8 @@ def original_model(experiment: Experiment, fed: Federation) -> Classifier:
     if experiment.weights is not None:
         return experiment.model
     train = experiment.recipe.train
-    return train_rounds(experiment.model, fed, experiment.recipe.training(), rounds=train.rounds, schedule=one_cycle)
+    training, server = experiment.recipe.training(), experiment.server()
+    return train_rounds(experiment.model, fed, training, rounds=train.rounds, server=server)
 
 
 def unlearned_model(experiment: Experiment, original: Classifier, fed: Federation) -> Unlearned:

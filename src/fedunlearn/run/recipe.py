@@ -102,6 +102,7 @@ class TrainTable(_Table):
     momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     label_smoothing: Share = 0.0
+    server_momentum: Share = 0.0
     validate_every: Count = 1
     augment: tuple[Annotated[str, _among(AUGMENTATIONS)], ...] = ()
 
