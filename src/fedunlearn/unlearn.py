@@ -65,6 +65,15 @@ def unlearn(
         ModelError, PlanError: the model or the classes are not usable; nothing was asked of a client yet.
         FederationError: too few clients gave usable replies.
         RunError: the journal holds steps of another request.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> fed = fu.Federation(fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0)))
+        >>> net = fu.build_model("small-cnn", classes=10, colours=1)
+        >>> repair = fu.Repair(fu.Training(lr=0.05, local_epochs=0.1), rounds=1)
+        >>> fu.unlearn(net, fed, forget=9, cut=fu.Cut(0.2), repair=repair).model.labels
+        (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """
     original = whole_model(model, federation)
     wanted = forget_classes(forget, federation.engine.classes)

@@ -235,6 +235,14 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     Raises:
         PlanError: the plan was made for another architecture.
+
+    Example:
+        >>> from fedunlearn.channels.groups import find_channels
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> channels = find_channels(net, torch.rand(2, 1, 8, 8))
+        >>> plan = plan_pruning(channels, {"0": torch.tensor([0.1, 0.9, 0.3, 0.2])}, Cut(0.5))
+        >>> prune(net, plan)[0].weight.shape  # two of four filters are left
+        torch.Size([2, 1, 3, 3])
     """
     plan.check(model)
     pruned = copied(model)

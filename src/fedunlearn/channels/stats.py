@@ -41,6 +41,13 @@ class ChannelStats:
 
         Raises:
             DataError: layers or shapes differ.
+
+        Example:
+            >>> one = ChannelStats({"conv": torch.tensor([[2.0], [0.0]])}, torch.tensor([1, 0]))
+            >>> two = ChannelStats({"conv": torch.tensor([[4.0], [9.0]])}, torch.tensor([2, 3]))
+            >>> one.merge(two).means("conv")
+            tensor([[2.],
+                    [3.]])
         """
         if self.shapes() != other.shapes():
             raise DataError(f"statistics to merge must agree in layers and shapes: {self.shapes()}, {other.shapes()}")

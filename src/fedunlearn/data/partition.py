@@ -43,6 +43,12 @@ def partition(
 
     Raises:
         DataError: arguments out of range, or a client would be empty.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> {name: len(images) for name, images in fu.partition(train, by="iid", clients=3, seed=0).items()}
+        {'client-0': 480, 'client-1': 479, 'client-2': 479}
     """
     if by not in PARTITIONS:
         raise DataError(f"a partition must be one of {', '.join(PARTITIONS)}, got {by!r}")

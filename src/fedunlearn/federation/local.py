@@ -40,6 +40,13 @@ class LocalEngine:
         FederationError: fewer than two clients, an empty client, an entry of ``validation`` that is no client,
             or images that differ in shape, class names or normalisation.
         RecipeError: the rules ask for noise and OpenDP is not installed.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> engine = fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0))
+        >>> engine.clients, engine.shape, engine.classes
+        (('client-0', 'client-1', 'client-2'), (1, 8, 8), 10)
     """
 
     def __init__(
