@@ -35,8 +35,8 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Federation, Repair, Server, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import retrained_models
-from fedunlearn.run.experiment import prepare
+from fedunlearn.run.compare import RetrainedCache, retrained_models
+from fedunlearn.run.experiment import original_model, prepare, save_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import cost_blocks
 from fedunlearn.training.sgd import Training, one_cycle
@@ -772,3 +772,41 @@ def test_a_run_in_python_needs_the_engine_that_its_recipe_names(tmp_path, engine
     with pytest.raises(RecipeError, match=rf"federation.engine is '{engine}': give run\(\) the engine"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def kept_models(folder, recipe):
+    """Write the original and the retrained models of ``recipe`` as a benchmark keeps them."""
+    experiment = prepare(recipe)
+    folder.mkdir()
+    save_model(
+        folder / "original.safetensors", original_model(experiment, experiment.federation(Journal())), experiment
+    )
+    count = recipe.audit.oracles
+    for name, oracle in retrained_models(experiment, experiment.federation(Journal()), data="x", count=count).items():
+        RetrainedCache(folder / f"{name}.safetensors").store(oracle.model.module, oracle.steps)
+
+
+def test_kept_models_give_the_run_that_trained_them_and_are_not_trained_again(tmp_path):
+    path = str(write_set(tmp_path, oracles=3))
+    whole = run(load_recipe(path), tmp_path / "whole")
+    kept_models(tmp_path / "models", load_recipe(path))
+    models = [
+        f'audit.models="{tmp_path / "models"}"',
+        f'model.weights="{tmp_path / "models" / "original.safetensors"}"',
+    ]
+    again = run(load_recipe(path, models), tmp_path / "again")
+    for name in ("original", "pruned", "unlearned", "audits", "verdict", "controls"):
+        assert without_seconds(again[name]) == without_seconds(whole[name])
+    assert again["speedup"]["client_flops"] == whole["speedup"]["client_flops"]
+    assert again["cost"]["retrain"]["validation_unseen"]
+    assert ".retrain" not in (tmp_path / "again" / "rounds.jsonl").read_text()
+    other = run(load_recipe(path, [*models, "unlearn.seed=5"]), tmp_path / "other", command="unlearn")
+    assert other["original"] == whole["original"]
+    again, other = (tmp_path / name / "model.safetensors" for name in ("again", "other"))
+    assert again.read_bytes() != other.read_bytes()
+
+
+def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path)), [f'audit.models="{tmp_path}"', "train.rounds=1"])
+    with pytest.raises(RunError, match=r"retrained-1.safetensors: expected a retrained model with its rounds"):
+        run(recipe, tmp_path / "out")

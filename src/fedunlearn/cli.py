@@ -42,6 +42,7 @@ class Options:
     out: Path | None = None
     data: str | None = None
     weights: str | None = None
+    models: Path | None = None
     overrides: Sequence[str] | None = None
     precision: str | None = None
     engine: str | None = None
@@ -59,7 +60,8 @@ class Options:
         """Return the recipe with all that options override."""
         named = {
             "data.path": self.data,
-            "model.weights": self.weights,
+            "model.weights": self.weights if self.models is None else str(self.models / "original.safetensors"),
+            "audit.models": None if self.models is None else str(self.models),
             "federation.engine": self.engine,
             "compute.precision": self.precision,
         }
@@ -91,6 +93,11 @@ OPTIONS = {
         _option("out", Path | None, "Folder of the run, runs/RECIPE by default; the same command goes on with it."),
         _option("data", str | None, "Folder or file of the images; sets data.path."),
         _option("weights", str | None, "The trained model, .safetensors, .npz, .pt or .th; sets model.weights."),
+        _option(
+            "models",
+            Path | None,
+            "Folder with original.safetensors and retrained-SEED.safetensors that the recipe gave before: trains none.",
+        ),
         _option("overrides", list[str] | None, "table.key=value overrides a key of the recipe.", flag="--set"),
         _option(
             "precision", str | None, "float32 everywhere, bfloat16, or auto: what is faster; sets compute.precision."
@@ -144,7 +151,7 @@ def _version(
         raise typer.Exit
 
 
-@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "key", *_SHOWN)
+@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "models", "key", *_SHOWN)
 def run(options: Options) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
     _work("run", options)

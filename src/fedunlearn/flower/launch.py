@@ -26,7 +26,7 @@ from fedunlearn.flower.app import PATIENCE, PREFIX, built_by, held_by
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.messages import Context, Grid, Message, ServerApp
 from fedunlearn.run.experiment import read_data, share_out
-from fedunlearn.run.recipe import ON_FLOWER, Recipe
+from fedunlearn.run.recipe import ON_FLOWER, PATHS, Recipe
 from fedunlearn.training.compute import cores
 
 _NAME = "fedunlearn"
@@ -237,7 +237,7 @@ def _result(path: Path, recipe: Recipe) -> dict[str, Any] | None:
 def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | None, patience: float) -> Path:
     """Write the Flower app of the run."""
     value = recipe.model_dump(mode="json")
-    for table, name in (("data", "path"), ("model", "weights")):
+    for table, name in PATHS:
         if value[table][name]:
             value[table][name] = str(Path(value[table][name]).absolute())
     texts = {

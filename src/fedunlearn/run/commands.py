@@ -107,13 +107,13 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     result = {"forget": list(experiment.forget), "classes": list(test.classes), "engine": engine_block(experiment)}
     if command == "train":
         return result | {"original": evaluate(original, test, forget=experiment.forget)}
-    unlearned = unlearned_model(experiment, original, work.fed)
+    unlearned = unlearned_model(experiment, original, experiment.unlearning(work.fed))
     _save_unlearned(out, experiment, original, unlearned)
     events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))
     if command == "unlearn":
         return result | unlearned_blocks(experiment, original, unlearned)
     oracles = retrained_models(experiment, work.fed, data=work.data, count=experiment.recipe.audit.oracles)
-    beside = controls(experiment, original, unlearned, work.fed)
+    beside = controls(experiment, original, unlearned, experiment.unlearning(work.fed))
     findings = _audited(work, original, unlearned, oracles, beside)
     # Not before the thresholds are fixed: no test image has met the unlearned model until then.
     result |= unlearned_blocks(experiment, original, unlearned) | audit_blocks(experiment, oracles, beside, findings)

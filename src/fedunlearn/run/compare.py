@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import RunError
 from fedunlearn.federation.journal import Step
 from fedunlearn.federation.rounds import Federation
 from fedunlearn.files import cache_folder, write_tensors
@@ -174,6 +175,15 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
 def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
     recipe = experiment.recipe
     fresh = new_model(recipe, experiment.splits.train, seed=fed.seed)
+    if recipe.audit.models:
+        path = Path(recipe.audit.models) / f"retrained-{fed.seed}.safetensors"
+        known = RetrainedCache(path).restore(fresh.module)
+        if known is None:
+            raise RunError(
+                f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
+                "(audit.oracles), or leave audit.models out to retrain"
+            )
+        return Oracle(fresh, known, True)
     cache = RetrainedCache.of(recipe, experiment.forget, data, fed.seed)
     if cache is not None and not fed.journal.steps("retrain"):
         restored = cache.restore(fresh.module)

@@ -81,6 +81,11 @@ class Experiment:
         fed = self.recipe.federation
         return Federation(self.engine, journal, seed=fed.seed, participation=fed.participation)
 
+    def unlearning(self, fed: Federation) -> Federation:
+        """Return ``fed`` with the seed of unlearning, where the recipe gives it one of its own."""
+        seed = self.recipe.unlearn.seed
+        return fed if seed is None else replace(fed, seed=seed)
+
     def server(self) -> Server:
         """Return what the server does while the original and the retrained models are trained."""
         return Server(one_cycle, self.recipe.train.server_momentum)

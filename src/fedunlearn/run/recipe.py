@@ -27,6 +27,7 @@ from fedunlearn.version import __version__
 
 _RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
 _VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
+PATHS = (("data", "path"), ("model", "weights"), ("audit", "models"))  # keys that name places on disk
 # name -> (file in recipes/, model.name where the file leaves it open)
 SHIPPED: dict[str, tuple[str, str | None]] = {
     "digits": ("digits", None),
@@ -127,6 +128,7 @@ class UnlearnTable(_Table):
     local_epochs: Positive = 1.0
     lr: Positive = 0.05
     target: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None  # that of the federation where None
 
 
 class PrivacyTable(_Table):
@@ -154,9 +156,13 @@ ON_FLOWER = ComputeTable(precision="float32")
 
 
 class AuditTable(_Table):
-    """How forgetting is judged: retrained models, images of each class for probes, rate of relearning."""
+    """How forgetting is judged: retrained models, images of each class for probes, rate of relearning.
+
+    ``models``: a folder with retrained models that this recipe gave before, and its original.
+    """
 
     oracles: Annotated[int, Field(ge=0)] = 3
+    models: str = ""
     images: Annotated[int, Field(ge=10)] = 500
     lr: Positive = 0.05
 
@@ -274,7 +280,7 @@ def run_header(command: str, recipe: Mapping[str, Any], data: str) -> dict[str, 
 def portable_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Return the recipe as JSON values, its paths relative to ``out``."""
     value: dict[str, Any] = recipe.model_dump(mode="json")
-    for table, key in (("data", "path"), ("model", "weights")):
+    for table, key in PATHS:
         if value[table][key]:
             value[table][key] = os.path.relpath(value[table][key], out)
     return value

@@ -88,7 +88,9 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
         return {}
     first = next(iter(oracles.values()))
     # Weights from elsewhere may have been trained on what is validation data here.
-    retraining = cost_until(first.steps, reached) | {"validation_unseen": experiment.weights is None}
+    retraining = cost_until(first.steps, reached) | {
+        "validation_unseen": experiment.weights is None or bool(experiment.recipe.audit.models)
+    }
     ratios = speedup(result["cost"]["unlearn"], retraining)
     if first.cached:  # seconds of another day, perhaps of another machine
         ratios.pop("client_seconds", None)
