@@ -1,8 +1,11 @@
-"""The models of the paper's cells: python -m benchmarks.cells RECIPE --data DIR --work DIR trains what is missing.
+"""The paper's cells: python -m benchmarks.cells train|unlearn RECIPE --data DIR --work DIR.
 
-For one recipe (``cifar10-resnet20`` and the like): an original and models retrained without the class, seeds 1 to
-``--retrained``, each from fresh weights by the recipe. Finished models are written into ``benchmarks/models/RECIPE``
-with the rounds they took; a killed call goes on from its last finished round. ``--work`` holds what is not kept.
+``train`` makes the models of one recipe (``cifar10-resnet20`` and the like): an original, and models retrained without
+the class, seeds 1 to ``--retrained``, each from fresh weights. Finished models are written into
+``benchmarks/models/RECIPE`` with the rounds they took; a killed call goes on from its last finished round.
+
+``unlearn`` takes these models and makes the original forget, audited beside the retrained ones, for each setting in
+``SETTINGS`` and three seeds; results are written into ``benchmarks/cells``. ``--work`` holds what is not kept.
 """
 
 from __future__ import annotations
@@ -10,42 +13,86 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.federation.journal import Journal
+from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache, retrained_models
 from fedunlearn.run.experiment import Experiment, fingerprint, original_model, prepare, save_model
-from fedunlearn.run.recipe import load_recipe, portable_recipe
+from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread
 
-MODELS = Path(__file__).parent / "models"
+MODELS, CELLS = (Path(__file__).parent / name for name in ("models", "cells"))
+SEEDS = (0, 1, 2)
+# The paper's own settings (its hook, its share of channels), its ranking by the recipe's settings, and ours.
+SETTINGS = {
+    "tf_idf-paper": ("unlearn.criterion=tf_idf", "unlearn.hook=convolution"),
+    "tf_idf": ("unlearn.criterion=tf_idf",),
+    "contrast": ("unlearn.criterion=contrast",),
+}
+PAPER_FRACTION = {"cifar10-resnet20": 0.05, "cifar10-vgg11": 0.1, "cifar100-resnet20": 0.1, "cifar100-vgg11": 0.15}
 
 
 def main() -> None:
-    """Train what is missing and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Do what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("train", "unlearn"))
     parser.add_argument("recipe")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--retrained", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="clients at work side by side; as many as cores where 0")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
     asked = parser.parse_args()
     settings = ["compute.precision=float32", f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
-    experiment = prepare(load_recipe(asked.recipe, [*asked.overrides, *settings]))
-    folder = MODELS / asked.recipe
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = portable_recipe(experiment.recipe, folder) | {"compute": {"precision": "float32"}}
-    recipe["data"]["path"] = ""
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
     with one_torch_thread():
-        _original(experiment, folder, asked.work)
-        data = fingerprint(experiment.splits)
-        for seed in range(1, asked.retrained + 1):
-            _retrained(experiment, folder, asked.work, seed=seed, data=data)
+        if asked.step == "train":
+            train(asked.recipe, settings, asked.work, asked.retrained)
+        else:
+            unlearn(asked.recipe, [*settings, f"audit.oracles={asked.retrained}"], asked.work)
+
+
+def train(recipe: str, settings: Sequence[str], work: Path, retrained: int) -> None:
+    """Train the models of ``recipe`` that are missing."""
+    experiment = prepare(load_recipe(recipe, settings))
+    folder = MODELS / recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    value = experiment.recipe.model_dump(mode="json")
+    value["data"]["path"] = ""
+    (folder / "recipe.json").write_text(json.dumps(value, indent=1) + "\n")
+    _original(experiment, folder, work)
+    data = fingerprint(experiment.splits)
+    for seed in range(1, retrained + 1):
+        _retrained(experiment, folder, work, seed=seed, data=data)
+
+
+def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
+    """Make the original of ``recipe`` forget, in every setting and with every seed that is missing."""
+    folder = MODELS / recipe
+    models = [f'audit.models="{folder}"', f'model.weights="{folder / "original.safetensors"}"']
+    for name, changes in SETTINGS.items():
+        paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == "tf_idf-paper" else []
+        for seed in SEEDS:
+            path = CELLS / f"{recipe}-{name}-seed{seed}.json"
+            if path.exists():
+                continue
+            chosen = load_recipe(recipe, [*settings, *models, *changes, *paper, f"unlearn.seed={seed}"])
+            out = work / path.stem
+            result = run(chosen, out, observe=_observer(path.stem))
+            figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
+            result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
+            result["recipe"]["audit"]["models"] = ""
+            CELLS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(result | {"figures": figures}, indent=1) + "\n")
+            accuracy = result["unlearned"]["accuracy"]
+            _say(
+                path.stem,
+                f"U {accuracy['forget_row_kept']:.4f}, R {accuracy['retain']:.4f}, "
+                f"{result.get('speedup', {}).get('client_flops', 0):.1f}x, {result['verdict']}",
+            )
 
 
 def _original(experiment: Experiment, folder: Path, work: Path) -> None:
