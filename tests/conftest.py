@@ -24,6 +24,8 @@ torch.set_num_threads(1)
 # A machine at work on something else is slow, not wrong; pytest-timeout ends what hangs.
 settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("patient")
+# Of the properties that change bytes and messages at random: a few in the suite, ten thousand by hand.
+EXAMPLES = int(os.environ.get("FEDUNLEARN_EXAMPLES", "100"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from conftest import EXAMPLES
 from fedunlearn.console import describe
 from fedunlearn.data.folders import read_pictures
 from fedunlearn.data.readers import read_folder
@@ -24,8 +25,6 @@ from fedunlearn.run.experiment import class_numbers, prepare
 from fedunlearn.run.recipe import Recipe
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-# Mutated bytes: 200 examples in the suite. By hand: FEDUNLEARN_EXAMPLES=10000 pytest tests/test_folders.py
-EXAMPLES = int(os.environ.get("FEDUNLEARN_EXAMPLES", "200"))
 
 
 CAT = ("cat", "dog", "ship")

@@ -296,6 +296,8 @@ def test_a_plan_for_another_model_is_refused(net):
         prune(make_net(colours=3), plan)
     with pytest.raises(PlanError, match=r"the plan is for 0.weight of shape .* the model has None"):
         prune(nn.Sequential(nn.Flatten()), plan)
+    with pytest.raises(PlanError, match=r"keeps positions of '', whose shape it does not tell: it was changed"):
+        prune(net, PruningPlan({}, {"": {}}))
 
 
 @pytest.mark.parametrize("rows", [[], [0, 9], [-1, 2], [2, 1], [1, 1]])

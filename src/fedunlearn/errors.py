@@ -15,8 +15,16 @@ Every message says what was expected, what came, where, and what to do.
 """
 
 
+def printable(text: str) -> str:
+    """Return ``text`` as one line that a terminal shows as it is."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 class FedUnlearnError(Exception):
-    """Base of every error that fedunlearn raises on purpose."""
+    """Base of every error that fedunlearn raises on purpose: one line, whatever names of files or fields it quotes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class DataError(FedUnlearnError):

@@ -82,7 +82,7 @@ class PruningPlan:
         """Refuse a model that the plan was not made for.
 
         Raises:
-            PlanError: a tensor is missing, has another shape, or a kept position is not one of its own.
+            PlanError: a tensor is missing, has another or no shape, or a kept position is not one of its own.
         """
         state = model.state_dict()
         for name, shape in self.shapes.items():
@@ -92,8 +92,10 @@ class PruningPlan:
                     f"the plan is for {name} of shape {shape}, the model has {found}: another architecture?"
                 )
         for name, axes in self.kept.items():
+            if name not in self.shapes:
+                raise PlanError(f"the plan keeps positions of {name!r}, whose shape it does not tell: it was changed")
             for axis, rows in axes.items():
-                size = self.shapes.get(name, ())[axis : axis + 1]
+                size = self.shapes[name][axis : axis + 1]
                 if not rows or not size or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < size[0]:
                     raise PlanError(
                         f"the plan keeps positions of {name} (axis {axis}) that are not ascending within it"

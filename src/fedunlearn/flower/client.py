@@ -33,6 +33,7 @@ from fedunlearn.flower.messages import (
     encode_reply,
     one_line,
     rebuild,
+    sent_job,
     to_arrays,
     to_tensors,
 )
@@ -78,12 +79,11 @@ def add_secure_measure(
 
     @app.train(secure.ACTION, mods=[secure.secure_mod])
     def measure(message: Message, context: Context) -> Message:
-        received = decode_job(
-            to_tensors(message.content.array_records[ARRAYS]), str(message.content.config_records[OWN]["job"])
-        )
+        tensors, text = sent_job(message)
+        received = decode_job(tensors, text)
         if not isinstance(received.task, Measure):
             raise FederationError(f"expected a measure job under secure aggregation, got {received.task.kind}")
-        reply = _handled(message, context, received, build_model, load_images(context), rules(context))
+        reply = _handled(context, received, tensors, build_model, load_images(context), rules(context))
         if reply.error is not None:
             raise FederationError(reply.error)  # drops out of the sum
         return secure.answer(dict(reply.tensors), message)
@@ -173,9 +173,9 @@ def _answer(
             "std": list(data.train.std),
         }
         return Message(RecordDict({OWN: ConfigRecord(about)}), reply_to=message)
-    text = str(own["job"])
+    text = ""
     try:
-        tensors = to_tensors(message.content.array_records[ARRAYS])
+        tensors, text = sent_job(message)
         received = decode_job(tensors, text)
         if train is not None and isinstance(received.task, Train):
             enough(data.train.without(received.task.exclude), rules)
@@ -183,7 +183,7 @@ def _answer(
         elif secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
         else:
-            reply = _handled(message, context, received, build_model, data, rules)
+            reply = _handled(context, received, tensors, build_model, data, rules)
     except FedUnlearnError as error:
         reply = Reply(data.client, error=str(error))
     arrays, line = encode_reply(reply, digest_of(text))
@@ -194,15 +194,14 @@ def _answer(
 
 
 def _handled(
-    message: Message,
     context: Context,
     received: Received,
+    tensors: Mapping[str, Tensor],
     build_model: BuildModel,
     data: ClientData,
     rules: Privacy,
 ) -> Reply:
     """Return the reply of this client's own model with the weights that came."""
-    tensors = to_tensors(message.content.array_records[ARRAYS])
     model = rebuild(received, tensors, Classifier(build_model(context), data.train.shape))
     with one_torch_thread():
         return handle(received.job(model), FLOAT32.placed(model.module), data, rules)

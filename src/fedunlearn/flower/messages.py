@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier, PruningPlan
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, printable
 from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
 
 try:
@@ -48,6 +48,7 @@ __all__ = [
     "exchange",
     "one_line",
     "rebuild",
+    "sent_job",
     "spec_of",
     "to_arrays",
     "to_tensors",
@@ -99,6 +100,20 @@ def encode_job(job: Job) -> tuple[dict[str, Tensor], str]:
     about = {"phase": job.phase, "round": job.round, "seed": job.seed, "plan": plan, "spec": spec_of(plan, tensors)}
     message = _JobMessage.model_validate({"schema": _SCHEMA, "task": job.task, **about})
     return tensors, message.model_dump_json(by_alias=True)
+
+
+def sent_job(message: Message) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors and the line of JSON that ``encode_job`` made of a job.
+
+    Raises:
+        FederationError: the message holds none.
+    """
+    try:
+        own = message.content.config_records[OWN]
+        return to_tensors(message.content.array_records[ARRAYS]), str(own["job"])
+    except Exception as error:  # another process wrote this, anything may be in it
+        why = f"the message holds no job that can be read ({type(error).__name__}: {error})"
+        raise FederationError(one_line(why)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +220,7 @@ def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, diges
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the message"
-        return Reply(client, error=f"it sent no reply that can be read ({where}: {first['msg']})")
+        return Reply(client, error=one_line(f"it sent no reply that can be read ({where}: {first['msg']})"))
     if answer.client != client:
         return Reply(client, error=one_line(f"it answered in the name of {answer.client!r}"))
     if answer.job != digest:
@@ -216,7 +231,7 @@ def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, diges
 
 def one_line(text: str) -> str:
     """Return what another process says in one printable line that fits a log."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    shown = printable(text)
     return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " ..."
 
 
