@@ -208,7 +208,7 @@ def test_a_client_answers_a_message_of_any_kind_in_one_line(data):
 
 def test_a_message_without_a_job_is_told_so():
     Loopback({})
-    with pytest.raises(FederationError, match=r"the message holds no job that can be read \(KeyError: 'job'\)"):
+    with pytest.raises(FederationError, match=r"the message holds no job that can be read \(KeyError: 'arrays'\)"):
         sent_job(Message(RecordDict({OWN: ConfigRecord({})}), 1, "train"))
 
 
