@@ -307,11 +307,19 @@ def test_a_plan_that_keeps_impossible_positions_is_refused(net, rows):
         prune(net, plan)
 
 
+PLAN = {"schema": 1, "shapes": {}, "kept": {}, "pruned": {}, "left_out": {}}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("not json", "expected a pruning plan as JSON"),
         ("[]", "expected a pruning plan as JSON"),
+        ("[" * 100_000, "expected a pruning plan as JSON, but RecursionError"),
+        *(
+            (json.dumps(PLAN | {"shapes": {"0.weight": [size]}}), f"ValueError: {size!r} is no whole number")
+            for size in (1.5, True, -1, float("inf"))
+        ),
         (json.dumps({"schema": 9}), "expected a pruning plan of schema 1, got 9"),
     ],
 )

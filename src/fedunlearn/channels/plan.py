@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.arguments import is_number
+from fedunlearn.arguments import is_number, is_whole
 from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
@@ -67,15 +67,15 @@ class PruningPlan:
             if value["schema"] != _SCHEMA:
                 raise PlanError(f"expected a pruning plan of schema {_SCHEMA}, got {value['schema']!r}")
             return PruningPlan(
-                {name: tuple(int(n) for n in shape) for name, shape in value["shapes"].items()},
+                {name: _whole(shape) for name, shape in value["shapes"].items()},
                 {
-                    name: {int(axis): tuple(int(i) for i in rows) for axis, rows in axes.items()}
+                    name: {int(axis): _whole(rows) for axis, rows in axes.items()}
                     for name, axes in value["kept"].items()
                 },
-                {layer: tuple(int(c) for c in channels) for layer, channels in value["pruned"].items()},
+                {layer: _whole(channels) for layer, channels in value["pruned"].items()},
                 {layer: str(reason) for layer, reason in value["left_out"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"expected a pruning plan as JSON, but {type(error).__name__}: {error}") from error
 
     def check(self, model: nn.Module) -> None:
@@ -117,6 +117,13 @@ class PruningPlan:
             original = channels if staying is None else tuple(staying[c] for c in channels)
             pruned[layer] = tuple(sorted((*pruned.get(layer, ()), *original)))
         return PruningPlan(shapes, kept, pruned, {**self.left_out, **later.left_out})
+
+
+def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
+    for number in numbers:
+        if not is_whole(number, 0):
+            raise ValueError(f"{number!r} is no whole number of at least 0")
+    return tuple(numbers)
 
 
 @dataclass(frozen=True, eq=False)
