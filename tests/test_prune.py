@@ -222,6 +222,21 @@ def test_concatenated_branches_are_followed():
     torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
 
 
+def test_batch_normalisation_without_weights_loses_its_statistics():
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(8, affine=False)]
+    net = make_net()
+    net[1], net[4] = norms
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    plan = plan_for(net, fraction=0.5)
+    sliced = prune(net, plan)
+    assert (sliced[1].num_features, sliced[4].num_features) == (3, 4)
+    assert sliced[1].running_var.equal(norms[0].running_var[list(plan.kept["1.running_var"][0])])
+    torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -80,8 +80,10 @@ def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     for group in groups:
         halves = [0.0, 0.0]
         for member in group.members:
+            if member.axis == 0:  # what makes the channels; batch normalisation may have no weight at all
+                continue
             weight = net.get_parameter(f"{member.module}.weight")
-            if member.axis == 1 and weight.grad is not None:
+            if weight.grad is not None:
                 flow = (weight.detach() * weight.grad).transpose(0, 1).flatten(1).abs().sum(1)
                 for half in (0, 1):
                     halves[half] += float(flow[member.of(_removed(group, half), group.width)].sum())
@@ -115,8 +117,9 @@ def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn
                 if module.running_mean is not None and module.running_var is not None:
                     module.running_mean.zero_()
                     module.running_var.fill_(1)
-                if module.affine:
-                    _ = module.weight.copy_(0.75 + 0.25 * normal(module.weight).tanh())
+                scale = module.weight if module.affine else module.running_var  # what tells its channels apart
+                if scale is not None:
+                    _ = scale.copy_(0.75 + 0.25 * normal(scale).tanh())
             if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
                 level = 0.1 * normal(bias)
                 bias.copy_(level.abs() if positive else level)
