@@ -19,7 +19,7 @@ from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.partition import partition
-from fedunlearn.errors import FederationError, ModelError
+from fedunlearn.errors import ModelError
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Federation, Repair, reestimate, train_rounds
@@ -29,7 +29,7 @@ from fedunlearn.run import result
 from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_sums
-from fedunlearn.training.sgd import Training
+from fedunlearn.training.sgd import Training, train_locally
 from fedunlearn.unlearn import unlearn
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -233,6 +233,11 @@ def test_the_seed_of_the_federation_draws_the_random_scores():
 # Parts called twice, shared, or not run
 
 
+def test_a_model_that_changes_what_a_gradient_needs_is_refused_in_one_line():
+    with pytest.raises(ModelError, match=r"autograd cannot go back .*inplace operation.*: .* change nothing in place"):
+        find_channels(Mixing(lambda maps: maps.add_(0.1)), EXAMPLE)
+
+
 class Again(nn.Module):
     """The second convolution twice, its channels going into itself."""
 
@@ -249,6 +254,13 @@ def test_a_layer_that_is_called_twice_is_left_out_by_name():
     channels = find_channels(Again(), EXAMPLE)
     assert list(channels.taps) == ["c3"]
     assert "c2, where it is read, is called 2 times in a pass" in channels.left_out["c1"]
+    own = Again()
+    own.c3 = nn.Identity()
+    own.fc = nn.Linear(8, 3)
+    with pytest.raises(
+        ModelError, match=r"no convolution .*c1: c2, where it is read.*a module of its own for each call"
+    ):
+        find_channels(own, EXAMPLE)
     batch = (EXAMPLE, torch.tensor([0, 1]))
     with pytest.raises(ModelError, match=r"c2 is called more than once in a pass.*channels of c1 cannot be read"):
         measure_channels(Again(), [batch], taps={"c1": Tap("c2", "input", 0, 8)}, classes=3)
@@ -375,8 +387,18 @@ def test_a_frozen_model_can_be_cut_but_not_repaired():
     net = Mixing().requires_grad_(False)
     plan = plan_pruning(find_channels(net, EXAMPLE), {"c1": torch.ones(8)}, Cut(0.25))
     assert plan.pruned["c1"] == (0, 1)
-    with pytest.raises(FederationError, match=r"every weight of the model is frozen \(requires_grad=False\)"):
-        train_rounds(classifier(net), federation(), Training(lr=0.1), rounds=1)
+    asked, fed = [], federation()
+    fed.engine.run = asked.append
+    for repair in (
+        lambda: train_rounds(classifier(net), fed, Training(lr=0.1), rounds=1),
+        lambda: forgotten(net, fed),
+        lambda: train_locally(net, make_images(), Training(lr=0.1), lr=0.1, draw=generator(0, "test")),
+    ):
+        with pytest.raises(ModelError, match=r"every weight of the model is frozen \(requires_grad=False\)"):
+            repair()
+    assert asked == []
+    done = forgotten(net, repair=Repair(Training(lr=0.1), rounds=0))
+    assert done.model.labels == (0, 1)
 
 
 class Cutting(Mixing):

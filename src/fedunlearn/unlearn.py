@@ -13,6 +13,7 @@ from fedunlearn.federation.about import asked
 from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds, whole_model
+from fedunlearn.training.sgd import check_trainable
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ def unlearn(
         (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """
     original = whole_model(model, federation)
+    if repair.rounds:
+        check_trainable(original.module)
     wanted = forget_classes(forget, federation.engine.classes)
     request = asked(forget=wanted, **vars(rank), cut=cut, repair=repair, jointly=jointly)
     federation = replace(federation, request=request)

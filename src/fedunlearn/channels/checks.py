@@ -92,7 +92,7 @@ def forward(model: nn.Module, images: Tensor, *, training: bool = False) -> Tens
             output: object = model(images.clone())
     except Exception as error:  # the user's own code can fail in any way
         raise ModelError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])}: {_line(error)}; "
+            f"the model cannot take images of shape {tuple(images.shape[1:])}: {first_line(error)}; "
             "choose another model or size"
         ) from error
     finally:
@@ -107,7 +107,7 @@ def forward(model: nn.Module, images: Tensor, *, training: bool = False) -> Tens
     return output
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return what ``error`` says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

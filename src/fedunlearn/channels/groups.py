@@ -105,7 +105,10 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
             left_out |= dict.fromkeys(group.layers, reason)
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ModelError(f"no convolution of the model can lose channels ({reasons}); use plain or 1x1 shortcuts")
+        raise ModelError(
+            f"no convolution of the model can lose channels ({reasons}): take away the reason of one of them, for "
+            "example by a plain or 1x1 shortcut, or by a module of its own for each call"
+        )
     read = {layer for group in usable for layer in group.layers}
     taps = rectified(trial, {name: tap for name, tap in taps.items() if name in read}, example)
     return Channels(model, tuple(usable), taps, left_out)

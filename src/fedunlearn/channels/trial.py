@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.channels.checks import example_images, forward
+from fedunlearn.channels.checks import example_images, first_line, forward
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.slicing import combine, parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group, Member
@@ -73,7 +73,8 @@ def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
             torch.autograd.backward((weights * logits).sum())
     except RuntimeError as error:
         raise ModelError(
-            f"autograd cannot go back through the model: {error}; return logits that torch made"
+            f"autograd cannot go back through the model ({first_line(error)}): return logits that torch made, and "
+            "change nothing in place that a gradient needs"
         ) from error
     scale = float(logits.detach().abs().max())
     moved = {}

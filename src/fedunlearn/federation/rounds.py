@@ -20,7 +20,7 @@ from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, fit_batch_norm
-from fedunlearn.training.sgd import Training, constant
+from fedunlearn.training.sgd import Training, check_trainable, constant
 
 _logger = logging.getLogger(__name__)
 _CROWD = 3  # of two clients, one may well hold most images
@@ -366,7 +366,7 @@ def train_rounds(
         watch: when to measure on validation images, and to stop.
 
     Raises:
-        ModelError: the model cannot be trained: it lacks a row of a class, say, or its weights are not finite.
+        ModelError: the model cannot be trained: it lacks a row of a class, say, or all its weights are frozen.
         RecipeError: ``training`` is none, or ``rounds`` no number of rounds.
         FederationError: too few usable replies, or no validation images where they are needed.
 
@@ -383,6 +383,8 @@ def train_rounds(
         raise RecipeError(f"train_rounds(training) must be a Training, such as Training(lr=0.1), got {training!r}")
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
+    if rounds:
+        check_trainable(trained.module)
     tasks = [
         Train(training=training, lr=training.lr * server.schedule(round, rounds), exclude=fed.exclude)
         for round in range(rounds)

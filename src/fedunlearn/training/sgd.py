@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from fedunlearn.arguments import is_number, is_whole
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import FederationError, RecipeError
+from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
 
 _WARM_UP = 0.2
@@ -139,6 +139,19 @@ class Sgd:
             parameter.grad = None
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model of which no weight may change.
+
+    Raises:
+        ModelError: every weight is frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            "every weight of the model is frozen (requires_grad=False), so that there is nothing to train: "
+            "set requires_grad on those that may change, or ask for no rounds"
+        )
+
+
 def train_locally(
     model: nn.Module,
     images: LabelledImages,
@@ -159,13 +172,10 @@ def train_locally(
         compute: precision and memory format; the model is in that format already.
 
     Raises:
-        FederationError: the loss became NaN or infinite, or every weight is frozen.
+        FederationError: the loss became NaN or infinite.
+        ModelError: every weight is frozen.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise FederationError(
-            "every weight of the model is frozen (requires_grad=False), so that there is nothing to train: "
-            "set requires_grad on those that may change, or ask for no rounds"
-        )
+    check_trainable(model)
     device = next(model.parameters()).device
     optimiser = Sgd(
         model.parameters(),
