@@ -33,6 +33,7 @@ from fedunlearn.flower.messages import (
     digest_of,
     encode_job,
     exchange,
+    failure,
     one_line,
     to_arrays,
     to_tensors,
@@ -40,15 +41,6 @@ from fedunlearn.flower.messages import (
 
 _logger = logging.getLogger(__name__)
 _LATE = 60.0  # seconds that a client which joins later may take to introduce itself: each job waits for it
-
-# What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
-_ERRORS = {
-    3: "it gave no answer before its message expired",
-    5: "it is no longer connected",
-    1: "its app cannot be loaded: {reason}",
-    2: "its app failed: {reason}",
-    8: "its process ended in the middle of the job",
-}
 
 
 class FlowerEngine:
@@ -146,13 +138,14 @@ class FlowerEngine:
         from fedunlearn.flower.secure import secure_sum  # imports Flower's older interface
 
         expected = job.task.layout(job.model)
-        sums, nodes = secure_sum(self._grid, sorted(asked.values()), content, list(expected), deadline=self._deadline)
+        sums, lost = secure_sum(self._grid, asked, content, list(expected), deadline=self._deadline)
         for name in ("counts", "held"):
             sums[name] = sums[name].round().long()
-        inside = tuple(name for name in names if asked.get(name) in nodes)
+        lost |= dict.fromkeys([name for name in names if name not in asked], "it is not connected")
+        inside = tuple(name for name in names if name not in lost)
         total = int(sums["counts"].sum())
-        lost = [Reply(name, error="it is not in the secure sum") for name in names if name not in inside]
-        return [Reply(SUM, sums, total, total, members=inside), *lost]
+        without = [Reply(name, error=f"it is not in the secure sum: {why}") for name, why in sorted(lost.items())]
+        return [Reply(SUM, sums, total, total, members=inside), *without]
 
     def _wait(self, wanted: int, patience: float) -> None:
         """Wait until ``wanted`` clients are there, or ``patience`` is over and half of them are."""
@@ -253,16 +246,11 @@ def _own_record(message: Message | None) -> Mapping[str, Any]:
     """Return our record of an answer, or one that says why there is none."""
     if message is None:
         return {"error": "it gave no answer"}
-    if message.has_error():
-        code, reason = message.error.code, _last_line(message.error.reason)
-        return {"error": _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)}
+    why = failure(message)
+    if why is not None:
+        return {"error": why}
     record: Mapping[str, Any] = message.content.config_records[OWN]
     return record
-
-
-def _last_line(text: str | None) -> str:
-    lines = [line.strip() for line in (text or "no reason given").splitlines() if line.strip()]
-    return lines[-1]
 
 
 def _integers(values: Any) -> list[int]:

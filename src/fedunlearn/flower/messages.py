@@ -46,6 +46,7 @@ __all__ = [
     "encode_job",
     "encode_reply",
     "exchange",
+    "failure",
     "one_line",
     "rebuild",
     "sent_job",
@@ -62,6 +63,15 @@ JOB = "train"
 ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
 POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 _LONGEST_POLL = 3.0
+
+# What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
+_ERRORS = {
+    3: "it gave no answer before its message expired",
+    5: "it is no longer connected",
+    1: "its app cannot be loaded: {reason}",
+    2: "its app failed: {reason}",
+    8: "its process ended in the middle of the job",
+}
 
 
 class _JobMessage(BaseModel):
@@ -233,6 +243,15 @@ def one_line(text: str) -> str:
     """Return what another process says in one printable line that fits a log."""
     shown = printable(text)
     return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " ..."
+
+
+def failure(message: Message) -> str | None:
+    """Return what went wrong, where Flower answers in the place of an app; None where the app does."""
+    if not message.has_error():
+        return None
+    lines = [line.strip() for line in (message.error.reason or "no reason given").splitlines() if line.strip()]
+    code, reason = message.error.code, one_line(lines[-1])
+    return _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)
 
 
 def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[int, Message]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,7 @@ from fedunlearn.flower.messages import (
     MetricRecord,
     RecordDict,
     exchange,
+    failure,
     to_arrays,
     to_tensors,
 )
@@ -52,6 +53,7 @@ _TARGET, _CLIP, _MODULUS = 2**BITS, float(2 ** (BITS - 1)), 2**48
 _LARGEST = 2.0 ** (BITS * LIMBS - FRACTION - 1)
 _CONFIGS, _STATE, _SUMS = "secaggplus_configs", "secaggplus_state", "sums"
 _LEAST = 3
+_SILENT = "its answer was not used"
 
 Handler = Callable[[Message, Context], Message]
 Masks = Callable[[bytes, int, Sequence[tuple[int, ...]]], list[np.ndarray[Any, Any]]]
@@ -152,23 +154,24 @@ def _numbers(value: Any) -> Iterable[int]:
 
 
 def secure_sum(
-    grid: Grid, nodes: Sequence[int], content: RecordDict, names: Sequence[str], *, deadline: float
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the sum of what ``nodes`` answer to ``content``, and the nodes that are in it.
+    grid: Grid, clients: Mapping[str, int], content: RecordDict, names: Sequence[str], *, deadline: float
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the sum of what ``clients`` answer to ``content``, and client to why it is not in it.
 
-    All but ``max(3, nodes // 2 + 1)`` nodes may fail, all stages taken together. The error of each sum is at most
-    ``nodes * 2^-(FRACTION + 1)``.
+    All but ``max(3, clients // 2 + 1)`` clients may fail, all stages taken together. The error of each sum is at most
+    ``clients * 2^-(FRACTION + 1)``.
 
     Args:
         grid: of the server.
-        nodes: at least three.
+        clients: name to node, at least three.
         content: the job.
         names: of the arrays that are expected.
         deadline: seconds for each of the four stages.
 
     Raises:
-        FederationError: too few nodes, or too few were left.
+        FederationError: too few clients, or too few were left; with what each of the others said.
     """
+    nodes = sorted(clients.values())
     threshold = _threshold(len(nodes))
     if len(nodes) < _LEAST:
         raise FederationError(
@@ -185,28 +188,37 @@ def secure_sum(
     )
     workflow.content = content
     strategy = _Sum(nodes)
+    measuring = _AsMeasure(grid)
+
+    def said() -> str:
+        return "".join(
+            f"; {name}: {measuring.failed[node]}" for name, node in clients.items() if node in measuring.failed
+        )
+
     # The workflow keeps its round in a context; one of its own leaves that of the run alone.
     record = RecordDict({"config": ConfigRecord({"current_round": 1}), "parameters": ArrayRecord()})
     context = LegacyContext(Context(0, 0, {}, record, {}), strategy=strategy, client_manager=SimpleClientManager())
     try:
         with _strong_masks("flwr.server.workflow.secure_aggregation.secaggplus_workflow"):
-            workflow(_AsMeasure(grid), context)  # type: ignore[arg-type]  # it sends and receives, no more
+            workflow(measuring, context)  # type: ignore[arg-type]  # it sends and receives, no more
     except Exception as error:  # the workflow trusts what clients send
         raise FederationError(
             f"secure aggregation failed: a client's answer does not fit ({type(error).__name__}: {error}); "
-            "nobody can tell whose, so leave clients out of the federation in turn"
+            f"nobody can tell whose, so leave clients out of the federation in turn{said()}"
         ) from error
     if strategy.means is None:
         raise FederationError(
-            f"secure aggregation failed: fewer than {threshold} of {len(nodes)} clients went through all its stages"
+            f"secure aggregation failed: fewer than {threshold} of {len(nodes)} clients went through all its "
+            f"stages{said()}"
         )
     limbs = [strategy.means[i : i + LIMBS] for i in range(0, len(strategy.means), LIMBS)]
     if len(limbs) != len(names):
         raise FederationError(
             f"secure aggregation gave {len(limbs)} arrays, expected {len(names)}: build the same model at all clients"
         )
+    lost = {name: measuring.failed.get(node, _SILENT) for name, node in clients.items() if node not in strategy.nodes}
     sums = {name: torch.from_numpy(decode(own, len(strategy.nodes))) for name, own in zip(sorted(names), limbs)}
-    return sums, strategy.nodes
+    return sums, lost
 
 
 def answer(tensors: dict[str, Tensor], message: Message) -> Message:
@@ -219,6 +231,7 @@ class _AsMeasure:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.failed: dict[int, str] = {}  # node to why it gave no answer, the first time that it gave none
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float) -> list[Message]:
         """Send messages and return the answers that came in time."""
@@ -226,7 +239,12 @@ class _AsMeasure:
         for message in messages:
             message.metadata.message_type = MESSAGE
             message.metadata.ttl = timeout
-        return list(exchange(self._grid, messages, timeout).values())
+        answers = exchange(self._grid, messages, timeout)
+        for node in (message.metadata.dst_node_id for message in messages):
+            why = failure(answers[node]) if node in answers else f"it gave no answer within {timeout:g} s"
+            if why is not None:
+                self.failed.setdefault(node, why)
+        return list(answers.values())
 
 
 class _Sum(FedAvg):
