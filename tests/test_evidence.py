@@ -290,6 +290,19 @@ def test_figures_left_out_are_found_though_signed_by_the_operator(copied, signed
     assert "audits/unlearned.json lacks probe, which the retrained models have" in problems(folder, key)
 
 
+def test_a_figure_that_the_verifier_does_not_know_is_named_in_one_line(copied, signed):
+    folder, key = copied
+    result = json.loads((folder / "result.json").read_text())
+    for name in ("unlearned", *result["oracles"], *result["controls"]):
+        path = folder / "audits" / f"{name}.json"
+        value = json.loads(path.read_text())
+        value["figures"]["doubt"] = {"value": 0.5, "error": 0.0}
+        path.write_text(json.dumps(value))
+    again(folder, signed)
+    _, found = problems(folder, key)  # the first: signed again, the events tell of another result.json
+    assert found.startswith("this verifier does not know the figure doubt, so it computes no verdict: take the")
+
+
 def test_retrained_models_left_out_are_found_though_signed_by_the_operator(copied, signed):
     folder, key = copied
     oracles = json.loads((folder / "result.json").read_text())["oracles"]

@@ -233,8 +233,15 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     oracles = {name: _own_figures(folder, name) for name in result["oracles"]}
     controls = {name: _own_figures(folder, name) for name in result["controls"]}
     candidate = _own_figures(folder, "unlearned")
-    bands = _bands(list(oracles.values()) if len(oracles) >= _FEWEST else [])
     fixed = _json(folder / "thresholds.json")["bands"]
+    unknown = set().union(fixed, result["audits"], candidate, *oracles.values(), *controls.values()) - _KINDS.keys()
+    if unknown:
+        yield (
+            f"this verifier does not know the figure {_shown(', '.join(sorted(unknown)))}, so it computes no verdict: "
+            "take the verifier of the version that made the folder"
+        )
+        return
+    bands = _bands(list(oracles.values()) if len(oracles) >= _FEWEST else [])
     written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
         yield "thresholds.json does not follow from the figures of the retrained models"
