@@ -220,6 +220,16 @@ def test_names_are_understood_where_they_are_known(engine):
 # settings
 
 
+IMAGES = make_images(48, 4)
+PARTS = fu.partition(IMAGES, by="iid", clients=2, seed=0)
+EXAMPLE = torch.randn(2, 1, 8, 8)
+
+
+def unlearned(engine, **change):
+    options = {"cut": fu.Cut(0.3), "repair": fu.Repair(TRAINING)}
+    return fu.unlearn(make_net(classes=4), fu.Federation(engine), forget=2, **{**options, **change})
+
+
 def test_a_criterion_is_understood_by_its_name():
     assert [fu.Ranking(criterion=name).criterion for name in CRITERIA] == list(CRITERIA.values())
 
@@ -266,12 +276,98 @@ def test_a_criterion_is_understood_by_its_name():
             lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), 0.1, rounds=1),
             r"train_rounds\(training\) must be a Training",
         ),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=1, watch=5),
+            r"train_rounds\(watch=...\) must be a Watch, such as Watch\(every=5\), got 5",
+        ),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=1, server=fu.one_cycle),
+            r"train_rounds\(server=...\) must be a Server, such as Server\(one_cycle\)",
+        ),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), e, TRAINING, rounds=1),
+            r"must be a Federation, such as Federation\(engine\)",
+        ),
+        (lambda e: unlearned(e, cut=0.2), r"unlearn\(cut=...\) must be a Cut, such as Cut\(0.2\), got 0.2"),
+        (lambda e: unlearned(e, repair=TRAINING), r"unlearn\(repair=...\) must be a Repair, .* of type Training"),
+        (lambda e: unlearned(e, rank="contrast"), r"a Ranking, such as Ranking\('contrast'\), got 'contrast'"),
+        (lambda e: fu.LocalEngine([IMAGES, IMAGES]), r"LocalEngine\(clients\) must be client names to LabelledImages"),
+        (lambda e: fu.LocalEngine({"a": 1, "b": 2}), r"LocalEngine\(clients\)\['a'\] must be LabelledImages, got 1"),
+        (lambda e: fu.LocalEngine(PARTS, validation=[IMAGES]), r"LocalEngine\(validation=...\) must be client names"),
+        (lambda e: fu.LocalEngine(PARTS, compute="bfloat16"), r"LocalEngine\(compute=...\) must be a Compute"),
+        (lambda e: fu.LocalEngine(PARTS, rules="strict"), r"LocalEngine\(rules=...\) must be a Privacy"),
+        (
+            lambda e: fu.LocalEngine(PARTS, device="gpu"),
+            r"LocalEngine\(device=...\) must be 'cpu', or 'cuda'.*got 'gpu'",
+        ),
+        (lambda e: fu.reestimate(make_net(), fu.Federation(e)), r"reestimate\(model\) must be a Classifier"),
+        (lambda e: fu.find_channels(make_net(), IMAGES), r"find_channels\(example\) must be a tensor"),
+        (
+            lambda e: fu.plan_pruning(make_net(), {}, fu.Cut(0.2)),
+            r"plan_pruning\(channels\) must be what find_channels",
+        ),
+        (
+            lambda e: fu.plan_pruning(fu.find_channels(make_net(), EXAMPLE), {}, 0.2),
+            r"plan_pruning\(cut\) must be a Cut",
+        ),
+        (lambda e: fu.prune(classifier(make_net()), fu.PruningPlan()), "expected a model .* got Classifier"),
+        (
+            lambda e: fu.partition(IMAGES.images, clients=2),
+            r"partition\(images\) must be LabelledImages, .* type Tensor",
+        ),
+        (lambda e: fu.partition(IMAGES, clients="3"), r"partition\(clients=...\) must be a whole number.*got '3'"),
+        (lambda e: fu.partition(IMAGES, clients=2.5), r"partition\(clients=...\) must be a whole number.*got 2.5"),
+        (lambda e: fu.partition(IMAGES, clients=2, seed="a"), r"partition\(seed=...\) must be a whole number"),
+        (lambda e: fu.partition(IMAGES, by="dirichlet", clients=2, alpha="1"), "needs alpha above 0, got '1'"),
+        (lambda e: fu.partition(IMAGES, by="bias", clients=4, bias="1"), r"needs a share in \[0, 1\], got '1'"),
+        (lambda e: fu.hold_out(PARTS, "0.1"), r"the validation share must lie in \[0, 1\), got '0.1'"),
+        (lambda e: fu.evaluate(make_net(classes=4), EXAMPLE, forget=1), r"evaluate\(images\) must be LabelledImages"),
+        (
+            lambda e: fu.evaluate(make_net(classes=4), IMAGES, forget=1, row_kept=make_net(classes=4)),
+            r"evaluate\(row_kept=...\) must be a Classifier",
+        ),
+        (lambda e: fu.Subject(make_net()), r"Subject\(model\) must be a Classifier"),
+        (lambda e: fu.Subject(classifier(make_net()), make_net()), r"Subject\(row_kept\) must be a Classifier"),
+        (
+            lambda e: fu.audit_images(IMAGES, EXAMPLE, forget=1, per_class=5, seed=0),
+            r"audit_images\(test\) must be LabelledImages",
+        ),
+        (
+            lambda e: fu.audit_images(IMAGES, IMAGES, forget=1, per_class=0, seed=0),
+            r"audit_images\(per_class=...\) must be a whole number of at least 1, got 0",
+        ),
+        (lambda e: fu.audit(classifier(make_net()), IMAGES, oracles={}), r"audit\(images\) must be what audit_images"),
+        (
+            lambda e: fu.audit(make_net(), fu.audit_images(IMAGES, IMAGES, forget=1, per_class=5, seed=0), oracles={}),
+            "the audit of unlearned: the model must be a Subject",
+        ),
+        (
+            lambda e: fu.save_checkpoint("m.safetensors", make_net(), images=IMAGES, architecture={}),
+            r"save_checkpoint\(model\) must be a Classifier",
+        ),
+        (
+            lambda e: fu.save_checkpoint("m.safetensors", classifier(make_net()), images=EXAMPLE, architecture={}),
+            r"save_checkpoint\(images=...\) must be LabelledImages",
+        ),
+        (lambda e: fu.load_weights(make_net(), {}), r"load_weights\(model\) must be a Classifier"),
+        (lambda e: fu.load_weights(classifier(make_net()), {}), r"load_weights\(weights\) must be what read_weights"),
+        (lambda e: fu.build_model("small-cnn", classes="10", colours=1), r"build_model\(classes=...\) must be a whole"),
     ],
 )
 def test_settings_of_another_kind_are_refused_in_one_line(engine, make, text):
     with pytest.raises(FedUnlearnError, match=text) as told:
         make(engine)
     assert "\n" not in str(told.value)
+
+
+def test_an_argument_that_there_is_not_is_named_by_python():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'optimizer'"):
+        fu.Training(lr=0.1, optimizer="adam")
+
+
+def test_a_journal_takes_the_name_of_its_folder(tmp_path):
+    fu.Journal(str(tmp_path / "run"))
+    assert (tmp_path / "run" / "rounds.jsonl").exists()
 
 
 # models

@@ -337,6 +337,14 @@ def test_a_second_head_that_evaluation_does_not_run_is_refused(how, text):
         forgotten(SecondHead(how))
 
 
+def test_a_model_that_returns_more_than_logits_in_training_is_not_sent_to_a_client():
+    fed, asked = federation(), []
+    fed.engine.run = asked.append
+    with pytest.raises(ModelError, match=r"in training the model must return one tensor of logits.*got a tuple"):
+        train_rounds(SecondHead("tuple"), fed, Training(lr=0.1), rounds=1)
+    assert asked == []
+
+
 def test_the_row_of_the_class_in_a_second_head_is_an_artefact(tmp_path):
     net = SecondHead("never")
     model = classifier(net).without_rows([2])

@@ -1,9 +1,11 @@
-"""What a user may give where a number is wanted: Python's or NumPy's, never a string, a truth value or a NaN."""
+"""What a user may give: numbers, which are Python's or NumPy's, never a string or a truth value; and other values."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+
+_LONGEST = 60  # characters of a value in a message
 
 
 def is_number(value: object) -> bool:
@@ -14,3 +16,11 @@ def is_number(value: object) -> bool:
 def is_whole(value: object, least: int) -> bool:
     """Return whether ``value`` is one whole number of at least ``least``."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def must_be(kind: type, value: object, where: str, such: str, error: type[Exception]) -> None:
+    """Raise ``error`` where ``value`` is no ``kind``, saying what was expected ``where``, ``such`` as it is made."""
+    if not isinstance(value, kind):
+        shown = repr(value)
+        got = shown if len(shown) <= _LONGEST and "\n" not in shown else f"a value of type {type(value).__name__}"
+        raise error(f"{where} must be {such}, got {got}")

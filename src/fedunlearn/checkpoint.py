@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_whole
+from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.channels.fit import check_finite
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.data.images import LabelledImages
@@ -65,6 +65,8 @@ def save_checkpoint(
     Raises:
         ModelError: output rows, labels and the classes of the images do not fit together, or weights are not finite.
     """
+    must_be(Classifier, model, "save_checkpoint(model)", "a Classifier, such as Classifier(module, shape)", ModelError)
+    must_be(LabelledImages, images, "save_checkpoint(images=...)", "LabelledImages, as the readers give", DataError)
     labels = model.checked(len(images.classes)).labels or ()
     about = {
         "schema": _SCHEMA,
@@ -120,6 +122,8 @@ def load_weights(model: Classifier, weights: Weights) -> Classifier:
         ModelError: names, shapes or types differ, or values are not finite, the first tensor that does is named; or
             the label map does not name a class for each row.
     """
+    must_be(Classifier, model, "load_weights(model)", "a Classifier, such as Classifier(module, shape)", ModelError)
+    must_be(Weights, weights, "load_weights(weights)", "what read_weights(path) returns", ModelError)
     weights = named_for(weights, model)
     try:
         loaded = replace(model.cut(weights.plan), labels=weights.labels)

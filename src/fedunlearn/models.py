@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.errors import ModelError
 
 SHORTCUTS = ("A", "B")
@@ -40,8 +41,11 @@ def build_model(name: str, *, classes: int, colours: int, shortcut: str = "A") -
         shortcut: for ResNets, ``"A"`` (zero-padded identity) or ``"B"`` (1 x 1 convolution).
 
     Raises:
-        ModelError: the name is unknown, or the function does not give an ``nn.Module``.
+        ModelError: the name is unknown, a number is none, or the function does not give an ``nn.Module``.
     """
+    for what, number in (("classes", classes), ("colours", colours)):
+        if not is_whole(number, 1):
+            raise ModelError(f"build_model({what}=...) must be a whole number of at least 1, got {number!r}")
     if ":" in name:
         return _build_by_path(name, classes, colours)
     if name == "small-cnn":

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from fedunlearn.arguments import must_be
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
+from fedunlearn.errors import PlanError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
@@ -63,7 +65,8 @@ def unlearn(
         jointly: score several classes as one, in one go; otherwise one after another as in the paper.
 
     Raises:
-        ModelError, PlanError: the model or the classes are not usable; nothing was asked of a client yet.
+        ModelError, PlanError, RecipeError: the model, the classes or a setting are not usable; nothing was asked of a
+            client yet.
         FederationError: too few clients gave usable replies.
         RunError: the journal holds steps of another request.
 
@@ -77,6 +80,9 @@ def unlearn(
         (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """
     original = whole_model(model, federation)
+    must_be(Cut, cut, "unlearn(cut=...)", "a Cut, such as Cut(0.2)", PlanError)
+    must_be(Repair, repair, "unlearn(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
+    must_be(Ranking, rank, "unlearn(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
     if repair.rounds:
         check_trainable(original.module)
     wanted = forget_classes(forget, federation.engine.classes)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedunlearn.arguments import must_be
 from fedunlearn.audits.base import Audit, Figure, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.table import AUDITS
@@ -24,7 +25,7 @@ from fedunlearn.audits.verdict import (
     powerless,
     thresholds_json,
 )
-from fedunlearn.errors import EvidenceError, RunError
+from fedunlearn.errors import EvidenceError, ModelError, RunError
 from fedunlearn.files import write_text
 
 THRESHOLDS = "thresholds.json"
@@ -119,6 +120,9 @@ def audit(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")
+    must_be(AuditImages, images, "audit(images)", "what audit_images(...) returns", EvidenceError)
+    for name, subject in [*oracles.items(), *controls.items(), (CANDIDATE, candidate)]:
+        must_be(Subject, subject, f"the audit of {name}: the model", "a Subject, such as Subject(model)", ModelError)
     # All of them before any is measured: a fault in the last one would waste the rest.
     checked = {
         name: subject.checked(name, len(images.test.classes), images.forget)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import must_be
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import Observed, observe
 from fedunlearn.channels.plan import Classifier
@@ -41,11 +42,20 @@ class Subject:
         row_kept: the same model with a row for every class, where it is known: without a row for the forgotten class
             a model never names it, whatever the model knows.
         shipped: the file of the model, where the original is known.
+
+    Raises:
+        ModelError: a model is no classifier.
     """
 
     model: Classifier
     row_kept: Classifier | None = None
     shipped: Shipped | None = None
+
+    def __post_init__(self) -> None:
+        for name, model in (("model", self.model), ("row_kept", self.row_kept or self.model)):
+            must_be(
+                Classifier, model, f"Subject({name})", "a Classifier, such as Classifier(module, shape)", ModelError
+            )
 
     @staticmethod
     def without_rows(model: Classifier, classes: Collection[int]) -> Subject:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
@@ -90,6 +91,10 @@ def audit_images(
         PlanError: the classes to forget are no classes of the images.
         DataError: the classes of training and test images differ, or either lack a forgotten class or all kept ones.
     """
+    for name, images in (("train", train), ("test", test)):
+        must_be(LabelledImages, images, f"audit_images({name})", "LabelledImages, as the readers give", DataError)
+    if not is_whole(per_class, 1):
+        raise DataError(f"audit_images(per_class=...) must be a whole number of at least 1, got {per_class!r}")
     if train.classes != test.classes:
         raise DataError(
             f"training images have the classes {', '.join(train.classes)}, test images {', '.join(test.classes)}: "

@@ -74,6 +74,17 @@ def passed(model: nn.Module, example: Tensor, *, training: bool = False) -> Pass
     return Pass(outputs, logits)
 
 
+def passed_in_training(model: nn.Module, example: Tensor) -> Pass:
+    """Return what a pass in training makes; ``model`` and the draws of others stay as they were.
+
+    Raises:
+        ModelError: the model cannot take the example, or its output is not one tensor of logits.
+    """
+    device = example.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
+        return passed(copied(model), example, training=True)  # a copy: statistics move in training
+
+
 def forward(model: nn.Module, images: Tensor, *, training: bool = False) -> Tensor:
     """Return the logits of ``model`` without gradients.
 
@@ -170,11 +181,8 @@ def check_parts(model: nn.Module, example: Tensor) -> None:
     Raises:
         ModelError: a second head that evaluation does not run, or a part that runs in training alone.
     """
-    evaluated = passed(model, example)
+    evaluated, trained = passed(model, example), passed_in_training(model, example)
     rows = evaluated.logits.shape[1]
-    device = example.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
-        trained = passed(copied(model), example, training=True)  # a copy: statistics move in training
     for name, module in model.named_modules():
         if name in evaluated.outputs or not isinstance(module, FOLLOWED):
             continue

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.arguments import must_be
 from fedunlearn.channels.checks import (
     FOLLOWED,
     check_evaluation,
@@ -71,6 +72,7 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
     """
     if hook not in HOOKS:
         raise ModelError(f"unlearn.hook must be one of {', '.join(HOOKS)}, got {hook!r}")
+    must_be(Tensor, example, "find_channels(example)", "a tensor of images, such as a batch of them", ModelError)
     check_prunable(model)
     trial = copied(model).eval().requires_grad_(True)  # autograd records no frozen layer
     if example.ndim == 4:  # what is tried out is always the same, whatever the images are

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.arguments import is_number, is_whole
+from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
@@ -244,6 +244,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     Raises:
         PlanError: the plan was made for another architecture.
+        ModelError: the model is none.
 
     Example:
         >>> from fedunlearn.channels.groups import find_channels
@@ -253,7 +254,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         >>> prune(net, plan)[0].weight.shape  # two of four filters are left
         torch.Size([2, 1, 3, 3])
     """
-    plan.check(model)
+    plan.check(check_module(model))
     pruned = copied(model)
     slice_tensors(pruned, plan.kept)
     return pruned
@@ -282,6 +283,8 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
         >>> print(plan_pruning(channels, {"0": torch.tensor([0.1, 0.9, 0.3, 0.2])}, Cut(0.5)))
         0: 2 channels removed
     """
+    must_be(Channels, channels, "plan_pruning(channels)", "what find_channels(model, example) returns", PlanError)
+    must_be(Cut, cut, "plan_pruning(cut)", "a Cut, such as Cut(0.2)", PlanError)
     left_out = dict(channels.left_out)
     ranked: list[Group] = []
     ranking: list[Tensor] = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
 from fedunlearn.seeding import generator
@@ -50,12 +51,17 @@ def partition(
         >>> {name: len(images) for name, images in fu.partition(train, by="iid", clients=3, seed=0).items()}
         {'client-0': 480, 'client-1': 479, 'client-2': 479}
     """
+    must_be(LabelledImages, images, "partition(images)", "LabelledImages, as the readers give", DataError)
+    if not is_whole(seed, 0):
+        raise DataError(f"partition(seed=...) must be a whole number of at least 0, got {seed!r}")
+    if clients is not None and not is_whole(clients, 0):
+        raise DataError(f"partition(clients=...) must be a whole number of at least 1, got {clients!r}")
     if by not in PARTITIONS:
         raise DataError(f"a partition must be one of {', '.join(PARTITIONS)}, got {by!r}")
     if by == "group":
         owner, names = _by_group(images, clients)
     else:
-        if clients is None or clients < 1:
+        if not clients:
             raise DataError(f"the {by} partition needs a number of clients of at least 1, got {clients}")
         if clients > len(images):
             raise DataError(f"{len(images)} images cannot go to {clients} clients without leaving one empty")
@@ -93,8 +99,8 @@ def hold_out(
     Raises:
         DataError: ``fraction`` is out of range.
     """
-    if not 0 <= fraction < 1:
-        raise DataError(f"the validation share must lie in [0, 1), got {fraction}")
+    if not is_number(fraction) or not 0 <= fraction < 1:
+        raise DataError(f"the validation share must lie in [0, 1), got {fraction!r}")
     train, validation = {}, {}
     for name, images in clients.items():
         held = min(round(fraction * len(images)), len(images) - 1)
@@ -125,8 +131,8 @@ def _by_group(images: LabelledImages, clients: int | None) -> tuple[Tensor, list
 
 
 def _by_dirichlet(images: LabelledImages, clients: int, alpha: float | None, draw: torch.Generator) -> Tensor:
-    if alpha is None or not 0 < alpha < float("inf"):
-        raise DataError(f"the dirichlet partition needs alpha above 0, got {alpha}")
+    if alpha is None or not is_number(alpha) or alpha <= 0:
+        raise DataError(f"the dirichlet partition needs alpha above 0, got {alpha!r}")
     for _ in range(_DIRICHLET_TRIES):
         # A Dirichlet draw is a row of Gamma draws over its sum; float64 keeps small alphas from underflow.
         concentration = torch.full((len(images.classes), clients), alpha, dtype=torch.float64)
@@ -142,8 +148,8 @@ def _by_dirichlet(images: LabelledImages, clients: int, alpha: float | None, dra
 
 def _by_bias(images: LabelledImages, clients: int, bias: float | None, draw: torch.Generator) -> Tensor:
     classes = len(images.classes)
-    if bias is None or not 0 <= bias <= 1:
-        raise DataError(f"the bias partition needs a share in [0, 1], got {bias}")
+    if bias is None or not is_number(bias) or not 0 <= bias <= 1:
+        raise DataError(f"the bias partition needs a share in [0, 1], got {bias!r}")
     if clients % classes:
         raise DataError(
             f"the bias partition needs clients in a multiple of the {classes} classes, so that each class is preferred "

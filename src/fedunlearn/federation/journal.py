@@ -80,11 +80,12 @@ class Journal:
 
     def __init__(
         self,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         *,
         header: Mapping[str, Any] | None = None,
         observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
     ) -> None:
+        folder = None if folder is None else Path(folder)
         self._folder = folder
         self._prefix = ""
         self.report = observe

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.arguments import must_be
 from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
-from fedunlearn.training.compute import Compute, one_torch_thread, own_device, workers_on
+from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread, own_device, workers_on
 
 
 class LocalEngine:
@@ -38,7 +39,7 @@ class LocalEngine:
 
     Raises:
         FederationError: fewer than two clients, an empty client, an entry of ``validation`` that is no client,
-            or images that differ in shape, class names or normalisation.
+            or images that differ in shape, class names or normalisation; an argument of another kind.
         RecipeError: the rules ask for noise and OpenDP is not installed.
 
     Example:
@@ -58,6 +59,12 @@ class LocalEngine:
         device: str | None = None,
         rules: Privacy = DEFAULT_RULES,
     ) -> None:
+        for where, given in (("LocalEngine(clients)", clients), ("LocalEngine(validation=...)", validation or {})):
+            must_be(Mapping, given, where, "client names to LabelledImages, as partition gives", FederationError)
+            for name, images in given.items():
+                must_be(LabelledImages, images, f"{where}[{name!r}]", "LabelledImages", FederationError)
+        must_be(Compute, compute or FLOAT32, "LocalEngine(compute=...)", "a Compute, or None", FederationError)
+        must_be(Privacy, rules, "LocalEngine(rules=...)", "a Privacy, such as Privacy(min_count=5)", FederationError)
         if len(clients) < 2:
             raise FederationError(f"a federation needs at least two clients, got {len(clients)}: share the images out")
         first = next(iter(clients.values()))
@@ -78,7 +85,7 @@ class LocalEngine:
                 if why is not None:
                     raise FederationError(f"{name} holds {what}{why}: all must agree, the first client counts")
         self._data = {name: ClientData(name, clients[name], held.get(name)) for name in sorted(clients)}
-        place = own_device() if device is None else torch.device(device)
+        place = _device(device)
         self._rules = rules
         self._compute = compute or Compute(workers=workers_on(place))
         self._copies = Copies(self._compute, place)
@@ -136,6 +143,17 @@ class LocalEngine:
             except BaseException:  # Ctrl-C, or nobody wants the rest: do not finish the round first
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return own_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise FederationError(
+            f"LocalEngine(device=...) must be 'cpu', or 'cuda' where there is a GPU, got {name!r}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.arguments import is_number, is_whole
+from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.channels.checks import passed_in_training, placed
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.errors import FederationError, ModelError, RecipeError
@@ -220,8 +221,7 @@ class Repair:
     target: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.training, Training):
-            raise RecipeError(f"Repair(training) must be a Training, such as Training(lr=0.05), got {self.training!r}")
+        must_be(Training, self.training, "Repair(training)", "a Training, such as Training(lr=0.05)", RecipeError)
         _whole("Repair", "rounds", self.rounds)
         _share("Repair", "target", self.target)
 
@@ -241,7 +241,9 @@ def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
 
     Raises:
         ModelError: it is no such model, or its weights are not finite.
+        FederationError: ``fed`` is no federation.
     """
+    must_be(Federation, fed, "the second argument", "a Federation, such as Federation(engine)", FederationError)
     whole = Classifier.of(model, fed.engine.shape)
     checked = whole.checked(fed.engine.classes)
     if checked.labels != tuple(range(fed.engine.classes)):
@@ -326,6 +328,7 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
         FederationError: too few usable replies.
         RunError: the journal holds the step of another request.
     """
+    must_be(Classifier, model, "reestimate(model)", "a Classifier, such as Classifier(module, shape)", ModelError)
     phase = "reestimate"
     fitted = model.copy()
     task = Reestimate(exclude=fed.exclude, sample=sample)
@@ -366,7 +369,8 @@ def train_rounds(
         watch: when to measure on validation images, and to stop.
 
     Raises:
-        ModelError: the model cannot be trained: it lacks a row of a class, say, or all its weights are frozen.
+        ModelError: the model cannot be trained: it lacks a row of a class, say, all its weights are frozen, or in
+            training it returns something else than logits.
         RecipeError: ``training`` is none, or ``rounds`` no number of rounds.
         FederationError: too few usable replies, or no validation images where they are needed.
 
@@ -379,12 +383,14 @@ def train_rounds(
         >>> fed.cost("train").rounds
         1
     """
-    if not isinstance(training, Training):
-        raise RecipeError(f"train_rounds(training) must be a Training, such as Training(lr=0.1), got {training!r}")
+    must_be(Training, training, "train_rounds(training)", "a Training, such as Training(lr=0.1)", RecipeError)
+    must_be(Server, server, "train_rounds(server=...)", "a Server, such as Server(one_cycle)", RecipeError)
+    must_be(Watch, watch, "train_rounds(watch=...)", "a Watch, such as Watch(every=5)", RecipeError)
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
     if rounds:
         check_trainable(trained.module)
+        passed_in_training(trained.module, placed(trained.example, trained.module))
     tasks = [
         Train(training=training, lr=training.lr * server.schedule(round, rounds), exclude=fed.exclude)
         for round in range(rounds)

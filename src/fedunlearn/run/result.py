@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedunlearn.arguments import must_be
 from fedunlearn.audits.audit import CANDIDATE, Findings
 from fedunlearn.channels.checks import check_evaluation, placed
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import ModelError
+from fedunlearn.errors import DataError, ModelError
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, flops_per_image
 from fedunlearn.federation.privacy import epsilon
@@ -172,7 +173,9 @@ def evaluate(
         ModelError: output rows, labels and the classes of the images do not fit together, ``row_kept`` lacks a row,
             or weights are not finite.
         PlanError: the classes to forget are no classes of the images.
+        DataError: the images are something else.
     """
+    must_be(LabelledImages, images, "evaluate(images)", "LabelledImages, as the readers give", DataError)
     shown = Classifier.of(model, images.shape).checked(len(images.classes))
     wanted = forget_classes(forget, images.classes)
     correct, counts = _count(shown, images)
@@ -184,6 +187,7 @@ def evaluate(
         "per_class": {name: _share(correct[k], counts[k]) for k, name in enumerate(images.classes)},
     }
     if row_kept is not None:
+        must_be(Classifier, row_kept, "evaluate(row_kept=...)", "a Classifier, as unlearn() returns", ModelError)
         row_kept = row_kept.checked(len(images.classes))
         lacking = sorted(set(wanted) - set(row_kept.labels or ()))
         if lacking:
