@@ -390,7 +390,9 @@ def test_a_client_that_measures_nothing_it_knows_is_left_out():
     reply = handle(measure_job(classes=2), make_net(), ClientData("x", CLIENTS["client-0"]))
     assert "the job is for 2 classes, this client has 3" in reply.error
     grid = Wiretap(nodes(APP, 5))
-    with pytest.raises(FederationError, match=r"fewer than 3 of 5 clients.*; client-4: .*job is for 2 classes"):
+    with pytest.raises(
+        FederationError, match=r"fewer than 3 of 5 .*; client-4: its app failed: FederationError: the job is"
+    ):
         engine(grid).run(measure_job(classes=2))
     failures = [message.error.reason for message in grid.seen if message.has_error()]
     assert len(failures) == 5

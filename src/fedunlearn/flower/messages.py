@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -72,6 +73,7 @@ _ERRORS = {
     2: "its app failed: {reason}",
     8: "its process ended in the middle of the job",
 }
+_RAISED = re.compile(r"""<class '[\w.]+'>:<(['"])(.*)\1>""")  # how Flower tells of an exception of an app
 
 
 class _JobMessage(BaseModel):
@@ -250,7 +252,8 @@ def failure(message: Message) -> str | None:
     if not message.has_error():
         return None
     lines = [line.strip() for line in (message.error.reason or "no reason given").splitlines() if line.strip()]
-    code, reason = message.error.code, one_line(lines[-1])
+    wrapped = _RAISED.fullmatch(lines[-1])
+    code, reason = message.error.code, one_line(lines[-1] if wrapped is None else wrapped[2])
     return _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)
 
 
