@@ -426,6 +426,8 @@ def test_what_the_original_never_knew_is_no_verdict(u, known):
         assert f"the original itself names the class in {100 * u:.1f} %" in found["reason"]
         assert "(train.rounds)" in found["reason"]
     assert verdict.never_known(own, {}, bands, chance=0.1) == own
+    few = verdict.judge(figures(probe=1.01), verdict.calibrate(ORACLES[:2]), oracles=2, chance=0.1)
+    assert ("train.rounds" in verdict.never_known(few, {"forget": Figure(u)}, {}, chance=0.1)["reason"]) == (not known)
 
 
 def test_leaving_one_out_counts_figures_outside():
@@ -538,6 +540,13 @@ def test_a_candidate_does_not_pass_where_head_only_passes(nets, set_of_images):
     blind = audit(same, set_of_images, oracles=oracles, controls={"head_only": same})
     assert blind.verdict == verdict.NO_VERDICT
     assert "cannot tell head_only from retraining" in blind.judgements["unlearned"]["reason"]
+
+
+def test_an_original_that_never_knew_the_class_leaves_nothing_to_judge(nets, set_of_images):
+    oracles, never = {"0": delivered(nets[1][0])}, delivered(nets[1][1])
+    found = audit(delivered(nets[1][2]), set_of_images, oracles=oracles, controls={"original": never})
+    assert found.verdict == verdict.NO_VERDICT
+    assert "there was nothing to forget; train the original for longer" in found.judgements["unlearned"]["reason"]
 
 
 def test_all_images_of_the_class_may_be_duplicates(nets):

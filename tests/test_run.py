@@ -38,7 +38,7 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache, retrained_models
 from fedunlearn.run.experiment import original_model, prepare, save_model
 from fedunlearn.run.recipe import load_recipe
-from fedunlearn.run.result import cost_blocks
+from fedunlearn.run.result import cost_blocks, knew
 from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.unlearn import unlearn
 
@@ -731,6 +731,16 @@ def test_a_model_that_still_names_the_class_is_said_not_to_have_forgotten(tmp_pa
     assert f"NOT FORGOTTEN: with its row kept, {100 * kept:.0f} % are named" in notes(result)
     result["unlearned"]["accuracy"]["forget_row_kept"] = 0.05
     assert "NOT FORGOTTEN" not in notes(result)
+
+
+def test_that_the_original_never_knew_the_class_is_said_and_gives_no_speed_up(signed):
+    result = json.loads((signed / "plain" / "result.json").read_text())
+    assert knew(result["original"]["accuracy"], 4)
+    result["original"]["accuracy"]["forget_row_kept"] = 0.25  # chance, of four classes
+    assert not knew(result["original"]["accuracy"], 4)
+    assert cost_blocks(None, result["oracles"], result) == {}
+    del result["verdict"]  # as of the commands that audit nothing
+    assert "THE ORIGINAL NEVER KNEW IT: it names 25 % of the class, no more than by chance." in notes(result)
 
 
 def test_a_speed_up_that_is_a_bound_is_said_to_be_one(signed):

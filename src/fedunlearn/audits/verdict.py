@@ -160,7 +160,8 @@ def never_known(
 ) -> dict[str, Any]:
     """Return ``judgement``, without a verdict where the original did not know the class: nothing could be forgotten.
 
-    It did not where its U is not above chance, or lies where that of a model retrained without the class does.
+    It did not where its U is not above chance, or lies where that of a model retrained without the class does. This is
+    said where there is no verdict for another reason too, such as too few retrained models: more would not help.
 
     Args:
         judgement: on the unlearned model.
@@ -168,10 +169,10 @@ def never_known(
         bands: of the retrained models.
         chance: U of a model that guesses.
     """
-    if judgement["verdict"] in (NO_VERDICT, NOT_FORGOTTEN) or "forget" not in original or "forget" not in bands:
+    if judgement["verdict"] == NOT_FORGOTTEN or "forget" not in original:
         return dict(judgement)
     u = original["forget"].value
-    if u > max(chance, bands["forget"].high):
+    if u > max(chance, bands["forget"].high if "forget" in bands else chance):
         return dict(judgement)
     reason = (
         f"the original itself names the class in {100 * u:.1f} % of its images, no more than a model that never saw "
