@@ -1,5 +1,7 @@
 """The Python API meets what newcomers give it: understood, or refused in one line before a client is asked."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -209,6 +211,7 @@ def test_names_are_understood_where_they_are_known(engine):
     images = spots()
     assert fu.evaluate(Blinded(range(4)), images, forget="dog")["accuracy"]["forget"] == 1.0
     assert fu.audit_images(images, images, forget=["dog"], per_class=2, seed=0).forget == (2,)
+    assert forget_classes(unicodedata.normalize("NFD", "Äpfel"), ("b", "Äpfel")) == (1,)
     with pytest.raises(fu.PlanError, match="no class is named 'cow'; the classes are ant, cat, dog, elk"):
         fu.evaluate(Blinded(range(4)), images, forget="cow")
     with pytest.raises(fu.PlanError, match="names are known in recipes and where images are given, got 'dog'"):

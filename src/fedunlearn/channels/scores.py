@@ -8,6 +8,7 @@ classes to forget are pooled into one: their images become one class ``t``.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ def forget_classes(forget: Classes, classes: int | Sequence[str]) -> tuple[int, 
     """Return the numbers of the classes to forget, sorted.
 
     Args:
-        forget: one class or several, by number, or by name where ``classes`` has the names.
+        forget: one class or several, by number, or by name where ``classes`` has the names, which are compared in
+            Unicode's composed form (NFC).
         classes: how many there are, or the name of each.
 
     Raises:
@@ -84,9 +86,10 @@ def _one_by_one(forget: object) -> list[object]:
 
 def _number(label: object, names: Sequence[str], count: int) -> int:
     if isinstance(label, str) and names:
-        if label not in names:
+        composed = [unicodedata.normalize("NFC", name) for name in names]
+        if unicodedata.normalize("NFC", label) not in composed:
             raise PlanError(f"no class is named {label!r}; the classes are {', '.join(names)}: check unlearn.forget")
-        return names.index(label)
+        return composed.index(unicodedata.normalize("NFC", label))
     # A truth value is a number to Python, and 9.0 may be the outcome of a sum: neither is meant as a class.
     if isinstance(label, bool) or not isinstance(label, int):
         by_name = ", or by name" if names else "; names are known in recipes and where images are given"

@@ -10,7 +10,6 @@ from typing import Any
 from fedunlearn.audits.audit import Findings, Record, audit
 from fedunlearn.audits.base import Shipped, Subject
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.channels.scores import forget_classes
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.errors import RecipeError
 from fedunlearn.evidence.dossier import write_dossier
@@ -129,7 +128,7 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
     model = load_weights(new_model(recipe, test, seed=0), weights)
-    forget = forget_classes(class_numbers(recipe.unlearn.forget, test.classes), len(test.classes))
+    forget = class_numbers(recipe.unlearn.forget, test.classes)
     return evaluate(model, test, forget=forget)
 
 

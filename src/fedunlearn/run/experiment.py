@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,7 +129,7 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Experimen
         FedUnlearnError: the recipe, the data, the weights or the model cannot be used.
     """
     train = splits.train
-    forget = forget_classes(class_numbers(recipe.unlearn.forget, train.classes), len(train.classes))
+    forget = class_numbers(recipe.unlearn.forget, train.classes)
     model = new_model(recipe, train, seed=recipe.federation.seed)
     if weights is not None:
         _check_rows(weights, len(train.classes), forget)
@@ -188,31 +187,22 @@ def client_data(recipe: Recipe, number: int) -> ClientData:
     return ClientData(name, clients[name], validation.get(name))
 
 
-def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> list[int]:
-    """Return the number of each class in ``forget``, which may hold names, compared in Unicode's composed form (NFC).
+def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> tuple[int, ...]:
+    """Return the number of each class in ``forget``, sorted; a recipe may mean a name where it gives a number.
 
     Raises:
-        PlanError: no class has such a name, or a number is that of one class and the name of another.
+        PlanError: a number is that of one class and the name of another, or what ``forget_classes`` refuses.
     """
-    composed = [unicodedata.normalize("NFC", name) for name in classes]
-    numbers = []
     for wanted in forget:
-        if isinstance(wanted, str):
-            name = unicodedata.normalize("NFC", wanted)
-            if name not in composed:
-                raise PlanError(
-                    f"no class is named {wanted!r}; the classes are {', '.join(classes)}: check unlearn.forget"
-                )
-            numbers.append(composed.index(name))
+        if isinstance(wanted, str) or not 0 <= wanted < len(classes):
             continue
-        numbers.append(wanted)
         other = [number for number, name in enumerate(classes) if _is_number(name, wanted) and number != wanted]
-        if other and 0 <= wanted < len(classes):
+        if other:
             raise PlanError(
                 f"{wanted} is the number of the class {classes[wanted]!r} and the name of class {other[0]}: say which "
                 f"by name, unlearn.forget=[{json.dumps(classes[wanted])}] or [{json.dumps(classes[other[0]])}]"
             )
-    return numbers
+    return forget_classes(forget, classes)
 
 
 def _is_number(name: str, number: int) -> bool:
