@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from conftest import classifier, logits, make_images, make_net
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
@@ -68,6 +69,13 @@ def test_codes_and_masks_are_no_weights(net, tmp_path, type, name, suffix):
         loaded(state, tmp_path / f"w{suffix}")
 
 
+def test_masks_beside_weights_are_told_how_to_become_one_tensor(tmp_path):
+    masked = make_net()
+    prune.l1_unstructured(masked[3], "weight", amount=0.5)
+    with pytest.raises(ModelError, match=r"it has 3.weight_mask, 3.weight_orig instead, .*torch.nn.utils.prune.remove"):
+        loaded(masked.state_dict(), tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("type", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_float_are_understood(net, tmp_path, type):
     state = {name: t.to(type) if t.is_floating_point() else t for name, t in net.state_dict().items()}
@@ -106,6 +114,9 @@ def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
     with pytest.raises(ModelError, match="holds objects besides tensors, which are never run; save model") as told:
         read_weights(tmp_path / "w.pt")
     assert "\n" not in str(told.value)
+    torch.save({"net": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"a dictionary with state_dict, but 'net' is of type OrderedDict: save model"):
+        read_weights(tmp_path / "w.pt")
     torch.save({0: torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="expected tensors by name, got other keys"):
         read_weights(tmp_path / "w.pt")

@@ -138,7 +138,8 @@ def load_weights(model: Classifier, weights: Weights) -> Classifier:
         if expected != found:
             raise ModelError(
                 f"{weights.path}: {name}: the model has {expected}, the file {found}: "
-                f"check model.name, model.shortcut and the number of classes{_hint(state, own)}"
+                f"{_computed(name, state) or 'check model.name, model.shortcut and the number of classes'}"
+                f"{_hint(state, own)}"
             )
         # Integers or truth values in the place of weights are codes or masks: what they stand for is elsewhere.
         if own[name].is_floating_point() != state[name].is_floating_point() and not name.endswith(_COUNTER):
@@ -180,6 +181,17 @@ def named_for(weights: Weights, model: Classifier) -> Weights:
             )
         state[short], origin[short] = tensor, name
     return replace(weights, state=state)
+
+
+def _computed(name: str, state: Mapping[str, Tensor]) -> str:
+    """Return what to do where the file has what a tensor is computed from in its place, such as weight and mask."""
+    parts = sorted(other for other in state if other.startswith(f"{name}_")) if name not in state else []
+    if not parts:
+        return ""
+    return (
+        f"it has {', '.join(parts)} instead, from which it is computed in each pass; make it one tensor before saving, "
+        "for example by torch.nn.utils.prune.remove(layer, 'weight')"
+    )
 
 
 def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -254,8 +266,13 @@ def _torch(path: Path) -> Weights:
     value = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise ModelError(f"{path}: expected tensors by name, or a dictionary with state_dict; save model.state_dict()")
+    named: dict[object, object] = value if isinstance(value, dict) else {"the file": value}
+    strange = next((name for name, own in named.items() if not isinstance(own, Tensor)), None)
+    if strange is not None:
+        raise ModelError(
+            f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(strange)[:80]!r} is of type "
+            f"{type(named[strange]).__name__}: save model.state_dict()"
+        )
     if not all(isinstance(name, str) for name in value):
         raise ModelError(f"{path}: expected tensors by name, got other keys; save model.state_dict()")
     return Weights(path, value)
