@@ -86,6 +86,15 @@ def test_the_result_does_not_depend_on_the_number_of_workers(net):
         assert states_equal(a.tensors, b.tensors)
 
 
+def test_the_result_does_not_depend_on_the_order_in_which_clients_are_given(net):
+    clients = {f"c{k}": images for k, images in enumerate(partition(make_images(120), by="iid", clients=12).values())}
+    trained = [
+        train_rounds(net, Federation(LocalEngine(own)), Training(lr=0.1, batch_size=8), rounds=2).module.state_dict()
+        for own in (clients, dict(reversed(clients.items())))
+    ]
+    assert states_equal(*trained)
+
+
 def test_clients_work_on_copies(net):
     before = copy.deepcopy(net.state_dict())
     replies = list(make_engine().run(make_train(net)))

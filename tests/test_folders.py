@@ -113,6 +113,10 @@ def test_an_entry_that_is_no_file_is_left_out_and_said(tmp_path, caplog):
     [
         (lambda root: (root / "a").rename(root / "b" / "a"), r"at least two folders, one per class, got 1: name the"),
         (lambda root: picture(root / "c" / "in" / "0.png"), r"class c, found none: 1 files lie in folders inside it"),
+        (
+            lambda root: [picture(root / part / name / "0.png") for part in ("train", "val") for name in "ab"],
+            r"class train, found none: 2 files lie in .*; the parts of a split are train and test",
+        ),
         (lambda root: (root / "c").mkdir(), r"images of the class c, found none: add some or take the folder away"),
         (
             lambda root: picture(root / "c" / "0.png"),

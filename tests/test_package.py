@@ -8,11 +8,15 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from benchmarks import tables
 
 import fedunlearn
+from conftest import make_images, make_net
+from fedunlearn.federation.journal import Journal
+from loopback import Loopback, nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +64,19 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert before > 0.9
     assert after > before - 0.1
     assert row_kept < 0.5
+
+
+def test_the_how_to_s_app_runs_as_it_stands_and_each_site_has_a_name_of_its_own(tmp_path, monkeypatch):
+    images = make_images(90)
+    mine = SimpleNamespace(Net=make_net, my_images=lambda: (images.images, images.labels))
+    monkeypatch.setitem(sys.modules, "my_code", mine)
+    text = (ROOT / "docs" / "how-to" / "flower.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(# my_app.py\n.*?)```", text, re.S)
+    app: dict[str, object] = {}
+    exec(compile(code.replace("/runs/ward", str(tmp_path)).replace("rounds=20", "rounds=1"), "flower.md", "exec"), app)
+    app["main"](Loopback(nodes(app["client"], 3)), None)
+    first, *_ = Journal(tmp_path).steps("train")
+    assert first.entries[0].clients == ("ward-0", "ward-1", "ward-2")
 
 
 def test_documented_commands_and_options_exist(capsys):

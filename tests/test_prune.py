@@ -237,6 +237,95 @@ def test_batch_normalisation_without_weights_loses_its_statistics():
     torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
 
 
+class Between(nn.Module):
+    """Two convolutions, ``mix`` between them, ``tail`` after them."""
+
+    def __init__(self, mix=lambda maps: maps, width=8, tail=lambda maps: maps.mean((2, 3)), features=6):
+        super().__init__()
+        self.c1, self.norm, self.mix = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), mix
+        self.c2, self.tail, self.fc = nn.Conv2d(width, 6, 3, padding=1), tail, nn.Linear(features, 3)
+
+    def forward(self, x):
+        return self.fc(self.tail(F.relu(self.c2(self.mix(F.relu(self.norm(self.c1(x))))))))
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation: each channel times a weight that is made of all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, maps):
+        return maps * self.up(F.relu(self.down(maps.mean((2, 3))))).sigmoid()[:, :, None, None]
+
+
+class Attending(nn.Module):
+    """Each pixel times a weight that is made of the largest and the mean of its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, maps):
+        return maps * self.conv(torch.cat([maps.amax(1, keepdim=True), maps.mean(1, keepdim=True)], 1)).sigmoid()
+
+
+def unfolded(maps):
+    return F.fold(F.unfold(maps, 3, padding=1), (8, 8), 3, padding=1)
+
+
+BETWEEN = {  # what is between, its channels, whether the first convolution can lose some
+    "squeeze and excitation": (Excited(), 8, True),
+    "dropout": (nn.Dropout2d(), 8, True),
+    "instance norm": (F.instance_norm, 8, True),
+    "unfold": (unfolded, 8, True),
+    "spatial attention": (Attending(), 8, False),
+    "itself twice": (lambda maps: torch.cat([maps, maps], 1), 16, False),
+    "halves added": (lambda maps: sum(maps.chunk(2, 1)), 4, False),
+    "parts swapped": (lambda maps: torch.cat(maps.split([3, 5], 1)[::-1], 1), 8, False),
+    "every second": (lambda maps: maps[:, ::2], 4, False),
+    "pixel shuffle": (lambda maps: F.pixel_shuffle(maps, 2), 2, False),
+    "gated linear unit": (lambda maps: F.glu(maps, 1), 4, False),
+    "group norm": (nn.GroupNorm(2, 8, affine=False), 8, False),
+    "response norm": (lambda maps: F.local_response_norm(maps, 3), 8, False),
+    "mean added": (lambda maps: maps + maps.mean(1, keepdim=True), 8, False),
+    "a constant per channel": (lambda maps: maps * torch.linspace(0.5, 2, 8).view(1, 8, 1, 1).to(maps), 8, False),
+}
+
+
+@pytest.mark.parametrize(("mix", "width", "cut"), BETWEEN.values(), ids=BETWEEN)
+def test_what_is_between_convolutions_is_followed_or_its_channels_stay(mix, width, cut):
+    torch.manual_seed(0)
+    net = Between(mix, width)
+    settle(net, 1)
+    plan = plan_for(net, fraction=0.5)
+    assert (bool(plan.pruned.get("c1")), bool(plan.pruned["c2"])) == (cut, True)
+    torch.testing.assert_close(
+        logits(prune(net, plan), EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "cut"),
+    [
+        (nn.Flatten(), True),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6 * 64)), True),
+        (lambda maps: maps.permute(0, 2, 3, 1).flatten(1), False),
+    ],
+    ids=["flattened", "flattened and normalised", "flattened with the channels last"],
+)
+def test_maps_that_are_flattened_are_followed_or_their_channels_stay(tail, cut):
+    torch.manual_seed(0)
+    net = Between(tail=tail, features=6 * 64)
+    settle(net, 1)
+    plan = plan_for(net, fraction=0.5)
+    assert bool(plan.pruned.get("c2")) == cut
+    torch.testing.assert_close(
+        logits(prune(net, plan), EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-4, atol=1e-6
+    )
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()

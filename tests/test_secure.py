@@ -316,6 +316,10 @@ TERMS = {
             TERMS | {"sample_num": 2, "share_num": 2, "threshold": 2},
             "of 2 clients with threshold 2 is refused: expected 3",
         ),
+        (
+            TERMS | {"sample_num": 2**18, "share_num": 2**18, "threshold": 2**17 + 1},
+            "secure aggregation of 262144 clients with threshold 131073 is refused: expected 3 to 262143 clients",
+        ),
         (TERMS | {"threshold": 2}, "secure aggregation of 5 clients with threshold 2 is refused"),
         (TERMS | {"mod_range": 2}, "secure aggregation is refused: expected the terms {'target_range'"),
         (

@@ -158,7 +158,10 @@ def _picture_files(name: str, folder: Path, skipped: _Skipped) -> list[Path]:
     if not files:
         why = "add some or take the folder away"
         if deeper:
-            why = f"{deeper} files lie in folders inside it: move them up, or name the folder of the classes"
+            why = (
+                f"{deeper} files lie in folders inside it: move them up, or name the folder of the classes; the "
+                "parts of a split are train and test"
+            )
         raise DataError(f"{folder}: expected images of the class {name}, found none: {why}")
     return files
 

@@ -126,10 +126,11 @@ def _check(terms: ConfigRecord) -> None:
     own = {"target_range": _TARGET, "clipping_range": _CLIP, "mod_range": _MODULUS, "max_weight": 1.0}
     if terms.get("stage") == "setup":
         clients, shares, threshold = (int(str(terms[name])) for name in ("sample_num", "share_num", "threshold"))
-        if shares != clients or threshold < _threshold(clients) or clients * _TARGET >= _MODULUS:
+        most = _MODULUS // _TARGET - 1
+        if shares != clients or threshold < _threshold(clients) or clients > most:
             raise FederationError(
                 f"secure aggregation of {clients} clients with threshold {threshold} is refused: "
-                f"expected {_LEAST} clients or more and a threshold of {_threshold(clients)} or more"
+                f"expected {_LEAST} to {most} clients and a threshold of {_threshold(clients)} or more"
             )
         if any(terms[name] != value for name, value in own.items()):
             raise FederationError(
