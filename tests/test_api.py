@@ -228,6 +228,13 @@ PARTS = fu.partition(IMAGES, by="iid", clients=2, seed=0)
 EXAMPLE = torch.randn(2, 1, 8, 8)
 
 
+SUBJECT = fu.Subject(classifier(make_net(classes=4)))
+
+
+def audited(oracles):
+    return fu.audit(SUBJECT, fu.audit_images(IMAGES, IMAGES, forget=1, per_class=5, seed=0), oracles=oracles)
+
+
 def unlearned(engine, **change):
     options = {"cut": fu.Cut(0.3), "repair": fu.Repair(TRAINING)}
     return fu.unlearn(make_net(classes=4), fu.Federation(engine), forget=2, **{**options, **change})
@@ -270,7 +277,7 @@ def test_a_criterion_is_understood_by_its_name():
         (lambda e: fu.Federation([1, 2]), r"Federation\(engine\) must be an engine, .* got list"),
         (lambda e: fu.Federation(e, seed="1"), r"Federation\(seed=...\) must be a whole number of at least 0, got '1'"),
         (lambda e: fu.Federation(e, participation=0), r"Federation\(participation=...\) must lie above 0"),
-        (lambda e: fu.Federation(e, clients="client-0"), "must be several, in a tuple, got a string"),
+        (lambda e: fu.Federation(e, clients="client-0"), "must be names in a tuple, or None, got 'client-0'"),
         (
             lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=-1),
             r"train_rounds\(rounds=...\) must be a whole number of at least 0, got -1",
@@ -290,6 +297,57 @@ def test_a_criterion_is_understood_by_its_name():
         (
             lambda e: fu.train_rounds(make_net(classes=4), e, TRAINING, rounds=1),
             r"must be a Federation, such as Federation\(engine\)",
+        ),
+        (lambda e: unlearned(e, jointly="no"), r"unlearn\(jointly=...\) must be True or False, got 'no'"),
+        (lambda e: fu.Repair(TRAINING, batch_norm="no"), r"Repair\(batch_norm=...\) must be True or False, got 'no'"),
+        (
+            lambda e: unlearned(e, rank=fu.Ranking(lambda s, f: torch.ones(6))),
+            "what a criterion returns must be Channel",
+        ),
+        (
+            lambda e: unlearned(e, rank=fu.Ranking(lambda s, f: {"conv9": torch.ones(6)})),
+            "there are scores of 'conv9', which is no convolution of the model: score its layers 0, 3",
+        ),
+        (
+            lambda e: unlearned(e, rank=fu.Ranking(pooling=lambda parts: len(list(parts)))),
+            "what a pooling returns must be ChannelStats, .* got 2",
+        ),
+        (lambda e: fu.capped(0), r"capped\(cap\) must be a number of at least 1, got 0"),
+        (lambda e: fu.capped("2"), r"capped\(cap\) must be a number of at least 1, got '2'"),
+        (
+            lambda e: fu.Server("one_cycle"),
+            r"Server\(schedule\) must be a function, such as one_cycle, got 'one_cycle'",
+        ),
+        (lambda e: fu.Compute(workers="2"), "at least one worker, got .*workers='2'"),
+        (lambda e: fu.Federation(e, clients=3), r"Federation\(clients=...\) must be names in a tuple, or None, got 3"),
+        (
+            lambda e: fu.Federation(e, exclude=2),
+            r"Federation\(exclude=...\) must be numbers of classes in a tuple, got 2",
+        ),
+        (lambda e: fu.Federation(e, exclude=("a",)), r"Federation\(exclude=...\) must be numbers of classes"),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e, exclude=(9,)), TRAINING, rounds=1),
+            r"Federation\(exclude=...\) names class 9, the clients' classes are 0 .. 3",
+        ),
+        (
+            lambda e: fu.reestimate(classifier(make_net(classes=4)), fu.Federation(e, clients=())),
+            "there is nobody to train with",
+        ),
+        (lambda e: fu.LocalEngine({1: IMAGES, 2: IMAGES}), r"LocalEngine\(clients\) must name each client by text"),
+        (lambda e: fu.LocalEngine({"a\nb": IMAGES, "": IMAGES}), r"must name each client by text in one line"),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=1, phase="../x"),
+            r"the name of a phase must be text in one line without / or \\, got '../x'",
+        ),
+        (lambda e: audited({"../x": SUBJECT}), r"name of a model names a file, .* without / or \\, got '../x'"),
+        (lambda e: audited([SUBJECT]), r"audit\(oracles=...\) must be models by name"),
+        (
+            lambda e: fu.audit_images(IMAGES, IMAGES, forget=1, per_class=5, seed="a"),
+            r"audit_images\(seed=...\) must be a whole number of at least 0, got 'a'",
+        ),
+        (
+            lambda e: fu.audit_images(IMAGES, IMAGES, forget=1, per_class=5, seed=0, lr=-1),
+            r"audit_images\(lr=...\) must be a number above 0, got -1",
         ),
         (lambda e: unlearned(e, cut=0.2), r"unlearn\(cut=...\) must be a Cut, such as Cut\(0.2\), got 0.2"),
         (lambda e: unlearned(e, repair=TRAINING), r"unlearn\(repair=...\) must be a Repair, .* of type Training"),

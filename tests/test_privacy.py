@@ -205,7 +205,10 @@ def test_the_privacy_extra_is_asked_for_by_name(monkeypatch, module, name, use):
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
-        ({"min_count": -1}, "privacy.min_count must be 0 or more, got -1"),
+        ({"min_count": -1}, "privacy.min_count must be a whole number of 0 or more, got -1"),
+        ({"min_count": "3"}, "privacy.min_count must be a whole number of 0 or more, got '3'"),
+        ({"min_images": 2.5}, "privacy.min_images must be a whole number of 0 or more, got 2.5"),
+        ({"noise": float("inf"), "clip": 1.0}, "privacy.noise must be 0 or more, got inf"),
         ({"clip": float("nan")}, "privacy.clip must be 0 or more, got nan"),
         ({"noise": 1.0}, "privacy.noise needs privacy.clip above 0"),
     ],

@@ -18,6 +18,11 @@ def is_whole(value: object, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def is_name(value: object) -> bool:
+    """Return whether ``value`` is a name that stays in one line of a log, and in the folder of the file it names."""
+    return isinstance(value, str) and value.isprintable() and value.strip(". ") != "" and not {*"/\\"} & {*value}
+
+
 def must_be(kind: type, value: object, where: str, such: str, error: type[Exception]) -> None:
     """Raise ``error`` where ``value`` is no ``kind``, saying what was expected ``where``, ``such`` as it is made."""
     if not isinstance(value, kind):

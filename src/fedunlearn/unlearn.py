@@ -83,6 +83,7 @@ def unlearn(
     must_be(Cut, cut, "unlearn(cut=...)", "a Cut, such as Cut(0.2)", PlanError)
     must_be(Repair, repair, "unlearn(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
     must_be(Ranking, rank, "unlearn(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
+    must_be(bool, jointly, "unlearn(jointly=...)", "True or False", PlanError)
     if repair.rounds:
         check_trainable(original.module)
     wanted = forget_classes(forget, federation.engine.classes)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedunlearn.arguments import must_be
+from fedunlearn.arguments import is_name, must_be
 from fedunlearn.audits.base import Audit, Figure, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.table import AUDITS
@@ -114,9 +114,18 @@ def audit(
             images or beside other retrained models.
         ModelError: a model's rows, labels and the classes of the images do not fit together, or its weights are not
             finite.
-        EvidenceError: two models have the same name, or a figure is not a finite number.
+        EvidenceError: two models have the same name, or one has none that a file can have; or a figure is not a finite
+            number.
     """
+    for what, given in (("oracles", oracles), ("controls", controls)):
+        must_be(Mapping, given, f"audit({what}=...)", "models by name, such as {'a': Subject(model)}", EvidenceError)
     names = [*oracles, *controls, CANDIDATE]
+    for name in names:
+        if not is_name(name):
+            raise EvidenceError(
+                f"the name of a model names a file, so it must be text in one line without / or \\, got {name!r}: "
+                "rename it"
+            )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")

@@ -285,6 +285,14 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
     """
     must_be(Channels, channels, "plan_pruning(channels)", "what find_channels(model, example) returns", PlanError)
     must_be(Cut, cut, "plan_pruning(cut)", "a Cut, such as Cut(0.2)", PlanError)
+    unknown = sorted(
+        set(scores) - {layer for group in channels.groups for layer in group.layers} - {*channels.left_out}
+    )
+    if unknown:
+        raise PlanError(
+            f"there are scores of {unknown[0]!r}, which is no convolution of the model: score its layers "
+            f"{', '.join(channels.taps)}"
+        )
     left_out = dict(channels.left_out)
     ranked: list[Group] = []
     ranking: list[Tensor] = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_whole
+from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.channels.taps import HOOKS
 from fedunlearn.errors import PlanError
@@ -234,7 +234,9 @@ class Ranking:
         """Return what the criterion makes of ``stats``; ``seed``, the federation's, owns the draw of random scores."""
         if self.criterion is random_scores:
             return random_scores(stats, forget, seed=seed)
-        return self.criterion(stats, forget)
+        scores = self.criterion(stats, forget)
+        must_be(Mapping, scores, "what a criterion returns", "ChannelScores, scores by layer", PlanError)
+        return scores
 
 
 CRITERIA: dict[str, Callable[..., ChannelScores]] = {

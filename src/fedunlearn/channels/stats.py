@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedunlearn.arguments import is_number
 from fedunlearn.channels.taps import Tap, channel_means, reading
-from fedunlearn.errors import DataError
+from fedunlearn.errors import DataError, PlanError
 from fedunlearn.files import write_tensors
 
 _COUNTS = "counts"
@@ -109,7 +110,13 @@ def mean_of_clients(parts: Iterable[ChannelStats]) -> ChannelStats:
 
 
 def capped(cap: float, pooling: Pooling = pooled) -> Pooling:
-    """Return a pooling in which no client weighs more than ``cap`` times the median, see ``limit_influence``."""
+    """Return a pooling in which no client weighs more than ``cap`` times the median, see ``limit_influence``.
+
+    Raises:
+        PlanError: the cap is below 1, or no number.
+    """
+    if not is_number(cap) or cap < 1:
+        raise PlanError(f"capped(cap) must be a number of at least 1, got {cap!r}")
     return lambda parts: pooling(limit_influence(list(parts), cap))
 
 

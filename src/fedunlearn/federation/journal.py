@@ -14,6 +14,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from fedunlearn.arguments import is_name
 from fedunlearn.errors import RunError
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.lock import FolderLock
@@ -126,8 +127,11 @@ class Journal:
             about: of each step that is asked for, what it is to be about.
 
         Raises:
-            RunError: a step was done for something else, or there are more steps than are asked for.
+            RunError: a step was done for something else, or there are more steps than are asked for; or the phase has
+                no name that a file can have.
         """
+        if not is_name(phase):
+            raise RunError(f"the name of a phase must be text in one line without / or \\, got {phase!r}: rename it")
         steps = self.steps(phase)
         place = "this journal" if self._folder is None else f"the journal in {self._folder}"
         another = "use another journal for it, or delete this one" if self._folder else "give each its own fu.Journal()"

@@ -62,6 +62,8 @@ class LocalEngine:
         for where, given in (("LocalEngine(clients)", clients), ("LocalEngine(validation=...)", validation or {})):
             must_be(Mapping, given, where, "client names to LabelledImages, as partition gives", FederationError)
             for name, images in given.items():
+                if not isinstance(name, str) or not name or not name.isprintable():
+                    raise FederationError(f"{where} must name each client by text in one line, got {name!r}: rename it")
                 must_be(LabelledImages, images, f"{where}[{name!r}]", "LabelledImages", FederationError)
         must_be(Compute, compute or FLOAT32, "LocalEngine(compute=...)", "a Compute, or None", FederationError)
         must_be(Privacy, rules, "LocalEngine(rules=...)", "a Privacy, such as Privacy(min_count=5)", FederationError)

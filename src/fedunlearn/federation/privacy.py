@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_number, is_whole
 from fedunlearn.errors import RecipeError
 
 _MECHANISMS = 2  # a Measure job releases sums and counts
@@ -32,7 +33,7 @@ class Privacy:
         min_images: no answer to any job stands for fewer images; ``Evaluate`` then counts none.
 
     Raises:
-        RecipeError: a value is negative, or there is noise without clipping.
+        RecipeError: a value is negative or no number, or there is noise without clipping.
     """
 
     min_count: int = 2
@@ -42,8 +43,12 @@ class Privacy:
 
     def __post_init__(self) -> None:
         for name in ("min_count", "clip", "noise", "min_images"):
-            if not getattr(self, name) >= 0:
-                raise RecipeError(f"privacy.{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            whole = name in ("min_count", "min_images")
+            if not (is_whole(value, 0) if whole else is_number(value) and value >= 0):
+                raise RecipeError(
+                    f"privacy.{name} must be {'a whole number of ' if whole else ''}0 or more, got {value!r}"
+                )
         if self.noise and not self.clip:
             raise RecipeError("privacy.noise needs privacy.clip above 0: without it one image may count for any amount")
 

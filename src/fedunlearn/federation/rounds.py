@@ -77,8 +77,12 @@ class Federation:
             raise FederationError(
                 f"Federation(participation=...) must lie above 0 and at most at 1, got {self.participation!r}"
             )
-        if isinstance(self.clients, str) or isinstance(self.exclude, str):
-            raise FederationError("Federation(clients=..., exclude=...) must be several, in a tuple, got a string")
+        if self.clients is not None and not _several(self.clients, lambda name: isinstance(name, str)):
+            raise FederationError(f"Federation(clients=...) must be names in a tuple, or None, got {self.clients!r}")
+        if not _several(self.exclude, lambda label: is_whole(label, 0)):
+            raise FederationError(
+                f"Federation(exclude=...) must be numbers of classes in a tuple, got {self.exclude!r}"
+            )
 
     def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
         """Return the federation without ``exclude`` either; only ``clients`` take part where they are given."""
@@ -104,6 +108,10 @@ class Federation:
     def cost(self, *phases: str) -> Cost:
         """Return what the phases whose names start with one of ``phases`` cost the clients."""
         return Cost.of(self.journal.entries(*phases))
+
+
+def _several(values: object, valid: Callable[[object], bool]) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(valid(value) for value in values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +153,15 @@ class Server:
         momentum: ``b``; 0 is plain averaging.
 
     Raises:
-        RecipeError: the momentum does not lie in ``[0, 1)``.
+        RecipeError: the momentum does not lie in ``[0, 1)``, or the schedule is no function.
     """
 
     schedule: Callable[[int, int], float] = constant
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise RecipeError(f"Server(schedule) must be a function, such as one_cycle, got {self.schedule!r}")
         if not is_number(self.momentum) or not 0 <= self.momentum < 1:
             raise RecipeError(f"Server(momentum=...) must be at least 0 and below 1, got {self.momentum!r}")
 
@@ -223,6 +233,7 @@ class Repair:
     def __post_init__(self) -> None:
         must_be(Training, self.training, "Repair(training)", "a Training, such as Training(lr=0.05)", RecipeError)
         _whole("Repair", "rounds", self.rounds)
+        must_be(bool, self.batch_norm, "Repair(batch_norm=...)", "True or False", RecipeError)
         _share("Repair", "target", self.target)
 
 
@@ -241,9 +252,14 @@ def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
 
     Raises:
         ModelError: it is no such model, or its weights are not finite.
-        FederationError: ``fed`` is no federation.
+        FederationError: ``fed`` is no federation, or excludes a class that there is not.
     """
     must_be(Federation, fed, "the second argument", "a Federation, such as Federation(engine)", FederationError)
+    beyond = [label for label in fed.exclude if label >= fed.engine.classes]
+    if beyond:
+        raise FederationError(
+            f"Federation(exclude=...) names class {beyond[0]}, the clients' classes are 0 .. {fed.engine.classes - 1}"
+        )
     whole = Classifier.of(model, fed.engine.shape)
     checked = whole.checked(fed.engine.classes)
     if checked.labels != tuple(range(fed.engine.classes)):
@@ -301,6 +317,7 @@ def measure(
     fed.journal.report(phase, 0, 1)
     job = replace(fed.job(task, model, phase=phase), clients=None)
     stats, entry = ask(fed.engine, job, lambda replies: pooling(parts(replies)))
+    must_be(ChannelStats, stats, "what a pooling returns", "ChannelStats, as pooled() makes them", FederationError)
     known = torch.stack(list(held.values())) if held else torch.zeros(0, fed.engine.classes)
     fed.journal.finish(Step(phase, 0, (entry,), about=about), {**stats.tensors(), "held": known})
     fed.journal.report(phase, 1, 1)
@@ -338,6 +355,7 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
         return fitted
     if not batch_norm_layers(fitted.module):
         return fitted
+    _check_somebody(fed)
     fed.journal.report(phase, 0, 1)
     job = fed.job(task, model, phase=phase)
     sums, entry = ask(fed.engine, job, lambda replies: [reply.tensors for reply in replies])
@@ -444,12 +462,16 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
 
 
 def _drawn(fed: Federation, phase: str, round: int) -> tuple[str, ...]:
+    _check_somebody(fed)
     able = fed.able()
-    if not able:
-        raise FederationError("no client has images of the kept classes: there is nobody to train with")
     wanted = max(1, int(fed.participation * len(able) + 0.5))
     order = torch.randperm(len(able), generator=generator(fed.seed, phase, "participation", round))
     return tuple(sorted(able[int(i)] for i in order[:wanted]))
+
+
+def _check_somebody(fed: Federation) -> None:
+    if not fed.able():
+        raise FederationError("no client has images of the kept classes: there is nobody to train with")
 
 
 def _average(replies: Iterable[Reply]) -> dict[str, Tensor]:

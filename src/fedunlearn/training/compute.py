@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.errors import RecipeError
 
 PRECISIONS = ("float32", "bfloat16")
@@ -36,7 +37,11 @@ class Compute:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS or self.memory_format not in MEMORY_FORMATS or self.workers < 1:
+        if (
+            self.precision not in PRECISIONS
+            or self.memory_format not in MEMORY_FORMATS
+            or not is_whole(self.workers, 1)
+        ):
             raise RecipeError(
                 f"expected a precision among {', '.join(PRECISIONS)}, a memory format among "
                 f"{', '.join(MEMORY_FORMATS)} and at least one worker, got {self}"
