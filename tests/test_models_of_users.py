@@ -1,5 +1,7 @@
 """Models as users bring them: parts called twice, frozen, shared, kept activations, weights that are computed."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.groups import find_channels, head_layer
-from fedunlearn.channels.plan import Cut, plan_pruning
+from fedunlearn.channels.plan import Cut, PruningPlan, plan_pruning, prune
 from fedunlearn.channels.scores import Ranking, random_scores
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap
@@ -69,6 +71,20 @@ def test_a_copy_is_made_of_a_model_that_keeps_activations():
     assert twin.kept["maps"][0].data_ptr() != net.kept["maps"][0].data_ptr()
     assert twin(EXAMPLE).equal(out)
     assert twin.conv.weight is not net.conv.weight
+
+
+def test_a_model_that_keeps_what_has_no_copies_is_refused_in_one_line():
+    net = Mixing()
+    net.lock = threading.Lock()
+    for call in (
+        lambda: forgotten(net),
+        lambda: evaluate(net, make_images(), forget=0),
+        lambda: prune(net, PruningPlan()),
+    ):
+        with pytest.raises(
+            ModelError, match=r"cannot be copied \(TypeError: cannot pickle '_thread.lock' object\): take"
+        ):
+            call()
 
 
 def test_threads_that_evaluate_do_not_share_what_a_model_keeps(monkeypatch):

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from fedunlearn.errors import ModelError
+
 _Model = TypeVar("_Model", bound=nn.Module)
 _ATOMS = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
 
@@ -18,9 +20,19 @@ def copied(model: _Model) -> _Model:
 
     A model may keep an activation on itself, for a heat map. Where a pass with gradients made it, torch refuses to
     copy it: the copy then has its values, without the graph that made them.
+
+    Raises:
+        ModelError: the model keeps something that has no copies, such as an open file.
     """
     memo: dict[int, object] = {id(tensor): tensor.detach().clone() for tensor in _made_by_a_pass(model, set())}
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever hangs on the model can fail in any way
+        why = " ".join(str(error).split())
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {why}): take off it what has no copies, such as "
+            "locks, open files and loggers"
+        ) from error
 
 
 def _made_by_a_pass(thing: object, seen: set[int]) -> Iterator[Tensor]:
