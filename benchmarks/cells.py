@@ -45,14 +45,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--retrained", type=int, default=3)
+    parser.add_argument("--precision", default="float32", help="of training; unlearning and audits are float32")
     parser.add_argument("--workers", type=int, default=0, help="clients at work side by side; as many as cores where 0")
     asked = parser.parse_args()
-    settings = ["compute.precision=float32", f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
+    settings = [f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
     with one_torch_thread():
         if asked.step == "train":
-            train(asked.recipe, settings, asked.work, asked.retrained)
+            train(asked.recipe, [*settings, f"compute.precision={asked.precision}"], asked.work, asked.retrained)
         else:
-            unlearn(asked.recipe, [*settings, f"audit.oracles={asked.retrained}"], asked.work)
+            settings += ["compute.precision=float32", f"audit.oracles={asked.retrained}"]
+            unlearn(asked.recipe, settings, asked.work)
 
 
 def train(recipe: str, settings: Sequence[str], work: Path, retrained: int) -> None:
