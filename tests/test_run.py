@@ -223,7 +223,11 @@ def test_a_run_writes_the_files_and_figures_it_promises(signed):
     assert retrained["accuracy"]["forget_row_kept"] == 0  # its row never saw an image of the class
     ratio = result["cost"]["retrain"]["client_flops"] / result["cost"]["unlearn"]["client_flops"]
     assert result["speedup"]["client_flops"] == ratio
-    assert set(result["speedup"]) == {"client_flops", "rounds", "client_seconds", "bytes"}
+    ratio = result["cost"]["retrain_whole"]["client_flops"] / result["cost"]["unlearn"]["client_flops"]
+    assert result["speedup_whole"]["client_flops"] == ratio >= result["speedup"]["client_flops"]
+    assert result["cost"]["retrain_whole"]["rounds"] == result["recipe"]["train"]["rounds"]
+    for name in ("speedup", "speedup_whole"):
+        assert set(result[name]) == {"client_flops", "client_samples", "rounds", "client_seconds", "bytes"}
 
 
 def test_a_finished_run_is_read_back_and_another_is_refused(tmp_path):

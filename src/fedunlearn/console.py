@@ -202,7 +202,8 @@ def notes(result: Mapping[str, Any]) -> str:
         planned = result["recipe"]["train"]["rounds"]
         lines.append(
             f"Retrained: cost until as good as the unlearned model on validation images ({retraining['rounds']} of "
-            f"{planned} rounds). Speed-up: ratio of GFLOP."
+            f"{planned} rounds). Speed-up: ratio of GFLOP; with all its rounds "
+            f"{result['speedup_whole']['client_flops']:.1f}x."
             if retraining["reached"]
             else f"Retraining did not get as good as the unlearned model in {planned} rounds: > is a lower bound."
         )

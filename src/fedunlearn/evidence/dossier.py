@@ -76,7 +76,7 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
     } | {name: result.get(name) for name in _RESULTS}
 
 
-_RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup")
+_RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup", "speedup_whole")
 
 
 def _hashed(folder: Path) -> dict[str, Any]:

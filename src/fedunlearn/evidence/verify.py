@@ -51,6 +51,7 @@ _NEEDED = ("retain", "probe", "relearn", "neighbours")  # of a pass
 _MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anything
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
+_COSTS = ("cost", "speedup", "speedup_whole")
 # 97.5 % quantiles of Student's t with 1 .. 9 degrees of freedom; beyond, a series is exact enough.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -174,7 +175,7 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for name, value in expected.items():
         if dossier[name] != value:
             yield f"{DOSSIER} and the files differ in {name}"
-    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup"):
+    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", *_COSTS):
         if dossier.get(name) != result.get(name):
             yield f"{DOSSIER} and result.json differ in {name}"
 
@@ -301,17 +302,17 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for key, unit in _COUNTED.items():
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
-    retrain = dossier["cost"].get("retrain")
     first = next(iter(_json(folder / "result.json")["oracles"]), "")
     theirs = [step for step in steps if step["phase"] == f"{first}.retrain"]  # none where it came from the cache
-    if retrain is not None and theirs:
+    for name, ratio in (("retrain", "speedup"), ("retrain_whole", "speedup_whole")):
+        retrain = dossier["cost"].get(name)
+        if retrain is None:
+            continue
         trained = [e for step in theirs[: retrain["rounds"]] for e in step["entries"] if e["job"] == "train"]
-        if sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
+        if theirs and sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
             yield "the cost of retraining does not follow from rounds.jsonl"
-    if retrain is not None and not _near(
-        (dossier["speedup"]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)
-    ):
-        yield "the speed-up does not follow from the costs"
+        if not _near((dossier[ratio]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)):
+            yield "the speed-up does not follow from the costs"
 
 
 def rounds(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
