@@ -132,6 +132,12 @@ def test_folders_that_do_not_say_what_is_meant_are_refused(tmp_path, change, tex
         read_folder(root)
 
 
+@pytest.mark.parametrize("size", [-1, 2.5, "8", True, 10**6])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(DataError, match=r"data.size must be a whole number of pixels from 1 to 8192, or 0 .*, got"):
+        read_folder(classes(tmp_path, "a", "b"), size=size)
+
+
 def test_a_name_in_two_spellings_is_refused_and_in_one_is_composed(tmp_path):
     composed, apart = (unicodedata.normalize(form, "Äpfel") for form in ("NFC", "NFD"))
     assert read_folder(classes(tmp_path / "one", apart, "b")).train.classes == ("b", composed)

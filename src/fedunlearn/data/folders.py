@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.errors import DataError
 
 if TYPE_CHECKING:  # it takes a moment: imported only where a picture is opened
@@ -28,6 +29,7 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _TRANSPARENT = ("LA", "PA", "RGBA", "RGBa")
+_LARGEST = 8192  # pixels along a side to resize to
 _FEW_LEVELS = 4096  # 16-bit pictures that are all darker hold 12 bits or fewer: 16 levels of the 256 are left
 
 
@@ -75,8 +77,14 @@ def read_pictures(path: Path, size: int) -> Pictures:
         size: height and width to resize to; 0 keeps pictures as they are, which must then agree.
 
     Raises:
-        DataError: fewer than two classes, a class without pictures, two of one name, or a picture that cannot be read.
+        DataError: fewer than two classes, a class without pictures, two of one name, or a picture that cannot be read;
+            or the size is none.
     """
+    if not is_whole(size, 0) or size > _LARGEST:
+        raise DataError(
+            f"data.size must be a whole number of pixels from 1 to {_LARGEST}, or 0 to leave pictures as they are, "
+            f"got {size!r}"
+        )
     skipped = _Skipped()
     folders = _class_folders(path, skipped)
     arrays: list[np.ndarray] = []
