@@ -114,6 +114,12 @@ def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
     with pytest.raises(ModelError, match="holds objects besides tensors, which are never run; save model") as told:
         read_weights(tmp_path / "w.pt")
     assert "\n" not in str(told.value)
+    torch.save(torch.zeros(3), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"expected tensors by name, .*, but 'the file' is of type Tensor"):
+        read_weights(tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"the weights cannot be read \(EOFError\); fetch the file again"):
+        read_weights(tmp_path / "w.pt")
     torch.save({"net": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"a dictionary with state_dict, but 'net' is of type OrderedDict: save model"):
         read_weights(tmp_path / "w.pt")
@@ -146,6 +152,16 @@ def test_a_label_map_that_was_changed_is_refused(net, tmp_path, labels, text):
     save_file(state, path, {"fedunlearn": json.dumps(about)})
     with pytest.raises(ModelError, match=text):
         load_weights(classifier(make_net()), read_weights(path))
+
+
+def test_a_checkpoint_goes_where_it_can_be_read_again(net, tmp_path):
+    for name, text in (
+        ("m.pt", "end its name in .safetensors"),
+        ("no/m.safetensors", "there is no folder .*no: make it"),
+    ):
+        with pytest.raises(ModelError, match=text):
+            save_checkpoint(tmp_path / name, classifier(net), images=make_images(), architecture={})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_whose_rows_do_not_fit_or_whose_weights_are_not_finite_is_not_written(net, tmp_path):

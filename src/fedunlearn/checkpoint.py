@@ -63,8 +63,11 @@ def save_checkpoint(
         architecture: ``name`` and ``shortcut`` of the unpruned model, for people: loading never imports by it.
 
     Raises:
-        ModelError: output rows, labels and the classes of the images do not fit together, or weights are not finite.
+        ModelError: output rows, labels and the classes of the images do not fit together, weights are not finite, the
+            name does not end in ``.safetensors``, or its folder is missing.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ModelError(f"{path}: a checkpoint is written as safetensors: end its name in .safetensors")
     must_be(Classifier, model, "save_checkpoint(model)", "a Classifier, such as Classifier(module, shape)", ModelError)
     must_be(LabelledImages, images, "save_checkpoint(images=...)", "LabelledImages, as the readers give", DataError)
     labels = model.checked(len(images.classes)).labels or ()
@@ -77,7 +80,10 @@ def save_checkpoint(
         "std": list(images.std),
         "plan": json.loads(model.plan.to_json()),
     }
-    write_tensors(Path(path), model.module.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
+    try:
+        write_tensors(Path(path), model.module.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: there is no folder {Path(path).parent}: make it first") from error
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -111,7 +117,7 @@ def read_weights(path: Path | str) -> Weights:
             "never run; save model.state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file can fail in any way
-        why = " ".join(str(error).split())[:_LONGEST]
+        why = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
         raise ModelError(f"{path}: the weights cannot be read ({why}); fetch the file again") from error
 
 
@@ -266,12 +272,14 @@ def _torch(path: Path) -> Weights:
     value = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    named: dict[object, object] = value if isinstance(value, dict) else {"the file": value}
-    strange = next((name for name, own in named.items() if not isinstance(own, Tensor)), None)
-    if strange is not None:
+    strange = {"the file": value}
+    if isinstance(value, dict):
+        strange = {name: own for name, own in value.items() if not isinstance(own, Tensor)}
+    if strange:
+        name = next(iter(strange))
         raise ModelError(
-            f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(strange)[:80]!r} is of type "
-            f"{type(named[strange]).__name__}: save model.state_dict()"
+            f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(name)[:80]!r} is of type "
+            f"{type(strange[name]).__name__}: save model.state_dict()"
         )
     if not all(isinstance(name, str) for name in value):
         raise ModelError(f"{path}: expected tensors by name, got other keys; save model.state_dict()")
