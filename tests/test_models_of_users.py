@@ -486,6 +486,7 @@ def test_weights_that_are_computed_are_refused_by_name_with_the_remedy(compute, 
         (lambda net: net.half(), "c1.weight is float16, expected float32"),
         (lambda net: net.to("meta"), "c1.weight has no values \\(it is on the meta device\\)"),
         (lambda net: setattr(net, "fc", nn.LazyLinear(3)), r"fc.weight has no shape yet \(a lazy layer\)"),
+        (lambda net: net.register_buffer("phase", torch.zeros(2) * 1j), "phase is torch.complex64, of which clients"),
     ],
 )
 def test_weights_of_another_kind_are_refused_by_name(change, text):

@@ -32,6 +32,8 @@ def check_module(model: object) -> nn.Module:
             raise ModelError(f"{name} has no shape yet (a lazy layer): call the model on a batch of images first")
         if tensor.is_meta:
             raise ModelError(f"{name} has no values (it is on the meta device): load the model's weights first")
+        if tensor.is_complex():
+            raise ModelError(f"{name} is {tensor.dtype}, of which clients have no average: keep it as two real tensors")
     return model
 
 

@@ -83,7 +83,8 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
     """Return ``cost``, ``speedup`` and ``speedup_whole``, against the first retrained model.
 
     ``speedup``: until it was as good as the unlearned one. ``speedup_whole``: all its rounds, as whoever cannot watch
-    the validation accuracy pays for. None of them where the original never knew the class: nothing was forgotten, however fast.
+    the validation accuracy pays for. None of them where the original never knew the class: nothing was forgotten,
+    however fast.
     """
     reached = result["unlearned"]["validation"]["retain"]
     if reached is None or not oracles or not knew(result["original"]["accuracy"], len(result["classes"])):
