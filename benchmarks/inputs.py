@@ -15,9 +15,9 @@ from fedunlearn.channels.taps import Tap
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import partition
 from fedunlearn.federation.ask import ask
+from fedunlearn.federation.averaging import fedavg
 from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Train
 from fedunlearn.federation.ledger import Entry
-from fedunlearn.federation.rounds import fedavg
 from fedunlearn.training.sgd import Training
 
 BATCH = 128

@@ -16,21 +16,14 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError, RunError
 from fedunlearn.federation.ask import ask, refusal
+from fedunlearn.federation.averaging import Server, fedavg
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import SUM, Answer, ClientData, Evaluate, Measure, Reestimate, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import (
-    Federation,
-    Holdings,
-    Server,
-    Watch,
-    fedavg,
-    measure,
-    reestimate,
-    train_rounds,
-    validation_accuracy,
-)
+from fedunlearn.federation.measuring import Holdings, measure, reestimate
+from fedunlearn.federation.rounds import Watch, train_rounds, validation_accuracy
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally

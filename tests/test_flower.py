@@ -20,10 +20,11 @@ from fedunlearn.channels.scores import Ranking, contrast
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Repair, Watch, train_rounds
+from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import digest_of, encode_job, encode_reply

@@ -22,9 +22,11 @@ from fedunlearn.channels.taps import Tap
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import ModelError
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.measuring import reestimate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.federation.rounds import Federation, Repair, reestimate, train_rounds
+from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.flower.client import cut as cut_tensors
 from fedunlearn.flower.client import spread
 from fedunlearn.run import result

@@ -15,10 +15,11 @@ from fedunlearn.channels.stats import ChannelStats, capped, limit_influence, mea
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RecipeError
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import ClientData, Measure, channels_of, handle
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.measuring import measure
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
-from fedunlearn.federation.rounds import Federation, measure
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe

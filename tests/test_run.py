@@ -29,10 +29,12 @@ from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
 from fedunlearn.federation import journal as journals
 from fedunlearn.federation.about import asked
+from fedunlearn.federation.averaging import Server
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Repair, Server, train_rounds
+from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache, retrained_models

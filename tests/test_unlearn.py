@@ -6,8 +6,9 @@ import torch_pruning
 from conftest import make_images, make_net
 from fedunlearn.channels.plan import Cut
 from fedunlearn.data.partition import partition
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Federation, Repair
+from fedunlearn.federation.rounds import Repair
 from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 

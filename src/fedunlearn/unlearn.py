@@ -12,9 +12,11 @@ from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_c
 from fedunlearn.channels.stats import ChannelStats
 from fedunlearn.errors import PlanError, RecipeError
 from fedunlearn.federation.about import asked
+from fedunlearn.federation.federation import Federation, whole_model
 from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import Federation, Repair, Watch, measure, reestimate, train_rounds, whole_model
+from fedunlearn.federation.measuring import measure, reestimate
+from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.training.sgd import check_trainable
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import Ranking
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import Federation, Repair
+from fedunlearn.federation.rounds import Repair
 from fedunlearn.unlearn import Unlearned
 
 

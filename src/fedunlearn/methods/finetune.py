@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import flops_per_image
-from fedunlearn.federation.rounds import Federation, train_rounds
+from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
 
 

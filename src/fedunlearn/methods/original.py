@@ -2,7 +2,7 @@
 
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.federation.rounds import Federation
+from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request
 
 

@@ -1,7 +1,7 @@
 """Control: pruning without the repair after it."""
 
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.federation.rounds import Federation
+from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import random_scores
-from fedunlearn.federation.rounds import Federation
+from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request
 from fedunlearn.unlearn import unlearn
 

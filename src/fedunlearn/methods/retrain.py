@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.federation.rounds import Federation, Server, Watch, train_rounds
+from fedunlearn.federation.averaging import Server
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.rounds import Watch, train_rounds
 from fedunlearn.training.sgd import Training
 
 

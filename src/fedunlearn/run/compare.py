@@ -17,8 +17,8 @@ from torch import nn
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import RunError
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Step
-from fedunlearn.federation.rounds import Federation
 from fedunlearn.files import cache_folder, write_tensors
 from fedunlearn.methods.base import Outcome, Request
 from fedunlearn.methods.retrain import retrain
@@ -34,6 +34,8 @@ _PACKAGE = Path(__file__).parents[1]
 _TRAINED_BY = (
     "training/*.py",
     "data/*.py",
+    "federation/averaging.py",
+    "federation/federation.py",
     "federation/jobs.py",
     "federation/local.py",
     "federation/rounds.py",

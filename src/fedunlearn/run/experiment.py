@@ -21,11 +21,13 @@ from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
 from fedunlearn.data.readers import READERS, Splits
 from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.federation.averaging import Server
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import ClientData, Engine
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
-from fedunlearn.federation.rounds import Federation, Repair, Server, train_rounds
+from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.recipe import ComputeTable, Recipe
 from fedunlearn.training.compute import Compute, own_device, workers_on

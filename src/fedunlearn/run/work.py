@@ -12,8 +12,8 @@ from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog
 from fedunlearn.evidence.folder import RESULT, SCHEMA, versions
 from fedunlearn.evidence.verify import DOSSIER
+from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
-from fedunlearn.federation.rounds import Federation
 from fedunlearn.files import write_text
 from fedunlearn.run.experiment import Experiment, fingerprint
 from fedunlearn.run.recipe import portable_recipe, run_header

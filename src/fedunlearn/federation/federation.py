@@ -1,0 +1,134 @@
+"""A federation: who takes part, who keeps the record, and who owns the draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import FederationError, ModelError
+from fedunlearn.federation.about import asked
+from fedunlearn.federation.jobs import Engine, Job, Task
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.ledger import Cost
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Who takes part, who keeps the record, and who owns the draws.
+
+    Attributes:
+        engine: runs jobs on the clients.
+        journal: where each step is recorded, to go on after a kill; in memory where none is given.
+        seed: owner of all draws.
+        participation: share of the clients drawn in each round of training, at least one.
+        clients: those that take part in training; all where None.
+        exclude: classes whose images are not used.
+        request: what the steps are done for, which the journal holds them to, see ``asked``.
+
+    Raises:
+        FederationError: a value is none of these.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> fed = fu.Federation(fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0)), seed=1)
+        >>> fed.keeping(exclude=(9,)).exclude
+        (9,)
+    """
+
+    engine: Engine
+    journal: Journal = field(default_factory=Journal)
+    seed: int = 0
+    participation: float = 1.0
+    clients: tuple[str, ...] | None = None
+    exclude: tuple[int, ...] = ()
+    request: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.engine, "run", None)):
+            raise FederationError(
+                f"Federation(engine) must be an engine, such as LocalEngine(clients), got {type(self.engine).__name__}"
+            )
+        if not isinstance(self.journal, Journal):
+            raise FederationError(
+                f"Federation(journal=...) must be a Journal, got {self.journal!r}: for one in a folder, give "
+                "Journal(Path(folder))"
+            )
+        if not is_whole(self.seed, 0):
+            raise FederationError(f"Federation(seed=...) must be a whole number of at least 0, got {self.seed!r}")
+        if not is_number(self.participation) or not 0 < self.participation <= 1:
+            raise FederationError(
+                f"Federation(participation=...) must lie above 0 and at most at 1, got {self.participation!r}"
+            )
+        if self.clients is not None and not _several(self.clients, lambda name: isinstance(name, str)):
+            raise FederationError(f"Federation(clients=...) must be names in a tuple, or None, got {self.clients!r}")
+        if not _several(self.exclude, lambda label: is_whole(label, 0)):
+            raise FederationError(
+                f"Federation(exclude=...) must be numbers of classes in a tuple, got {self.exclude!r}"
+            )
+
+    def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
+        """Return the federation without ``exclude`` either; only ``clients`` take part where they are given."""
+        able = self.clients if clients is None else tuple(clients)
+        return replace(self, exclude=tuple(sorted({*self.exclude, *exclude})), clients=able)
+
+    def able(self) -> list[str]:
+        """Return the clients that take part in training, sorted."""
+        return sorted(self.engine.clients if self.clients is None else self.clients)
+
+    def about(self, **values: object) -> dict[str, str]:
+        """Return what a step of these values is about: the request, the values, and the owner of its draws."""
+        return {**self.request, **asked(**values, seed=self.seed)}
+
+    def part(self, name: str) -> Federation:
+        """Return the federation with its steps recorded as those of a part of the run."""
+        return replace(self, journal=self.journal.part(name))
+
+    def job(self, task: Task, model: Classifier, *, phase: str, round: int = 0) -> Job:
+        """Return ``task`` as a job for the clients that take part."""
+        return Job(task=task, model=model, phase=phase, round=round, clients=self.clients, seed=self.seed)
+
+    def cost(self, *phases: str) -> Cost:
+        """Return what the phases whose names start with one of ``phases`` cost the clients."""
+        return Cost.of(self.journal.entries(*phases))
+
+
+def _several(values: object, valid: Callable[[object], bool]) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(valid(value) for value in values)
+
+
+def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
+    """Return ``model`` as a classifier of the clients' images; refuse one without a row for every class, in order.
+
+    Raises:
+        ModelError: it is no such model, or its weights are not finite.
+        FederationError: ``fed`` is no federation, or excludes a class that there is not.
+    """
+    must_be(Federation, fed, "the second argument", "a Federation, such as Federation(engine)", FederationError)
+    beyond = [label for label in fed.exclude if label >= fed.engine.classes]
+    if beyond:
+        raise FederationError(
+            f"Federation(exclude=...) names class {beyond[0]}, the clients' classes are 0 .. {fed.engine.classes - 1}"
+        )
+    whole = Classifier.of(model, fed.engine.shape)
+    checked = whole.checked(fed.engine.classes)
+    if checked.labels != tuple(range(fed.engine.classes)):
+        raise ModelError(
+            f"the model's output rows name the classes {list(checked.labels or ())}, the clients' labels are 0 .. "
+            f"{fed.engine.classes - 1} in this order: start from the model that has a row for every class"
+        )
+    return whole
+
+
+def check_somebody(fed: Federation) -> None:
+    """Refuse a federation of which nobody takes part in training.
+
+    Raises:
+        FederationError: no client is able to.
+    """
+    if not fed.able():
+        raise FederationError("no client has images of the kept classes: there is nobody to train with")
