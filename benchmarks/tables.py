@@ -1,9 +1,9 @@
-"""Write the tables of docs/results.md from the files in benchmarks/results and benchmarks/audits.
+"""Write the tables of docs/results, docs/privacy.md and docs/performance.md from the files in benchmarks.
 
-``python -m benchmarks.tables`` replaces what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` by the table
-of ``benchmarks/results/NAME-*.json``, one row per file, and what stands between ``<!-- audits NAME -->`` and
-``<!-- end -->`` by the figures in ``benchmarks/audits/NAME*.json``; ``--check`` only says whether the page is up to
-date. ``<!-- measured NAME -->``, in docs/privacy.md and docs/performance.md too, is made from ``benchmarks/NAME.json``.
+``python -m benchmarks.tables`` replaces what stands between ``<!-- KIND NAME -->`` and ``<!-- end -->``; ``--check``
+only says whether the pages are up to date. Kinds: ``table``, from ``benchmarks/results/NAME-*.json``, one row per file;
+``audits``, from ``benchmarks/audits/NAME*.json``; ``measured``, from ``benchmarks/NAME.json``; ``cells``, see
+``benchmarks.cell_tables``.
 """
 
 from __future__ import annotations
@@ -11,38 +11,39 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.cell_tables import PAPER, depth_table, headline, picture, settings_table
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.words import MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-PRIVACY = PAGE.with_name("privacy.md")
-PERFORMANCE = PAGE.with_name("performance.md")
-_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
-_MEASURED = re.compile(r"(<!-- measured ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
-_AUDITS = re.compile(r"(<!-- audits ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (*sorted((DOCS / "results").glob("*.md")), DOCS / "privacy.md", DOCS / "performance.md")
+_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
 )
 
 
-def filled(page: str) -> str:
-    """Return ``page`` with every table made anew; a file without a table, or a table without a file, is an error."""
-    tables = {name for _, name, _ in _BLOCK.findall(page)}
+def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
+    """Return ``pages`` with every table made anew; a file without a table, or a table without a file, is an error."""
+    tables = {name for text in pages.values() for _, kind, name, _ in _BLOCK.findall(text) if kind == "table"}
     groups = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
     if tables != groups:
-        sys.exit(f"{PAGE} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
-    page = _BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
-    return measured(_AUDITS.sub(lambda match: match[1] + audit_table(match[2]) + match[3], page))
+        sys.exit(f"{DOCS} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
+    makers = {"table": table, "audits": audit_table, "measured": measured, "cells": cell_table}
+    return {
+        path: _BLOCK.sub(lambda match: match[1] + makers[match[2]](match[3]) + match[4], text)
+        for path, text in pages.items()
+    }
 
 
-def measured(page: str) -> str:
-    """Return ``page`` with the tables of single files made anew."""
+def measured(name: str) -> str:
+    """Return the table of one file."""
     makers: dict[str, Callable[[Any], str]] = {
         "engines": engine_table,
         "speed": speed_table,
@@ -52,13 +53,14 @@ def measured(page: str) -> str:
         "poisoning": poisoning_table,
         "private": private_table,
     }
+    file = {"growth": "speed", "peak": "speed"}.get(name, name)
+    return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
 
-    def made(match: re.Match[str]) -> str:
-        file = {"growth": "speed", "peak": "speed"}.get(match[2], match[2])
-        value = json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8"))
-        return match[1] + makers[match[2]](value) + match[3]
 
-    return _MEASURED.sub(made, page)
+def cell_table(name: str) -> str:
+    """Return a table of the paper's cells: ``headline``, or ``settings`` or ``depth`` and a recipe."""
+    kind, _, recipe = name.partition(" ")
+    return headline() if kind == "headline" else {"settings": settings_table, "depth": depth_table}[kind](recipe)
 
 
 def engine_table(rows: list[dict[str, Any]]) -> str:
@@ -202,12 +204,16 @@ def _accuracy(block: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Bring the pages up to date, or say that they are not."""
-    for path, fill in ((PAGE, filled), (PRIVACY, measured), (PERFORMANCE, measured)):
-        page = path.read_text("utf-8")
-        if "--check" in sys.argv and fill(page) != page:
+    """Bring pages and pictures up to date, or say that they are not."""
+    made = filled({path: path.read_text("utf-8") for path in PAGES})
+    for recipe in PAPER:
+        drawn = picture(recipe)
+        if drawn is not None:
+            made[DOCS / "results" / f"{recipe}.svg"] = drawn
+    for path, text in made.items():
+        if "--check" in sys.argv and not (path.exists() and path.read_text("utf-8") == text):
             sys.exit(f"{path}: run python -m benchmarks.tables")
-        path.write_text(fill(page), "utf-8")
+        path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

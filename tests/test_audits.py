@@ -632,7 +632,7 @@ def test_on_cifar10_held_out_retrained_models_pass_and_head_only_and_fine_tuning
     assert len(passed) == 4
     assert (
         sum(passed) >= 3
-    )  # one fails in one figure of 14, which is the false-positive rate that docs/results.md tells
+    )  # one fails in one figure of 14, which is the false-positive rate that docs/results/cifar10-short.md tells
     assert all(
         own != verdict.INDISTINGUISHABLE for held in found["models"].values() for own in held["controls"].values()
     )

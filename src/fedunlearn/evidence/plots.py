@@ -108,6 +108,30 @@ def relearning(curves: Mapping[str, Mapping[str, Sequence[float]]], *, oracles: 
 
 
 @mpl.rc_context(_STYLE)
+def work(
+    retraining: Sequence[Sequence[tuple[float, float]]], points: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """Return R against the operations of the clients: retraining as lines, what else was done as points.
+
+    Args:
+        retraining: of each retrained model, operations so far and R, at each look.
+        points: operations and R by what was done, a point per seed.
+    """
+    figure, axes = _figure(3.2)
+    for place, curve in enumerate(retraining):
+        label = "retraining" if place == 0 else None
+        spent, accuracy = zip(*curve)
+        axes.plot(spent, _percent(accuracy), color=_ORANGE, linewidth=0.9, label=label)
+    for (name, own), colour, marker in zip(points.items(), (_BLUE, _GREEN, _GREY), ("D", "s", "o")):
+        spent, accuracy = zip(*own)
+        axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
+    axes.set_xscale("log")
+    axes.set(xlabel="operations of clients", ylabel="R on validation images, %")
+    _legend(figure, axes, 4)
+    return _svg(figure, "work")
+
+
+@mpl.rc_context(_STYLE)
 def bands(
     audits: Mapping[str, Mapping[str, Any]],
     oracles: Sequence[Mapping[str, float]],

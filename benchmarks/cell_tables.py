@@ -1,0 +1,173 @@
+"""The tables and pictures of docs/results/cells.md, from the files in benchmarks/cells and benchmarks/models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import safetensors
+
+from benchmarks.cells import CELLS, MODELS, SEEDS, SETTINGS
+from fedunlearn.audits.table import FIGURES
+from fedunlearn.evidence.plots import work
+from fedunlearn.evidence.words import MODELS as LABELS
+from fedunlearn.evidence.words import clipped
+from fedunlearn.federation.journal import Step
+
+Result = dict[str, Any]
+# R unlearned, R retrained and speed-up in rounds, as the paper gives them.
+PAPER = {
+    "cifar10-resnet20": (86.40, 86.33, 8.9),
+    "cifar10-vgg11": (87.24, 87.13, 7.9),
+    "cifar100-resnet20": (57.17, 57.11, 9.9),
+    "cifar100-vgg11": (59.25, 58.20, 8.4),
+}
+NOT_RUN = "not run"
+
+
+def results(recipe: str, setting: str) -> list[Result]:
+    """Return the results of a setting in the order of their seeds; those that are there."""
+    paths = [CELLS / f"{recipe}-{setting}-seed{seed}.json" for seed in SEEDS]
+    return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+
+
+def headline() -> str:
+    """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds."""
+    head = ("cell", "ranking", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for recipe, (unlearned, retrained, ratio) in PAPER.items():
+        paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
+        for setting in SETTINGS:
+            own = results(recipe, setting)
+            cells = [NOT_RUN] * 5
+            if own:
+                cells = [
+                    _spread([_u(one["unlearned"]) for one in own]),
+                    _spread([_r(one["unlearned"]) for one in own]),
+                    _spread(_retrained(own[0])),
+                    _times(own, "speedup"),
+                    _times(own, "speedup_whole"),
+                ]
+            lines.append(_row((recipe, setting, *cells, paper)))
+    return "\n".join(lines) + "\n"
+
+
+def settings_table(recipe: str) -> str:
+    """Return U, R and the verdicts of each setting and of its controls, mean and range over the seeds."""
+    head = ("model", "U, row in place", "R", "R less retrained", "verdict")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for setting in SETTINGS:
+        own = results(recipe, setting)
+        if not own:
+            lines.append(_row((setting, *[NOT_RUN] * 4)))
+        for name, blocks in _models(setting, own):
+            verdicts = Counter(block["verdict"] for block in blocks)
+            lines.append(
+                _row(
+                    (
+                        name,
+                        _spread([_u(block) for block in blocks]),
+                        _spread([_r(block) for block in blocks]),
+                        _spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, own)], sign="+"),
+                        ", ".join(f"{verdict} ({count})" for verdict, count in verdicts.items()),
+                    )
+                )
+            )
+    return "\n".join(lines) + "\n"
+
+
+def depth_table(recipe: str) -> str:
+    """Return the figures of the audits: retrained models, band, controls and each setting, mean over the seeds."""
+    runs = {setting: own for setting in SETTINGS if (own := results(recipe, setting))}
+    if not runs:
+        return f"{NOT_RUN}\n"
+    first = next(iter(runs.values()))[0]
+    columns = [(LABELS[model], [first["figures"][model]]) for model in ("original", "head_only")]
+    for setting, own in runs.items():
+        if setting == "contrast":
+            columns += [(LABELS[model], [one["figures"][model] for one in own]) for model in ("finetune", "random")]
+        columns.append((f"**{setting}**", [one["figures"]["unlearned"] for one in own]))
+    head = ["figure", "retrained", "band", *(text for text, _ in columns)]
+    lines = [_row(head), "|---" * len(head) + "|"]
+    oracles = [own for name, own in first["figures"].items() if name.startswith("retrained")]
+    for figure, audit in first["audits"].items():
+        if FIGURES[figure].fixed is not None or audit["band"] is None:
+            continue
+        low, high = audit["band"]
+        theirs = [100 * own[figure]["value"] for own in oracles]
+        shown = " to ".join(f"{100 * end:.1f}" for end in clipped((low, high), figure))
+        cells = [f"{min(theirs):.1f} to {max(theirs):.1f}", shown]
+        for _, own in columns:
+            values = [one[figure]["value"] for one in own if figure in one]
+            text = f"{100 * fmean(values):.1f}" if values else ""
+            outside = any(not low <= value <= high for value in values)
+            cells.append(f"**{text}**" if outside else text)
+        lines.append(_row((FIGURES[figure].label, *cells)))
+    return "\n".join(lines) + "\n"
+
+
+def picture(recipe: str) -> str | None:
+    """Return R on validation images against operations of clients as SVG; None where nothing was run."""
+    points = {
+        setting: [
+            (one["cost"]["unlearn"]["client_flops"], one["unlearned"]["validation"]["retain"])
+            for one in results(recipe, setting)
+        ]
+        for setting in SETTINGS
+    }
+    points = {setting: own for setting, own in points.items() if own}
+    curves = [list(_curve(path)) for path in sorted((MODELS / recipe).glob("retrained-*.safetensors"))]
+    return work(curves, points) if points and curves else None
+
+
+def _curve(path: Path) -> Iterator[tuple[float, float]]:
+    with safetensors.safe_open(path, "pt") as file:
+        steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
+    spent = 0
+    for step in steps:
+        spent += sum(entry.flops for entry in step.entries if entry.job == "train")
+        if step.validation is not None:
+            yield spent, step.validation
+
+
+def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """Yield the models to show of a setting, a block per seed; controls that any ranking shares beside contrast."""
+    if setting == "contrast" and own:
+        for name in ("original", "head_only", "finetune", "random"):
+            yield LABELS[name], [one["controls"][name] for one in own]
+    if own:
+        yield f"**{setting}**", [one["unlearned"] | {"verdict": one["verdict"]} for one in own]
+
+
+def _u(block: Result) -> float:
+    return 100 * float(block["accuracy"]["forget_row_kept"] or 0.0)
+
+
+def _r(block: Result) -> float:
+    return 100 * float(block["accuracy"]["retain"])
+
+
+def _retrained(result: Result) -> list[float]:
+    return [_r(block) for block in result["oracles"].values()]
+
+
+def _spread(values: Sequence[float], *, sign: str = "") -> str:
+    """Return mean, lowest and highest."""
+    texts = [f"{number:{sign}.1f}" for number in (fmean(values), min(values), max(values))]
+    return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def _times(own: Sequence[Result], name: str) -> str:
+    found = [one[name]["client_flops"] for one in own if name in one]
+    if not found:
+        return ""
+    bound = "" if name == "speedup_whole" or all(one["cost"]["retrain"]["reached"] for one in own) else "> "
+    return f"{bound}{fmean(found):.1f}x ({min(found):.1f} to {max(found):.1f})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
