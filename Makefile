@@ -21,10 +21,10 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: lint docs
 	$(PYTEST) -m "not slow and not sites"
 
-# Then the deeper networks, and the real Flower processes one after another: each of them takes both cores.
+# The deeper networks and the real Flower processes too: these are one file, and mostly wait, so that one worker has
+# them, one after another, while the other does the rest.
 test-all: lint docs
-	$(PYTEST) -m "not sites"
-	$(BIN)/pytest -m sites
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
