@@ -299,6 +299,10 @@ def test_a_criterion_is_understood_by_its_name():
             r"must be a Federation, such as Federation\(engine\)",
         ),
         (lambda e: unlearned(e, jointly="no"), r"unlearn\(jointly=...\) must be True or False, got 'no'"),
+        (
+            lambda e: fu.Repair(TRAINING, server=0.9),
+            r"Repair\(server=...\) must be a Server, such as Server\(one_cycle",
+        ),
         (lambda e: fu.Repair(TRAINING, batch_norm="no"), r"Repair\(batch_norm=...\) must be True or False, got 'no'"),
         (
             lambda e: unlearned(e, rank=fu.Ranking(lambda s, f: torch.ones(6))),

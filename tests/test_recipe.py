@@ -14,6 +14,7 @@ from fedunlearn.engines import ENGINES, Order, carry_out
 from fedunlearn.errors import RecipeError
 from fedunlearn.models import MODELS, SHORTCUTS
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
+from fedunlearn.training.sgd import SCHEDULES
 
 EXPECTED = ["digits", "mnist-writers"] + [
     f"{data}-{model}"
@@ -57,7 +58,11 @@ def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
         *((f"unlearn.fraction={f}", f"recipe key unlearn.fraction: .*, got {f}") for f in ("0", "1", "-0.1", "nan")),
         *(
             (f"{key}=best", f"recipe key {key}: Input should be one of {', '.join(table)}, got 'best'")
-            for key, table in (("unlearn.criterion", CRITERIA), ("data.source", READERS))
+            for key, table in (
+                ("unlearn.criterion", CRITERIA),
+                ("data.source", READERS),
+                ("unlearn.schedule", SCHEDULES),
+            )
         ),
         ("unlearn.end=top", "recipe key unlearn.end: Input should be 'highest' or 'lowest', got 'top'"),
         ("train.augment=flip", "recipe key train.augment: Input should be a valid tuple, got 'flip'"),

@@ -103,8 +103,9 @@ def unlearn(
 
     kept = federation.keeping(exclude=wanted, clients=held.with_images_besides(wanted))
     refitted = reestimate(pruned, kept, sample=rank.sample) if repair.batch_norm else pruned
+    watch = Watch(target=repair.target)
     repaired = train_rounds(
-        refitted, kept, repair.training, rounds=repair.rounds, phase="repair", watch=Watch(target=repair.target)
+        refitted, kept, repair.training, rounds=repair.rounds, phase="repair", server=repair.server, watch=watch
     )
     unlearned = repaired.without_rows(wanted)
     cost = kept.cost("measure", "reestimate", "repair")

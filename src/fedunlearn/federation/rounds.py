@@ -63,6 +63,7 @@ class Repair:
         rounds: at most so many; 0 for none.
         batch_norm: re-estimate the batch normalisation statistics first.
         target: stop at this accuracy on the clients' validation images of the kept classes.
+        server: how the rate changes over the rounds, and what the server makes of the averages.
 
     Raises:
         RecipeError: a value is none of these.
@@ -72,12 +73,14 @@ class Repair:
     rounds: int = 1
     batch_norm: bool = True
     target: float | None = None
+    server: Server = Server()
 
     def __post_init__(self) -> None:
         must_be(Training, self.training, "Repair(training)", "a Training, such as Training(lr=0.05)", RecipeError)
         _whole("Repair", "rounds", self.rounds)
         must_be(bool, self.batch_norm, "Repair(batch_norm=...)", "True or False", RecipeError)
         _share("Repair", "target", self.target)
+        must_be(Server, self.server, "Repair(server=...)", "a Server, such as Server(one_cycle)", RecipeError)
 
 
 def _whole(owner: str, name: str, value: object) -> None:

@@ -23,7 +23,7 @@ def finetune(model: Classifier, fed: Federation, request: Request) -> Outcome:
     epochs = cost.client_flops / per_image / (rounds * int(request.images))
     training = replace(request.repair.training, local_epochs=epochs)
     kept = fed.keeping(exclude=request.forget, clients=request.unlearned.clients)
-    tuned = train_rounds(model, kept, training, rounds=rounds, phase="finetune")
+    tuned = train_rounds(model, kept, training, rounds=rounds, phase="finetune", server=request.repair.server)
     return Outcome(delivered(tuned, request), fed.cost("finetune"))
 
 

@@ -31,7 +31,7 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.recipe import ComputeTable, Recipe
 from fedunlearn.training.compute import Compute, own_device, workers_on
-from fedunlearn.training.sgd import one_cycle
+from fedunlearn.training.sgd import SCHEDULES, one_cycle
 from fedunlearn.unlearn import Unlearned, unlearn
 
 
@@ -108,7 +108,8 @@ class Experiment:
         """Return what the recipe does after pruning."""
         u = self.recipe.unlearn
         rounds = u.rounds if u.repair == "finetune" else 0
-        return Repair(self.recipe.repair(), rounds, u.repair != "none", u.target)
+        server = Server(SCHEDULES[u.schedule], u.server_momentum)
+        return Repair(self.recipe.repair(), rounds, u.repair != "none", u.target, server)
 
 
 def prepare(recipe: Recipe) -> Experiment:

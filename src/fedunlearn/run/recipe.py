@@ -22,7 +22,7 @@ from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.training.sgd import Training
+from fedunlearn.training.sgd import SCHEDULES, Training
 from fedunlearn.version import __version__
 
 _RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
@@ -127,6 +127,8 @@ class UnlearnTable(_Table):
     rounds: Count = 1
     local_epochs: Positive = 1.0
     lr: Positive = 0.05
+    schedule: Annotated[str, _among(SCHEDULES)] = "constant"
+    server_momentum: Share = 0.0
     target: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None  # that of the federation where None
 

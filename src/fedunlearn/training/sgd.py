@@ -81,6 +81,9 @@ def constant(round: int, rounds: int) -> float:
     return 1.0
 
 
+SCHEDULES = {"constant": constant, "one-cycle": one_cycle}
+
+
 class Sgd:
     """The steps of ``torch.optim.SGD``, to the bit, without its class.
 
