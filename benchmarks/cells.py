@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.audits.audit import FOLDER
+from fedunlearn.evidence.folder import RESULT, RunFolder
 from fedunlearn.federation.journal import Journal
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache, retrained_models
@@ -83,6 +85,7 @@ def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
                 continue
             chosen = load_recipe(recipe, [*settings, *models, *changes, *paper, f"unlearn.seed={seed}"])
             out = work / path.stem
+            _share_figures(recipe, work, out)
             result = run(chosen, out, observe=_observer(path.stem))
             figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
             result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
@@ -95,6 +98,17 @@ def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
                 f"U {accuracy['forget_row_kept']:.4f}, R {accuracy['retain']:.4f}, "
                 f"{result.get('speedup', {}).get('client_flops', 0):.1f}x, {result['verdict']}",
             )
+
+
+def _share_figures(recipe: str, work: Path, out: Path) -> None:
+    """Copy what an earlier run measured of the models that all runs share; an audit takes it for these models alone."""
+    done = [folder for folder in sorted(work.glob(f"{recipe}-*")) if folder != out and (folder / RESULT).exists()]
+    if not done or out.exists():
+        return
+    (out / FOLDER).mkdir(parents=True)
+    for path in (done[0] / FOLDER).glob("*.json"):
+        if path.stem in ("original", "head_only") or path.stem.startswith("retrained"):
+            shutil.copy(path, out / FOLDER)
 
 
 def _original(experiment: Experiment, folder: Path, work: Path) -> None:
