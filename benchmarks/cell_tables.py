@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,7 +145,9 @@ def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Res
 
 
 def _u(block: Result) -> float:
-    return 100 * float(block["accuracy"]["forget_row_kept"] or 0.0)
+    """Return U with the row in place, NaN of a model whose row is gone."""
+    u = block["accuracy"]["forget_row_kept"]
+    return math.nan if u is None else 100 * float(u)
 
 
 def _r(block: Result) -> float:
@@ -156,7 +159,9 @@ def _retrained(result: Result) -> list[float]:
 
 
 def _spread(values: Sequence[float], *, sign: str = "") -> str:
-    """Return mean, lowest and highest."""
+    """Return mean, lowest and highest; nothing where a value is NaN."""
+    if any(math.isnan(value) for value in values):
+        return ""
     texts = [f"{number:{sign}.1f}" for number in (fmean(values), min(values), max(values))]
     return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
