@@ -163,3 +163,10 @@ def test_ids_of_plots_do_not_meet():
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids)) > 10
     assert plots.per_class(bars, bars, {}) == plots.per_class(bars, bars, {})
+
+
+def test_the_plot_of_work_has_its_operations_in_numbers_that_people_read():
+    drawn = plots.work([[(1e12, 0.5), (1e14, 0.9)]], {"contrast": [(2e12, 0.8)]})
+    assert [f">{number}<" in drawn for number in (1, 10, 100)] == [True] * 3
+    assert "$" not in drawn
+    assert ">contrast<" in drawn

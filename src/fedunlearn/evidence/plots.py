@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from fedunlearn.evidence.words import clipped
@@ -126,7 +127,9 @@ def work(
         spent, accuracy = zip(*own)
         axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
     axes.set_xscale("log")
-    axes.set(xlabel="operations of clients", ylabel="R on validation images, %")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / 1e12:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="operations of clients, TFLOP", ylabel="R on validation images, %")
     _legend(figure, axes, 4)
     return _svg(figure, "work")
 
