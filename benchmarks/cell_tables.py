@@ -27,6 +27,8 @@ PAPER = {
     "cifar100-resnet20": (57.17, 57.11, 9.9),
     "cifar100-vgg11": (59.25, 58.20, 8.4),
 }
+# R on test images that the original and the retrained models are to reach, from the paper's retrained R.
+LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
 
 
@@ -54,6 +56,25 @@ def headline() -> str:
                     _times(own, "speedup_whole"),
                 ]
             lines.append(_row((recipe, setting, *cells, paper)))
+    return "\n".join(lines) + "\n"
+
+
+def levels() -> str:
+    """Return U and R on test images of the original and the retrained models that are kept, beside the level asked."""
+    head = ("cell", "R asked", "original, U", "original, R", "retrained, R", "models")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for recipe, asked in LEVEL.items():
+        path = MODELS / recipe / "levels.json"
+        if not path.exists():
+            lines.append(_row((recipe, str(asked), *[NOT_RUN] * 4)))
+            continue
+        found = json.loads(path.read_text("utf-8"))
+        original = found.pop("original")
+        cells = [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
+        retrained = [100 * own["retain"] for own in found.values()]
+        lines.append(
+            _row((recipe, str(asked), *cells, _spread(retrained) if retrained else NOT_RUN, str(len(retrained))))
+        )
     return "\n".join(lines) + "\n"
 
 

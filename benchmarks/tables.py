@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cell_tables import PAPER, depth_table, headline, picture, settings_table
+from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.words import MODELS, clipped
 
@@ -58,9 +58,11 @@ def measured(name: str) -> str:
 
 
 def cell_table(name: str) -> str:
-    """Return a table of the paper's cells: ``headline``, or ``settings`` or ``depth`` and a recipe."""
+    """Return a table of the paper's cells: ``headline``, ``levels``, or ``settings`` or ``depth`` and a recipe."""
     kind, _, recipe = name.partition(" ")
-    return headline() if kind == "headline" else {"settings": settings_table, "depth": depth_table}[kind](recipe)
+    if recipe:
+        return {"settings": settings_table, "depth": depth_table}[kind](recipe)
+    return {"headline": headline, "levels": levels}[kind]()
 
 
 def engine_table(rows: list[dict[str, Any]]) -> str:
