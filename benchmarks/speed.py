@@ -117,7 +117,14 @@ def flower_comparisons() -> dict[str, Any]:
             ),
             "resnet20_round_vs_flower_simulation": load_recipe(
                 "cifar10-resnet20",
-                ("data.source=npz", f"data.path={path}", "data.validation=0", "compute.precision=float32"),
+                (
+                    "data.source=npz",
+                    f"data.path={path}",
+                    "data.validation=0",
+                    "compute.precision=float32",
+                    "train.local_epochs=1",
+                    "train.batch_size=32",
+                ),
             ),
         }.items():
             experiment = prepare(recipe)
