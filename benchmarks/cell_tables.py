@@ -55,7 +55,8 @@ def headline() -> str:
                     _times(own, "speedup"),
                     _times(own, "speedup_whole"),
                 ]
-            lines.append(_row((recipe, setting, *cells, paper)))
+            some = f", {len(own)} of {len(SEEDS)} seeds" if 0 < len(own) < len(SEEDS) else ""
+            lines.append(_row((recipe, setting + some, *cells, paper)))
     return "\n".join(lines) + "\n"
 
 
@@ -191,8 +192,11 @@ def _times(own: Sequence[Result], name: str) -> str:
     found = [one[name]["client_flops"] for one in own if name in one]
     if not found:
         return ""
-    bound = "" if name == "speedup_whole" or all(one["cost"]["retrain"]["reached"] for one in own) else "> "
-    return f"{bound}{fmean(found):.1f}x ({min(found):.1f} to {max(found):.1f})"
+    bound = (
+        "" if name == "speedup_whole" or all(one["cost"]["retrain"]["reached"] for one in own if name in one) else "> "
+    )
+    spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+    return f"{bound}{fmean(found):.1f}x{spread}"
 
 
 def _row(cells: Sequence[str]) -> str:

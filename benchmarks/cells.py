@@ -5,7 +5,8 @@ the class, seeds 1 to ``--retrained``, each from fresh weights. Finished models 
 ``benchmarks/models/RECIPE`` with the rounds they took; a killed call goes on from its last finished round.
 
 ``unlearn`` takes these models and makes the original forget, audited beside the retrained ones, for each setting in
-``SETTINGS`` and three seeds; results are written into ``benchmarks/cells``. ``--work`` holds what is not kept.
+``SETTINGS`` and three seeds; results are written into ``benchmarks/cells``, or held against those that are there.
+``--work`` holds what is not kept; another number of retrained models needs another one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -67,16 +69,25 @@ def train(recipe: str, settings: Sequence[str], work: Path, retrained: int) -> N
     experiment = prepare(load_recipe(recipe, settings))
     folder = MODELS / recipe
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.json").exists():  # what made the models that are there
-        value = experiment.recipe.model_dump(mode="json")
-        value["data"]["path"] = ""
-        (folder / "recipe.json").write_text(json.dumps(value, indent=1) + "\n")
+    _check_recipe(experiment, folder / "recipe.json")
+    work = work / f"{recipe}-models"
     _original(experiment, folder, work)
     _level(experiment, folder, "original")
     data = fingerprint(experiment.splits)
     for seed in range(1, retrained + 1):
         _retrained(experiment, folder, work, seed=seed, data=data)
         _level(experiment, folder, f"retrained-{seed}")
+
+
+def _check_recipe(experiment: Experiment, path: Path) -> None:
+    """Write what makes the models of a folder, or refuse to make others by another recipe beside them."""
+    value = experiment.recipe.model_dump(mode="json", include={"data", "federation", "model", "train", "compute"})
+    value["data"]["path"] = ""
+    value["compute"].pop("workers")
+    text = json.dumps(value, indent=1) + "\n"
+    if path.exists() and path.read_text("utf-8") != text:
+        raise SystemExit(f"{path}: the models there were made by another recipe; move them away to make others")
+    path.write_text(text, "utf-8")
 
 
 def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
@@ -87,17 +98,20 @@ def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
         paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == "tf_idf-paper" else []
         for seed in SEEDS:
             path = CELLS / f"{recipe}-{name}-seed{seed}.json"
-            if path.exists():
+            out = work / path.stem
+            if (out / RESULT).exists() and path.exists():
                 continue
             chosen = load_recipe(recipe, [*settings, *models, *changes, *paper, f"unlearn.seed={seed}"])
-            out = work / path.stem
             _share_figures(recipe, work, out)
             result = run(chosen, out, observe=_observer(path.stem))
             figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
             result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
             result["recipe"]["audit"]["models"] = ""
             CELLS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(result | {"figures": figures}, indent=1) + "\n")
+            if path.exists():
+                _compare(path, figures)
+            else:
+                path.write_text(json.dumps(result | {"figures": figures}, indent=1) + "\n")
             accuracy = result["unlearned"]["accuracy"]
             _say(
                 path.stem,
@@ -106,9 +120,21 @@ def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
             )
 
 
+def _compare(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say how far figures are from those that are kept."""
+    kept = json.loads(path.read_text("utf-8"))["figures"]
+    apart = {
+        f"{figure} of {model}": abs(own["value"] - kept[model][figure]["value"])
+        for model, theirs in figures.items()
+        for figure, own in theirs.items()
+    }
+    name, largest = max(apart.items(), key=lambda pair: pair[1])
+    _say(path.stem, f"differs from the kept figures by {largest:.4f} at most ({name})")
+
+
 def _share_figures(recipe: str, work: Path, out: Path) -> None:
     """Copy what an earlier run measured of the models that all runs share; an audit takes it for these models alone."""
-    done = [folder for folder in sorted(work.glob(f"{recipe}-*")) if folder != out and (folder / RESULT).exists()]
+    done = [folder for folder in sorted(work.glob(f"{recipe}-*-seed*")) if (folder / RESULT).exists()]
     if not done or out.exists():
         return
     (out / FOLDER).mkdir(parents=True)

@@ -343,6 +343,13 @@ def test_a_criterion_is_understood_by_its_name():
             lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=1, phase="../x"),
             r"the name of a phase must be text in one line without / or \\, got '../x'",
         ),
+        (
+            lambda e: fu.train_rounds(make_net(classes=4), fu.Federation(e), TRAINING, rounds=1, phase="x" * 300),
+            "the name of a phase must be text in one line",
+        ),
+        (lambda e: fu.Journal(3), r"Journal\(folder\) must be the path of a folder, or None, got 3"),
+        (lambda e: fu.Journal("a\0b"), r"Journal\(folder\) must be the path of a folder"),
+        (lambda e: fu.LocalEngine(PARTS, device="meta"), r"LocalEngine\(device=...\) must be 'cpu', .*got 'meta'"),
         (lambda e: audited({"../x": SUBJECT}), r"name of a model names a file, .* without / or \\, got '../x'"),
         (lambda e: audited([SUBJECT]), r"audit\(oracles=...\) must be models by name"),
         (
@@ -428,6 +435,11 @@ def test_settings_of_another_kind_are_refused_in_one_line(engine, make, text):
 def test_an_argument_that_there_is_not_is_named_by_python():
     with pytest.raises(TypeError, match="unexpected keyword argument 'optimizer'"):
         fu.Training(lr=0.1, optimizer="adam")
+
+
+def test_numbers_of_numpy_are_those_of_python_in_a_federation(engine):
+    fed = fu.Federation(engine, seed=np.int64(1), exclude=(np.int64(2),))
+    assert repr((fed.seed, fed.exclude)) == "(1, (2,))"
 
 
 def test_a_journal_takes_the_name_of_its_folder(tmp_path):

@@ -153,6 +153,7 @@ def test_other_bad_arguments_are_refused(images):
             {"labels": torch.tensor([0, 1, 2, 9])},
             r"labels must lie in 0 \.\. 2, .*, got 0 \.\. 9: count the classes from",
         ),
+        ({"classes": ("\u00e9", "b", "e\u0301")}, "names of the classes must differ, 'é' is there twice"),
         ({"classes": ("a", "b", "a")}, "names of the classes must differ, 'a' is there twice: name each class once"),
         ({"classes": "abc"}, "classes must be a tuple of names, one string per class, got 'abc'"),
         ({"classes": (0, 1, 2)}, r"classes must be a tuple of names, one string per class, got \(0, 1, 2\)"),

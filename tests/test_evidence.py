@@ -363,6 +363,7 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
     result["calibration"]["models"]["retrained-1"]["verdict"] = "not forgotten"
     result["controls"]["head_only"]["verdict"] = "indistinguishable from retraining"
     result["cost"]["retrain"]["client_flops"] *= 2
+    result["cost"]["retrain_whole"]["rounds"] -= 1
     thresholds = json.loads((folder / "thresholds.json").read_text())
     thresholds["bands"]["probe"]["high"] = 2.0
     (folder / "thresholds.json").write_text(json.dumps(thresholds))
@@ -375,6 +376,7 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         "the held-out verdicts do not follow from the figures",
         "the verdict on head_only does not follow from the figures",
         "the cost of retraining does not follow from rounds.jsonl",
+        "the rounds of retraining are not those of rounds.jsonl",
         "thresholds.json does not follow from the figures of the retrained models",
         "events.jsonl tells of another thresholds.json",
     ):

@@ -536,6 +536,25 @@ def test_a_train_function_that_answers_with_an_error_is_told():
 
 
 @pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (" \n", "no reason given"),
+        ("", "no reason given"),
+        ("<class 'fedunlearn.errors.DataError'>:<'a\nb'>", "a b"),
+        ("<class 'OSError'>:<\"it's full\">", "it's full"),
+    ],
+)
+def test_what_an_app_raised_is_told_in_one_line_whatever_it_is(reason, told):
+    from flwr.app import Error
+
+    def change(message, reply):
+        return Message(Error(2, reason), reply_to=message)
+
+    entry = collected(engine(Loopback(nodes() | {100: (answering(change), 0)})), train_job())[1]
+    assert entry.refused["client-0"] == f"its app failed: {told}"
+
+
+@pytest.mark.parametrize(
     ("code", "text"),
     [
         (2, "its app failed: OSError: no space left on device"),

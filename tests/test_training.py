@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_images, make_net, normalised
-from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.errors import RecipeError
@@ -25,9 +25,10 @@ from fedunlearn.federation.jobs import Job, Train
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.rounds import Watch, train_rounds
+from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.training.sgd import Sgd, Training, one_cycle, train_locally
+from fedunlearn.unlearn import unlearn
 
 
 class Unusual(nn.Module):
@@ -184,6 +185,30 @@ def test_a_killed_training_goes_on_with_the_server_s_velocity(tmp_path):
     resumed = train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=4, server=server)
     whole = train_rounds(make_net(), Federation(engine), training, rounds=4, server=server)
     assert all(t.equal(whole.module.state_dict()[name]) for name, t in resumed.module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (lambda at: 1.0, r"Server\(schedule\) failed \(TypeError: .*\): it is called as schedule\(round, rounds\)"),
+        *((lambda at, rounds, f=f: f, f"must give numbers above 0, got {f}") for f in (None, 0, -1.0, float("nan"))),
+    ],
+)
+def test_a_schedule_that_gives_no_rates_is_refused_before_any_client_is_asked(schedule, text):
+    asked = []
+
+    class Asked(LocalEngine):
+        def run(self, job):
+            asked.append(job)
+            return super().run(job)
+
+    fed = Federation(Asked(partition(make_images(60), by="iid", clients=3)))
+    server, training = Server(schedule), Training(lr=0.05, batch_size=8)
+    with pytest.raises(RecipeError, match=text):
+        train_rounds(make_net(), fed, training, rounds=2, server=server)
+    with pytest.raises(RecipeError, match=text):
+        unlearn(make_net(), fed, forget=1, cut=Cut(0.3), repair=Repair(training, rounds=2, server=server))
+    assert asked == []
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan"), "0.9"])

@@ -82,8 +82,10 @@ def save_checkpoint(
     }
     try:
         write_tensors(Path(path), model.module.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: there is no folder {Path(path).parent}: make it first") from error
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ModelError(
+            f"{path}: cannot be written ({error.strerror}): give a place in a folder that is there"
+        ) from error
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -272,15 +274,17 @@ def _torch(path: Path) -> Weights:
     value = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    strange = {"the file": value}
-    if isinstance(value, dict):
-        strange = {name: own for name, own in value.items() if not isinstance(own, Tensor)}
-    if strange:
-        name = next(iter(strange))
+    if not isinstance(value, dict):
         raise ModelError(
-            f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(name)[:80]!r} is of type "
-            f"{type(strange[name]).__name__}: save model.state_dict()"
+            f"{path}: expected tensors by name, or a dictionary with state_dict, got a value of type "
+            f"{type(value).__name__}: save model.state_dict()"
         )
+    for name, own in value.items():
+        if not isinstance(own, Tensor):
+            raise ModelError(
+                f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(name)[:80]!r} is of type "
+                f"{type(own).__name__}: save model.state_dict()"
+            )
     if not all(isinstance(name, str) for name in value):
         raise ModelError(f"{path}: expected tensors by name, got other keys; save model.state_dict()")
     return Weights(path, value)

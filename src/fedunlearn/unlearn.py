@@ -16,8 +16,7 @@ from fedunlearn.federation.federation import Federation, whole_model
 from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.measuring import measure, reestimate
-from fedunlearn.federation.rounds import Repair, Watch, train_rounds
-from fedunlearn.training.sgd import check_trainable
+from fedunlearn.federation.rounds import Repair
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +85,7 @@ def unlearn(
     must_be(Repair, repair, "unlearn(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
     must_be(Ranking, rank, "unlearn(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
     must_be(bool, jointly, "unlearn(jointly=...)", "True or False", PlanError)
-    if repair.rounds:
-        check_trainable(original.module)
+    repair.check(original)
     wanted = forget_classes(forget, federation.engine.classes)
     request = asked(forget=wanted, **vars(rank), cut=cut, repair=repair, jointly=jointly)
     federation = replace(federation, request=request)
@@ -103,10 +101,7 @@ def unlearn(
 
     kept = federation.keeping(exclude=wanted, clients=held.with_images_besides(wanted))
     refitted = reestimate(pruned, kept, sample=rank.sample) if repair.batch_norm else pruned
-    watch = Watch(target=repair.target)
-    repaired = train_rounds(
-        refitted, kept, repair.training, rounds=repair.rounds, phase="repair", server=repair.server, watch=watch
-    )
+    repaired = repair.of(refitted, kept)
     unlearned = repaired.without_rows(wanted)
     cost = kept.cost("measure", "reestimate", "repair")
     return Unlearned(wanted, stats, scores, pruned, repaired, unlearned, kept.clients or (), cost)

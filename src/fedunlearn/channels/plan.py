@@ -67,12 +67,12 @@ class PruningPlan:
             if value["schema"] != _SCHEMA:
                 raise PlanError(f"expected a pruning plan of schema {_SCHEMA}, got {value['schema']!r}")
             return PruningPlan(
-                {name: _whole(shape) for name, shape in value["shapes"].items()},
+                {name: _positions(shape) for name, shape in value["shapes"].items()},
                 {
-                    name: {int(axis): _whole(rows) for axis, rows in axes.items()}
+                    name: {int(axis): _positions(rows) for axis, rows in axes.items()}
                     for name, axes in value["kept"].items()
                 },
-                {layer: _whole(channels) for layer, channels in value["pruned"].items()},
+                {layer: _positions(channels) for layer, channels in value["pruned"].items()},
                 {layer: str(reason) for layer, reason in value["left_out"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -119,7 +119,7 @@ class PruningPlan:
         return PruningPlan(shapes, kept, pruned, {**self.left_out, **later.left_out})
 
 
-def _whole(numbers: Sequence[int]) -> tuple[int, ...]:
+def _positions(numbers: Sequence[int]) -> tuple[int, ...]:
     for number in numbers:
         if not is_whole(number, 0):
             raise ValueError(f"{number!r} is no whole number of at least 0")

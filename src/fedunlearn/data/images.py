@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -210,6 +211,7 @@ def _check_names(classes: Sequence[str]) -> None:
     """Refuse names of classes that are not text, or by which a class could not be told from another."""
     if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(n, str) for n in classes):
         raise DataError(f"classes must be a tuple of names, one string per class, got {classes!r}")
-    twice = [name for name, count in Counter(classes).items() if count > 1]
+    composed = [unicodedata.normalize("NFC", name) for name in classes]  # as names to forget are compared
+    twice = [name for name, count in Counter(composed).items() if count > 1]
     if twice:
         raise DataError(f"the names of the classes must differ, {twice[0]!r} is there twice: name each class once")

@@ -255,7 +255,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"the verdict on {name} does not follow from the figures: they give {found[0]!r}"
     verdict, decided, sides = _judged(candidate, written, count, chance)
     original = controls.get("original", {}).get("forget")
-    known = original is None or "forget" not in written or original[0] > max(chance, written["forget"][3])
+    known = original is None or original[0] > max(chance, written["forget"][3] if "forget" in written else chance)
     if not known and verdict != "not forgotten":
         verdict, decided = "no verdict", []
     if verdict == _PASS and any(judged[name][0] == _PASS for name in _MUST_FAIL if name in judged):
@@ -309,6 +309,8 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if retrain is None:
             continue
         trained = [e for step in theirs[: retrain["rounds"]] for e in step["entries"] if e["job"] == "train"]
+        if theirs and name == "retrain_whole" and retrain["rounds"] != len(theirs):
+            yield "the rounds of retraining are not those of rounds.jsonl"
         if theirs and sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
             yield "the cost of retraining does not follow from rounds.jsonl"
         if not _near((dossier[ratio]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)):

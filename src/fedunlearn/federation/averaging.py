@@ -46,6 +46,23 @@ class Server:
         if not is_number(self.momentum) or not 0 <= self.momentum < 1:
             raise RecipeError(f"Server(momentum=...) must be at least 0 and below 1, got {self.momentum!r}")
 
+    def rates(self, lr: float, rounds: int) -> list[float]:
+        """Return the learning rate of each round, of which ``lr`` is the highest where the schedule goes up to 1.
+
+        Raises:
+            RecipeError: the schedule fails, or gives something else than numbers above 0.
+        """
+        try:
+            factors = [self.schedule(round, rounds) for round in range(rounds)]
+        except Exception as error:  # the user's own function can fail in any way
+            raise RecipeError(
+                f"Server(schedule) failed ({type(error).__name__}: {error}): it is called as schedule(round, rounds)"
+            ) from error
+        for factor in factors:
+            if not is_number(factor) or factor <= 0:
+                raise RecipeError(f"Server(schedule) must give numbers above 0, got {factor!r}")
+        return [lr * factor for factor in factors]
+
     def moved(
         self, model: nn.Module, average: Mapping[str, Tensor], velocity: dict[str, Tensor]
     ) -> Mapping[str, Tensor]:

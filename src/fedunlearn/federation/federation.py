@@ -70,6 +70,9 @@ class Federation:
             raise FederationError(
                 f"Federation(exclude=...) must be numbers of classes in a tuple, got {self.exclude!r}"
             )
+        # NumPy's numbers are told otherwise in the journal, and not at all in a message.
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "exclude", tuple(int(label) for label in self.exclude))
 
     def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
         """Return the federation without ``exclude`` either; only ``clients`` take part where they are given."""
@@ -108,7 +111,7 @@ def whole_model(model: nn.Module | Classifier, fed: Federation) -> Classifier:
         ModelError: it is no such model, or its weights are not finite.
         FederationError: ``fed`` is no federation, or excludes a class that there is not.
     """
-    must_be(Federation, fed, "the second argument", "a Federation, such as Federation(engine)", FederationError)
+    must_be(Federation, fed, "the federation", "a Federation, such as Federation(engine)", FederationError)
     beyond = [label for label in fed.exclude if label >= fed.engine.classes]
     if beyond:
         raise FederationError(

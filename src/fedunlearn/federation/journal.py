@@ -86,6 +86,8 @@ class Journal:
         header: Mapping[str, Any] | None = None,
         observe: Callable[[str, int, int], None] = lambda phase, done, planned: None,
     ) -> None:
+        if not isinstance(folder, (str, Path, type(None))) or "\0" in str(folder):
+            raise RunError(f"Journal(folder) must be the path of a folder, or None, got {folder!r}")
         folder = None if folder is None else Path(folder)
         self._folder = folder
         self._prefix = ""

@@ -150,12 +150,14 @@ class LocalEngine:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return own_device()
+    wrong = FederationError(f"LocalEngine(device=...) must be 'cpu', or 'cuda' where there is a GPU, got {name!r}")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        raise FederationError(
-            f"LocalEngine(device=...) must be 'cpu', or 'cuda' where there is a GPU, got {name!r}"
-        ) from error
+        raise wrong from error
+    if device.type not in ("cpu", "cuda"):
+        raise wrong
+    return device
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,24 @@ class Repair:
         _share("Repair", "target", self.target)
         must_be(Server, self.server, "Repair(server=...)", "a Server, such as Server(one_cycle)", RecipeError)
 
+    def check(self, model: Classifier) -> None:
+        """Refuse what would fail in the repair only, after clients were asked.
+
+        Raises:
+            ModelError: there is nothing to train.
+            RecipeError: the schedule of the server fails.
+        """
+        if self.rounds:
+            check_trainable(model.module)
+        self.server.rates(self.training.lr, self.rounds)
+
+    def of(self, model: Classifier, kept: Federation) -> Classifier:
+        """Return ``model`` trained by the rounds of this repair on the clients and classes of ``kept``."""
+        watch = Watch(target=self.target)
+        return train_rounds(
+            model, kept, self.training, rounds=self.rounds, phase="repair", server=self.server, watch=watch
+        )
+
 
 def _whole(owner: str, name: str, value: object) -> None:
     if not is_whole(value, 0):
@@ -117,7 +135,7 @@ def train_rounds(
     Raises:
         ModelError: the model cannot be trained: it lacks a row of a class, say, all its weights are frozen, or in
             training it returns something else than logits.
-        RecipeError: ``training`` is none, or ``rounds`` no number of rounds.
+        RecipeError: ``training``, ``server`` or ``watch`` is none, or ``rounds`` no number of rounds.
         FederationError: too few usable replies, or no validation images where they are needed.
 
     Example:
@@ -137,10 +155,7 @@ def train_rounds(
     if rounds:
         check_trainable(trained.module)
         passed_in_training(trained.module, placed(trained.example, trained.module))
-    tasks = [
-        Train(training=training, lr=training.lr * server.schedule(round, rounds), exclude=fed.exclude)
-        for round in range(rounds)
-    ]
+    tasks = [Train(training=training, lr=lr, exclude=fed.exclude) for lr in server.rates(training.lr, rounds)]
     common = fed.about(weights=trained, clients=fed.able(), participation=fed.participation, watch=watch)
     common |= asked(server_momentum=server.momentum)
     about = [{**common, **asked(**vars(task))} for task in tasks]

@@ -73,7 +73,7 @@ _ERRORS = {
     2: "its app failed: {reason}",
     8: "its process ended in the middle of the job",
 }
-_RAISED = re.compile(r"""<class '[\w.]+'>:<(['"])(.*)\1>""")  # how Flower tells of an exception of an app
+_RAISED = re.compile(r"""<class '[\w.]+'>:<(['"])(.*)\1>\Z""", re.S)  # how Flower tells of an exception of an app
 
 
 class _JobMessage(BaseModel):
@@ -243,7 +243,7 @@ def decode_reply(tensors: Mapping[str, Tensor], text: str, *, client: str, diges
 
 def one_line(text: str) -> str:
     """Return what another process says in one printable line that fits a log."""
-    shown = printable(text)
+    shown = printable(text).strip() or "no reason given"
     return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + " ..."
 
 
@@ -251,9 +251,9 @@ def failure(message: Message) -> str | None:
     """Return what went wrong, where Flower answers in the place of an app; None where the app does."""
     if not message.has_error():
         return None
-    lines = [line.strip() for line in (message.error.reason or "no reason given").splitlines() if line.strip()]
-    wrapped = _RAISED.fullmatch(lines[-1])
-    code, reason = message.error.code, one_line(lines[-1] if wrapped is None else wrapped[2])
+    told = (message.error.reason or "").strip()
+    wrapped = _RAISED.search(told)
+    code, reason = message.error.code, one_line(told.rpartition("\n")[2] if wrapped is None else wrapped[2])
     return _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)
 
 

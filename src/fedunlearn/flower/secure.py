@@ -53,6 +53,7 @@ _TARGET, _CLIP, _MODULUS = 2**BITS, float(2 ** (BITS - 1)), 2**48
 _LARGEST = 2.0 ** (BITS * LIMBS - FRACTION - 1)
 _CONFIGS, _STATE, _SUMS = "secaggplus_configs", "secaggplus_state", "sums"
 _LEAST = 3
+_TOLD = 5  # clients whose reasons a failed sum gives; the log has all
 _SILENT = "its answer was not used"
 
 Handler = Callable[[Message, Context], Message]
@@ -192,9 +193,9 @@ def secure_sum(
     measuring = _AsMeasure(grid)
 
     def said() -> str:
-        return "".join(
-            f"; {name}: {measuring.failed[node]}" for name, node in clients.items() if node in measuring.failed
-        )
+        reasons = [f"; {name}: {measuring.failed[node]}" for name, node in clients.items() if node in measuring.failed]
+        more = len(reasons) - _TOLD
+        return "".join(reasons[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
 
     # The workflow keeps its round in a context; one of its own leaves that of the run alone.
     record = RecordDict({"config": ConfigRecord({"current_round": 1}), "parameters": ArrayRecord()})

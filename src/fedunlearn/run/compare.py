@@ -34,6 +34,7 @@ _PACKAGE = Path(__file__).parents[1]
 _TRAINED_BY = (
     "training/*.py",
     "data/*.py",
+    "federation/ask.py",
     "federation/averaging.py",
     "federation/federation.py",
     "federation/jobs.py",
