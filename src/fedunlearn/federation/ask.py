@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, printable
 from fedunlearn.federation.jobs import MOST_IMAGES, SUM, Engine, Job, Layout, Reply
 from fedunlearn.federation.ledger import Entry, Meter
 
@@ -77,7 +77,7 @@ def refusal(reply: Reply, job: Job, expected: Layout) -> str | None:
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reply.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            return f"expected {name} {_shown(expected.get(name))}, got {_shown(found.get(name))}"
+            return f"expected {printable(name)} {_shown(expected.get(name))}, got {_shown(found.get(name))}"
     for name, tensor in reply.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} has values that are not finite"
