@@ -12,19 +12,13 @@ AUDITS = Path(__file__).parent / "audits"
 
 
 def main(folder: str, name: str) -> None:
-    """Write the figures of all models of a run, the bands and the verdicts."""
+    """Write the figures of all models of a run; bands and verdicts follow from them."""
     run = RunFolder.read(Path(folder))
     result = run.result
-    verdicts = {control: block["verdict"] for control, block in result["controls"].items()}
     value = {
         "version": result["version"],
         "recipe": result["recipe"],
-        "bands": json.loads((run.path / "thresholds.json").read_text("utf-8"))["bands"],
         "figures": {model: own["figures"] for model, own in run.models.items()},
-        "verdicts": verdicts | {"unlearned": result["verdict"]},
-        "decided_by": result["decided_by"],
-        "distances": {figure: audit["distance"] for figure, audit in result["audits"].items()},
-        "calibration": result["calibration"],
         "speedup": result["speedup"],
     }
     value["recipe"]["data"]["path"] = ""

@@ -253,9 +253,9 @@ def test_a_criterion_is_understood_by_its_name():
         (lambda e: fu.Ranking(pooling="mean"), r"Ranking\(pooling=...\) must be pooled, mean_of_clients or capped"),
         (lambda e: fu.Ranking(sample=0), r"Ranking\(sample=...\) must be a whole number of at least 1, or None"),
         (lambda e: fu.Ranking(sample=True), r"Ranking\(sample=...\) must be a whole number"),
-        (lambda e: fu.Cut("0.2"), "fraction must lie strictly between 0 and 1, got '0.2'"),
-        (lambda e: fu.Cut(20), "fraction must lie strictly between 0 and 1, got 20"),
-        (lambda e: fu.Cut(float("nan")), "fraction must lie strictly between 0 and 1, got nan"),
+        (lambda e: fu.Cut("0.2"), "fraction must be at least 0 and below 1, got '0.2'"),
+        (lambda e: fu.Cut(20), "fraction must be at least 0 and below 1, got 20"),
+        (lambda e: fu.Cut(float("nan")), "fraction must be at least 0 and below 1, got nan"),
         (
             lambda e: fu.Repair(TRAINING, rounds=-1),
             r"Repair\(rounds=...\) must be a whole number of at least 0, got -1",

@@ -14,6 +14,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import decode_job, encode_job
+from fedunlearn.training.erasing import Erasing
 from fedunlearn.training.sgd import Training
 from loopback import Loopback, build_model, nodes
 
@@ -39,6 +40,9 @@ HOSTILE = {
             Training(0.1, 1, 0.2),
             Training(0.1, 20, 0.05, 0.0, 0.0),
             Training(0.1, 1, 1.0),
+            Training(0.1, 20, 1.0, erasing=Erasing(1e9, 0.0, 0.05)),
+            Training(0.1, 20, 1.0, erasing=Erasing(1e-9, 0.0, 0.95)),
+            Training(0.1, 2, 0.3, erasing=Erasing(1e9, 1e9, 0.5)),
         ),
         "lr": (1e-30, 1.0),
         "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (10**6,)),
@@ -148,6 +152,14 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
         "FederationError: 0.05 epochs of 20 images are fewer than 5, the fewest that this client's rules (min_images) "
         "let an answer stand for: raise local_epochs"
     )
+    for share in (0.05, 0.95):  # of 13 images, one batch: one is erased, or one is kept
+        training = Training(0.1, 20, erasing=Erasing(share=share))
+        many = ClientData("a", make_images(20))
+        asked = job(Train(training=training, lr=0.1, exclude=(1,)), make_net())
+        assert handle(asked, copy.deepcopy(asked.model.module), many).error == (
+            "FederationError: 1 epochs of 13 images, in batches of 20 of which some are erased, are fewer than 5, the "
+            "fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+        )
 
 
 def test_right_answers_are_not_counted_over_few_images():

@@ -382,7 +382,7 @@ def test_unknown_hooks_are_refused(net):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        *(({"fraction": f}, f"strictly between 0 and 1, got {f}") for f in (0, 1, -0.1, float("nan"))),
+        *(({"fraction": f}, f"at least 0 and below 1, got {f}") for f in (1, -0.1, 2, float("nan"))),
         ({"end": "top"}, "unlearn.end must be one of highest, lowest, got 'top'"),
         ({"scope": "block"}, "unlearn.scope must be one of layer, global, got 'block'"),
         ({"scores": {"0": torch.ones(5)}}, r"scores of 0 must be 6 finite numbers, one per channel, got shape \(5,\)"),

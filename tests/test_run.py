@@ -152,7 +152,7 @@ def test_pruning_the_right_channels_is_more_selective_than_pruning_at_random(tra
     ("change", "text"),
     [
         ({"forget": [4]}, r"must lie in 0 \.\. 3, got 4"),
-        ({"fraction": 0.0}, "fraction must lie strictly between 0 and 1, got 0.0"),
+        ({"fraction": -0.1}, "fraction must be at least 0 and below 1, got -0.1"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_client_is_asked(trained, change, text):

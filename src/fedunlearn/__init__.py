@@ -40,6 +40,7 @@ from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import Compute
+from fedunlearn.training.erasing import Erasing
 from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.training.speed import probe
 from fedunlearn.unlearn import Unlearned, unlearn
@@ -56,6 +57,7 @@ __all__ = [
     "Cut",
     "DataError",
     "Engine",
+    "Erasing",
     "Evaluate",
     "EvidenceError",
     "FedUnlearnError",

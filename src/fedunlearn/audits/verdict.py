@@ -1,12 +1,15 @@
 """The verdict: a model's figures held against the band of models retrained without the class.
 
 With ``n`` retrained models, of which a figure has mean ``m`` and standard deviation ``s``, and the figure's standard
-error ``e`` on the images it was measured on::
+error ``e`` on the images it was measured on, ``d`` figures in all::
 
-    sd   = max(s, e, 0.001)
-    band = m +- t sd sqrt(1 + 1/n)        t: 97.5 % quantile of Student's t with n - 1 degrees of freedom
+    sd   = max(s, e z / t, 0.001)
+    band = m +- t sd sqrt(1 + 1/n)
 
-the 95 % prediction interval of one more retrained model. ``evidence/verify.py`` computes the same independently.
+``t`` and ``z`` are the quantiles 1 - 0.05 / (2 d) of Student's t with n - 1 degrees of freedom and of the normal
+distribution: ``s`` comes of few models, ``e`` is known. One more retrained model lies inside all of its bands together
+with a probability of 95 % or more, however the figures are correlated (Bonferroni's inequality); how often it does,
+and what fails: docs/results/verdict.md. ``evidence/verify.py`` computes the same independently.
 """
 
 from __future__ import annotations
@@ -61,17 +64,26 @@ _FIXED = {  # whatever the retrained models give
 }
 
 
-def factor(oracles: int) -> float:
+def factor(oracles: int, figures: int) -> float:
     """Return half the width of a band in ``sd``: ``t sqrt(1 + 1/n)``.
 
+    Args:
+        oracles: ``n``, at least 2.
+        figures: ``d``, how many have a band.
+
     Example:
-        >>> [round(factor(n), 2) for n in (3, 4, 5, 10)]
-        [4.97, 3.56, 3.04, 2.37]
+        >>> [round(factor(n, 14), 2) for n in (3, 5, 10)]
+        [19.27, 6.72, 4.1]
     """
+    return _quantiles(oracles, figures)[0] * math.sqrt(1 + 1 / oracles)
+
+
+def _quantiles(oracles: int, figures: int) -> tuple[float, float]:
+    """Return the quantiles of Student's t and of the normal distribution that leave their share outside."""
     from scipy import special  # slow to import
 
-    quantile = float(special.stdtrit(oracles - 1, (1 + _LEVEL) / 2))
-    return quantile * math.sqrt(1 + 1 / oracles)
+    below = 1 - (1 - _LEVEL) / (2 * figures)
+    return float(special.stdtrit(oracles - 1, below)), float(special.ndtri(below))
 
 
 def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
@@ -87,16 +99,19 @@ def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
         >>> round(band.mean, 3), round(band.sd, 3), round(band.low, 3), round(band.high, 3)
         (0.75, 0.05, 0.502, 0.998)
     """
+    measured = {name: [own[name] for own in oracles if name in own] for name in KINDS if name not in _FIXED}
+    usable = {
+        name: own
+        for name, own in measured.items()
+        if 2 <= len(own) == len(oracles) and all(math.isfinite(f.value) and math.isfinite(f.error) for f in own)
+    }
     bands = dict(_FIXED)
-    for name in KINDS:
-        measured = [figures[name] for figures in oracles if name in figures]
-        finite = all(math.isfinite(figure.value) and math.isfinite(figure.error) for figure in measured)
-        if len(measured) < 2 or len(measured) < len(oracles) or not finite:
-            continue
-        mean = statistics.fmean(figure.value for figure in measured)
-        spread = statistics.stdev(figure.value for figure in measured)
-        sd = max(spread, *(figure.error for figure in measured), _FINEST)
-        half = factor(len(measured)) * sd
+    for name, own in usable.items():
+        mean = statistics.fmean(figure.value for figure in own)
+        t, z = _quantiles(len(oracles), len(usable))
+        error = max(figure.error for figure in own)
+        sd = max(statistics.stdev(figure.value for figure in own), error * z / t, _FINEST)
+        half = factor(len(oracles), len(usable)) * sd
         bands[name] = Band(mean, sd, mean - half, mean + half)
     return bands
 
@@ -225,10 +240,12 @@ def leave_one_out(
 
 def thresholds_json(bands: Mapping[str, Band], *, oracles: int) -> dict[str, Any]:
     """Return thresholds as they stand in thresholds.json."""
+    figures = len(bands) - len(_FIXED)
     return {
         "level": _LEVEL,
         "oracles": oracles,
-        "factor": factor(oracles) if oracles > 1 else None,
+        "figures": figures,
+        "factor": factor(oracles, figures) if figures else None,
         "bands": {name: asdict(band) for name, band in bands.items()},
     }
 

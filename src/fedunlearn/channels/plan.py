@@ -215,7 +215,7 @@ class Cut:
     """How much of each layer goes, and from which end of the ranking.
 
     Attributes:
-        fraction: share of the channels to remove, strictly between 0 and 1.
+        fraction: share of the channels to remove, below 1; 0 removes none.
         end: ``"highest"``; ``"lowest"`` removes the other end of the ranking (as the released code does), whatever
             the sign of the scores.
         scope: ``"layer"``: the share of each layer; ``"global"``: of all layers together.
@@ -229,10 +229,8 @@ class Cut:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        if not is_number(self.fraction) or not 0 < self.fraction < 1:
-            raise PlanError(
-                f"fraction must lie strictly between 0 and 1, got {self.fraction!r}: check unlearn.fraction"
-            )
+        if not is_number(self.fraction) or not 0 <= self.fraction < 1:
+            raise PlanError(f"fraction must be at least 0 and below 1, got {self.fraction!r}: check unlearn.fraction")
         if self.end not in ENDS:
             raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {self.end!r}")
         if self.scope not in SCOPES:

@@ -52,8 +52,7 @@ _MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anyt
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
 _COSTS = ("cost", "speedup", "speedup_whole")
-# 97.5 % quantiles of Student's t with 1 .. 9 degrees of freedom; beyond, a series is exact enough.
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+_LEVEL = 0.95  # of all bands together
 
 
 _Figures = Mapping[str, tuple[float, float]]  # name -> value, standard error
@@ -234,7 +233,14 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     oracles = {name: _own_figures(folder, name) for name in result["oracles"]}
     controls = {name: _own_figures(folder, name) for name in result["controls"]}
     candidate = _own_figures(folder, "unlearned")
-    fixed = _json(folder / "thresholds.json")["bands"]
+    thresholds = _json(folder / "thresholds.json")
+    if "figures" not in thresholds:
+        yield (
+            "thresholds.json follows an older rule, by which each band has a level of its own, so no verdict is "
+            "computed: take the verifier of the version that made the folder"
+        )
+        return
+    fixed = thresholds["bands"]
     unknown = set().union(fixed, result["audits"], candidate, *oracles.values(), *controls.values()) - _KINDS.keys()
     if unknown:
         yield (
@@ -333,26 +339,46 @@ def rounds(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _bands(oracles: Sequence[_Figures]) -> dict[str, tuple[float, ...]]:
-    """Return ``mean +- t sd sqrt(1 + 1/n)`` with ``sd = max(s, error, 0.001)`` for each figure all of them have."""
-    bands: dict[str, tuple[float, ...]] = dict(_FIXED)
+    """Return ``mean +- t sd sqrt(1 + 1/n)`` with ``sd = max(s, error z / t, 0.001)`` for each figure all of them have.
+
+    ``t`` of Student's t and ``z`` of the normal distribution leave 5 % outside of all these bands together.
+    """
     n = len(oracles)
-    for name in _KINDS:
-        own = [figures[name] for figures in oracles if name in figures]
-        if n < 2 or len(own) < n or not all(math.isfinite(number) for pair in own for number in pair):
-            continue
+    measured = {name: [own[name] for own in oracles if name in own] for name in _KINDS if name not in _FIXED}
+    usable = {
+        name: own
+        for name, own in measured.items()
+        if 2 <= len(own) == n and all(math.isfinite(number) for pair in own for number in pair)
+    }
+    bands: dict[str, tuple[float, ...]] = dict(_FIXED)
+    for name, own in usable.items():
         mean = statistics.fmean(value for value, _ in own)
-        sd = max(statistics.stdev(value for value, _ in own), *(error for _, error in own), 0.001)
-        half = _t(n - 1) * (1 + 1 / n) ** 0.5 * sd
+        outside = (1 - _LEVEL) / len(usable)
+        t, z = _t(n - 1, outside), statistics.NormalDist().inv_cdf(1 - outside / 2)
+        error = max(error for _, error in own)
+        sd = max(statistics.stdev(value for value, _ in own), error * z / t, 0.001)
+        half = t * (1 + 1 / n) ** 0.5 * sd
         bands[name] = (mean, sd, mean - half, mean + half)
     return bands
 
 
-def _t(df: int) -> float:
-    if df <= len(_T):
-        return _T[df - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return z + sum(term / float(df) ** (k + 1) for k, term in enumerate(terms))
+def _t(df: int, outside: float) -> float:
+    """Return the ``t`` with ``P(|T| > t) = outside`` of Student's t, by bisection of ``atan(t / sqrt(df))``."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _inside(df, angle) < 1 - outside else (low, angle)
+    return math.tan(low) * math.sqrt(df)
+
+
+def _inside(df: int, angle: float) -> float:
+    """Return ``P(|T| < sqrt(df) tan(angle))``: a finite sum, Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    odd = df % 2
+    term, total = math.cos(angle) ** odd, 0.0
+    for k in range(2 + odd, df + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+    return (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
 
 
 def _judged(

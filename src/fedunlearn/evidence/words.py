@@ -16,8 +16,8 @@ MODELS = {name: _LABELS.get(name, name) for name in ("original", "pruned", "unle
 LIMITS = (
     "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "
     "find the class.",
-    "The bands come from a few retrained models. A 95 % band per figure errs about one time in twenty, and there are "
-    "more than ten figures: read the held-out verdicts beside them.",
+    "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
+    "wide, so that it finds little: read the verdicts on the controls beside it.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
     "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
     "trained for longer: then they are no counterpart of it.",

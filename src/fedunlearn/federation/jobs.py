@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import Channels, find_channels
+from fedunlearn.channels.groups import Channels, find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import LabelledImages
@@ -22,8 +22,9 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, protect
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
+from fedunlearn.training.erasing import is_forgotten, mixed_counts
 from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.sgd import Training, train_locally
+from fedunlearn.training.sgd import Forgotten, Training, train_locally
 
 SUM = "the secure sum"
 MOST_IMAGES = 10**9  # that one client may say it holds
@@ -170,7 +171,7 @@ class Train:
     Attributes:
         training: local SGD settings.
         lr: learning rate of this round.
-        exclude: classes whose images are not used.
+        exclude: classes whose images are not used, but where ``training`` erases: then they are the ones to erase.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -181,19 +182,48 @@ class Train:
     exclude: tuple[int, ...] = ()
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return the state after local training on the client's images of the other classes."""
+        """Return the state after local training on the client's images of the other classes, and what it erases."""
         images = enough(_kept(data, self.exclude), rules)
-        # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
-        if max(1, round(self.training.local_epochs * len(images))) < rules.min_images:
-            raise FederationError(
-                f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
-                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
-            )
+        forgotten = self._forgotten(job, model, data, rules)
+        self._check_steps(len(images), forgotten is not None, rules)
         draw = generator(job.seed, job.phase, job.round, data.client)
-        samples = train_locally(model, images, self.training, lr=self.lr, draw=draw, compute=compute)
+        samples = train_locally(
+            model,
+            images,
+            self.training,
+            lr=self.lr,
+            draw=draw,
+            compute=compute,
+            forgotten=forgotten,
+        )
         # A copy: the engine goes on to use the model for its next client.
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         return Answer(state, len(images), samples)
+
+    def _check_steps(self, kept: int, erases: bool, rules: Privacy) -> None:
+        """Refuse steps on fewer images than ``rules`` allow: one on one image is its gradient, which shows the image.
+
+        Where something is erased this holds for images of either kind: a weight can drown the other one.
+        """
+        limit = max(1, round(self.training.local_epochs * kept))
+        drawn, of = limit, f"{kept} images"
+        if self.training.erasing is not None and erases:
+            drawn = min(mixed_counts(kept, self.training.batch_size, self.training.erasing.share, limit))
+            of += f", in batches of {self.training.batch_size} of which some are erased,"
+        if drawn < rules.min_images:
+            raise FederationError(
+                f"{self.training.local_epochs:g} epochs of {of} are fewer than {rules.min_images}, "
+                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+            )
+
+    def _forgotten(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> Forgotten | None:
+        """Return what is erased; nothing at a client without enough such images, which trains on the others alone."""
+        if self.training.erasing is None:
+            return None
+        images = data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
+        if len(images) < max(1, rules.min_images):
+            return None
+        return Forgotten(images, self.exclude, head_layer(model, job.model.example))
 
     def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's own state."""

@@ -152,10 +152,18 @@ def train_rounds(
     must_be(Watch, watch, "train_rounds(watch=...)", "a Watch, such as Watch(every=5)", RecipeError)
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
+    if training.erasing is not None and not fed.exclude:
+        raise RecipeError(
+            "Training(erasing=...) erases the classes that a federation leaves out, and this one leaves none out: "
+            "use fed.keeping(exclude=...)"
+        )
     if rounds:
         check_trainable(trained.module)
         passed_in_training(trained.module, placed(trained.example, trained.module))
-    tasks = [Train(training=training, lr=lr, exclude=fed.exclude) for lr in server.rates(training.lr, rounds)]
+    tasks = [
+        Train(training=training.of_round(round, rounds), lr=lr, exclude=fed.exclude)
+        for round, lr in enumerate(server.rates(training.lr, rounds))
+    ]
     common = fed.about(weights=trained, clients=fed.able(), participation=fed.participation, watch=watch)
     common |= asked(server_momentum=server.momentum)
     about = [{**common, **asked(**vars(task))} for task in tasks]

@@ -59,12 +59,19 @@ class Method:
         label: in tables.
         needs: what it asks of the clients.
         run: makes the model forget: ``run(original, federation, request)``.
+        applies: whether it differs from unlearning itself, and from the other controls.
     """
 
     name: str
     label: str
     needs: str
     run: Callable[[Classifier, Federation, Request], Outcome]
+    applies: Callable[[Request], bool] = lambda request: True
+
+
+def prunes(request: Request) -> bool:
+    """Return whether any channel is to go."""
+    return request.cut.fraction > 0
 
 
 def delivered(model: Classifier, request: Request) -> Subject:

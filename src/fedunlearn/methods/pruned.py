@@ -2,7 +2,7 @@
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Method, Outcome, Request, delivered
+from fedunlearn.methods.base import Method, Outcome, Request, delivered, prunes
 
 
 def pruned(model: Classifier, fed: Federation, request: Request) -> Outcome:
@@ -10,4 +10,4 @@ def pruned(model: Classifier, fed: Federation, request: Request) -> Outcome:
     return Outcome(delivered(request.unlearned.pruned, request))
 
 
-PRUNED = Method("pruned", "pruning only", "forward passes over all images", pruned)
+PRUNED = Method("pruned", "pruning only", "forward passes over all images", pruned, prunes)

@@ -6,7 +6,7 @@ from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import random_scores
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Method, Outcome, Request
+from fedunlearn.methods.base import Method, Outcome, Request, prunes
 from fedunlearn.unlearn import unlearn
 
 
@@ -28,4 +28,6 @@ def randomly(model: Classifier, fed: Federation, request: Request) -> Outcome:
     return Outcome(Subject(done.model, done.repaired), done.cost)
 
 
-RANDOM = Method("random", "random + repair", "forward passes over all images, then gradients on kept images", randomly)
+RANDOM = Method(
+    "random", "random + repair", "forward passes over all images, then gradients on kept images", randomly, prunes
+)

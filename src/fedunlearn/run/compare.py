@@ -154,7 +154,7 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned,
         unlearned,
         float(kept) * fed.participation,
     )
-    return {control.name: control.run(original, fed, request) for control in CONTROLS}
+    return {control.name: control.run(original, fed, request) for control in CONTROLS if control.applies(request)}
 
 
 def retrained_models(experiment: Experiment, fed: Federation, *, data: str, count: int) -> dict[str, Oracle]:

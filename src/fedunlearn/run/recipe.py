@@ -11,6 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.privacy import Privacy
+from fedunlearn.training.erasing import Erasing
 from fedunlearn.training.sgd import SCHEDULES, Training
 from fedunlearn.version import __version__
 
@@ -53,7 +55,7 @@ def _among(table: Collection[str]) -> AfterValidator:
 
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -133,6 +135,19 @@ class UnlearnTable(_Table):
     seed: Annotated[int, Field(ge=0)] | None = None  # that of the federation where None
 
 
+class EraseTable(_Table):
+    """What clients do with images of the forgotten classes in the repair, see ``Erasing``; nothing by default."""
+
+    complement: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    separation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def erasing(self) -> Erasing | None:
+        """Return the settings of the erase step, None where both weights are 0."""
+        return Erasing(**self.model_dump()) if self.complement or self.separation else None
+
+
 class PrivacyTable(_Table):
     """What leaves the clients when they are measured, see ``Privacy``; ``secure``: only the sum over all of them."""
 
@@ -185,6 +200,7 @@ class Recipe(_Table):
     model: ModelTable
     train: TrainTable
     unlearn: UnlearnTable
+    erase: EraseTable = EraseTable()
     privacy: PrivacyTable = PrivacyTable()
     compute: ComputeTable = ComputeTable()
     audit: AuditTable = AuditTable()
@@ -197,7 +213,7 @@ class Recipe(_Table):
 
     def repair(self) -> Training:
         """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
-        return self._local(self.unlearn.lr, self.unlearn.local_epochs)
+        return replace(self._local(self.unlearn.lr, self.unlearn.local_epochs), erasing=self.erase.erasing())
 
     def _local(self, lr: float, local_epochs: float) -> Training:
         t = self.train

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
-from fedunlearn.arguments import is_number, is_whole
+from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.channels.taps import Tap, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
+from fedunlearn.training.erasing import Erasing, is_forgotten, mixed
 
 _WARM_UP = 0.2
+_HEAD = ""  # no layer has this name
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Training:
             target[k] = (1 - s) [k = label] + s / classes
 
         augment: names of augmentations, in order.
+        erasing: what clients do with images of classes that are left out, while they hold them; nothing where None.
 
     Raises:
         RecipeError: a value is out of range.
@@ -47,6 +52,7 @@ class Training:
     weight_decay: float = 5e-4
     augment: tuple[str, ...] = ()
     label_smoothing: float = 0.0
+    erasing: Erasing | None = None
 
     def __post_init__(self) -> None:
         for name, valid in {
@@ -63,6 +69,14 @@ class Training:
             raise RecipeError(
                 f"Training(augment=...) must be a tuple of names among {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
             )
+        if self.erasing is not None:
+            must_be(Erasing, self.erasing, "Training(erasing=...)", "an Erasing, or None", RecipeError)
+
+    def of_round(self, round: int, rounds: int) -> Training:
+        """Return these settings for ``round`` of ``rounds``: without erasing once its share of them is over."""
+        if self.erasing is None or round < self.erasing.until * rounds:
+            return self
+        return replace(self, erasing=None)
 
 
 def one_cycle(round: int, rounds: int) -> float:
@@ -142,6 +156,21 @@ class Sgd:
             parameter.grad = None
 
 
+@dataclass(frozen=True, eq=False)
+class Forgotten:
+    """What a client that still holds images of forgotten classes erases.
+
+    Attributes:
+        images: its images of these classes, at least one.
+        classes: the forgotten classes.
+        head: name of the last linear layer, whose input is read.
+    """
+
+    images: LabelledImages
+    classes: tuple[int, ...]
+    head: str
+
+
 def check_trainable(model: nn.Module) -> None:
     """Refuse a model of which no weight may change.
 
@@ -163,16 +192,18 @@ def train_locally(
     lr: float,
     draw: torch.Generator,
     compute: Compute = FLOAT32,
+    forgotten: Forgotten | None = None,
 ) -> int:
     """Train ``model`` in place on one client's images and return how many images it saw, repeats counted.
 
     Args:
         model: the client's copy.
-        images: the client's training images.
-        training: all settings but the learning rate of this round.
+        images: the client's training images; without those of ``forgotten``.
+        training: all settings but the learning rate of this round; a round with ``forgotten`` takes as many images.
         lr: learning rate of this round.
         draw: owner of the shuffle and the augmentation.
         compute: precision and memory format; the model is in that format already.
+        forgotten: what is erased by ``training.erasing``, if anything.
 
     Raises:
         FederationError: the loss became NaN or infinite.
@@ -189,21 +220,14 @@ def train_locally(
         fused=True,
     )
     model.train()
+    drawn = partial(batches, draw=draw, augment=training.augment, device=device, memory_format=compute.layout)
+    if training.erasing is not None and forgotten is not None:
+        drawn = partial(mixed, drawn, forgotten.images, training.erasing.share)
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:
-        for batch, labels in batches(
-            images,
-            training.batch_size,
-            limit=wanted - seen,
-            draw=draw,
-            augment=training.augment,
-            device=device,
-            memory_format=compute.layout,
-        ):
-            with compute.autocast(device):
-                logits = model(batch)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
+        for batch, labels in drawn(images, training.batch_size, limit=wanted - seen):
+            loss = _loss(model, batch, labels, training, forgotten, compute)
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.forget_gradients()
@@ -212,3 +236,20 @@ def train_locally(
             seen += len(labels)
     optimiser.forget_gradients()  # the model waits for its next client without gradients
     return seen
+
+
+def _loss(
+    model: nn.Module, batch: Tensor, labels: Tensor, training: Training, forgotten: Forgotten | None, compute: Compute
+) -> Tensor:
+    """Return the mean loss of the images in a batch: cross-entropy, or what erases of those to forget."""
+    erasing = None if forgotten is None else training.erasing
+    taps = {_HEAD: Tap(forgotten.head, "input", 0, 0)} if forgotten is not None and erasing is not None else {}
+    with reading(model, taps) as read, compute.autocast(batch.device):
+        logits = model(batch)
+    logits = logits.float()
+    if forgotten is None or erasing is None:
+        return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+    others = is_forgotten(labels, forgotten.classes)
+    share = float(others.float().mean())
+    kept = F.cross_entropy(logits[~others], labels[~others], label_smoothing=training.label_smoothing)
+    return (1 - share) * kept + share * erasing.loss(logits, read[_HEAD], labels, forgotten.classes)

@@ -1,0 +1,25 @@
+"""Control: the erase step and the repair alone, nothing is pruned. What pruning adds is what this lacks."""
+
+from __future__ import annotations
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.rounds import train_rounds
+from fedunlearn.methods.base import Method, Outcome, Request, delivered
+
+
+def erase_only(model: Classifier, fed: Federation, request: Request) -> Outcome:
+    """Train ``model`` as the repair does, from its own weights; as many images as the repair takes."""
+    kept = fed.keeping(exclude=request.forget, clients=request.unlearned.clients)
+    repair = request.repair
+    erased = train_rounds(model, kept, repair.training, rounds=repair.rounds, phase="erase_only", server=repair.server)
+    return Outcome(delivered(erased, request), fed.cost("erase_only"))
+
+
+ERASE_ONLY = Method(
+    "erase_only",
+    "erase step, nothing pruned",
+    "gradients on images of all classes",
+    erase_only,
+    applies=lambda request: request.repair.training.erasing is not None and request.cut.fraction > 0,
+)

@@ -1,0 +1,208 @@
+"""The erase step: what it adds to the loss, which images it takes, and what is left of the class."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from conftest import make_images, make_net
+from fedunlearn.channels.plan import Cut
+from fedunlearn.channels.scores import Ranking, contrast
+from fedunlearn.data.batches import batches
+from fedunlearn.data.partition import partition
+from fedunlearn.data.readers import read_digits
+from fedunlearn.errors import RecipeError
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.models import build_model
+from fedunlearn.run.result import evaluate
+from fedunlearn.training.erasing import Erasing, complement, mixed, separation
+from fedunlearn.training.sgd import Forgotten, Training, train_locally
+from fedunlearn.unlearn import unlearn
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def logits(seed=0, rows=6, classes=5):
+    return torch.randn(rows, classes, generator=draw(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("forget", [(2,), (0, 4)])
+def test_the_complement_moves_as_distillation_from_the_model_itself_without_the_classes_does(forget):
+    own, other = logits(), logits()
+    complement(own, forget).backward()
+    target = other.detach().softmax(1)
+    target[:, list(forget)] = 0
+    target /= target.sum(1, keepdim=True)
+    F.cross_entropy(other, target).backward()
+    torch.testing.assert_close(own.grad, other.grad)
+    share = other.detach().softmax(1)[:, list(forget)].sum(1)
+    assert float(complement(own.detach(), forget)) == pytest.approx(float(-torch.log1p(-share).mean()))
+
+
+def test_the_complement_of_a_model_that_is_sure_is_finite():
+    sure = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    loss = complement(sure, [1])
+    loss.backward()
+    assert float(loss.detach()) == 200
+    assert sure.grad.tolist() == [[-1, 1]]
+
+
+def test_the_separation_of_one_feature_by_hand():
+    features = torch.tensor([[1.0], [3.0], [4.0], [8.0]])  # means 6 and 2, deviation sqrt(26 / 3)
+    found = separation(features, torch.tensor([False, False, True, True]))
+    assert float(found) == pytest.approx(4 / (26 / 3) ** 0.5)
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 10), st.floats(-3, 3))
+def test_the_separation_knows_neither_scale_nor_place_nor_sides(seed, scale, shift):
+    features = torch.randn(20, 4, generator=draw(seed))
+    forgotten = torch.arange(20) < 6
+    found = float(separation(features, forgotten))
+    assert found > 0
+    assert float(separation(scale * features + shift, forgotten)) == pytest.approx(found, rel=1e-3)
+    assert float(separation(features, ~forgotten)) == pytest.approx(found, rel=1e-3)
+
+
+def test_steps_along_the_separation_make_a_class_hard_to_tell_by_any_linear_probe():
+    features = torch.randn(200, 8, generator=draw())
+    forgotten = torch.arange(200) < 50
+    features[forgotten] += torch.tensor([3.0, -2, 0, 0, 1, 0, 0, 0])
+
+    def told():
+        h = torch.cat([features, torch.ones(200, 1)], 1)
+        weights = torch.linalg.lstsq(h, forgotten.float()[:, None]).solution
+        return float(1 - ((h @ weights - forgotten.float()[:, None]) ** 2).mean() / forgotten.float().var())
+
+    before = told()
+    for _ in range(200):
+        moved = features.clone().requires_grad_()
+        separation(moved, forgotten).backward()
+        features = features - 2 * moved.grad
+    assert before > 0.7
+    assert told() < 0.05
+
+
+def test_a_class_at_the_place_of_the_others_is_not_moved():
+    features = torch.cat([torch.eye(4), torch.eye(4)]).requires_grad_()
+    found = separation(features, torch.arange(8) < 4)
+    found.backward()
+    assert float(found.detach()) == 0
+    assert bool(features.grad.isfinite().all())
+
+
+@given(
+    kept=st.integers(2, 60),
+    forgotten=st.integers(1, 20),
+    size=st.integers(2, 16),
+    share=st.floats(0.01, 0.99),
+    limit=st.integers(1, 60),
+)
+def test_each_batch_holds_its_part_of_forgotten_images(kept, forgotten, size, share, limit):
+    few = min(max(1, round(share * size)), size - 1)
+
+    def drawn(images, part, *, limit):
+        return batches(images, part, limit=limit, draw=draw())
+
+    found = list(mixed(drawn, images(forgotten, 1), share, images(kept, 0), size, limit=limit))
+    counts = [(int((labels == 0).sum()), int((labels == 1).sum())) for _, labels in found]
+    assert sum(own for own, _ in counts) == min(kept, max(1, round(limit * (size - few) / size)))
+    assert all(1 <= other <= few + 1 for _, other in counts)  # an image left over joins the batch before it
+    seen = torch.cat([labels for _, labels in found])
+    if int((seen == 1).sum()) >= forgotten:
+        shown = torch.cat([pictures[labels == 1] for pictures, labels in found])
+        assert len({float(picture.sum()) for picture in shown}) == len({float(p.sum()) for p in all_of(forgotten, 1)})
+
+
+def images(count, label):
+    found = make_images(60, classes=2)
+    rows = (found.labels == label).nonzero().flatten()
+    return found.take(rows.repeat(60)[:count])
+
+
+def all_of(count, label):
+    return next(batches(images(count, label), 64))[0]
+
+
+def test_a_client_without_images_of_the_class_or_too_few_trains_as_ever():
+    data = make_images(90, classes=3)
+    shares = {"a": data.without((1,)).take(slice(0, 30)), "b": data.take(slice(30, 60)), "c": data.take(slice(60, 90))}
+    plain, erasing = Training(0.1, 8), Training(0.1, 8, erasing=Erasing())
+
+    def trained(training, names, rules=DEFAULT_RULES):
+        engine = LocalEngine({name: shares[name] for name in names}, rules=rules)
+        fed = Federation(engine).keeping(exclude=(1,))
+        return train_rounds(make_net(), fed, training, rounds=1).module.state_dict()
+
+    changed, without = trained(erasing, "ab"), trained(plain, "ab")
+    assert any(not torch.equal(tensor, changed[name]) for name, tensor in without.items())
+    few = Privacy(min_images=15)  # more than the 10 of the class
+    for name, tensor in trained(plain, "bc", few).items():
+        assert torch.equal(tensor, trained(erasing, "bc", few)[name])
+
+
+def test_erasing_ends_after_its_share_of_the_rounds():
+    training = Training(0.1, erasing=Erasing(until=0.5))
+    assert [training.of_round(k, 5).erasing is None for k in range(5)] == [False, False, False, True, True]
+    assert Training(0.1).of_round(0, 5) == Training(0.1)
+
+
+def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
+    data = make_images(60, classes=3)
+    net = make_net()
+    own = Forgotten(data.take((data.labels == 1).nonzero().flatten()), (1,), "8")
+    training = Training(0.1, 8, erasing=Erasing(separation=0.1))
+    kept = data.without((1,))
+    seen = train_locally(net, kept, training, lr=0.1, draw=draw(), forgotten=own)
+    assert abs(seen - len(kept)) <= 8
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_erasing_without_pruning_forgets_what_training_on_the_others_alone_does_not():
+    train, test = read_digits()
+    fed = Federation(LocalEngine(partition(train, by="iid", clients=3, seed=0)))
+    net = build_model("small-cnn", classes=10, colours=1)
+    original = train_rounds(net, fed, Training(0.1, 16), rounds=6)
+    plain = Repair(Training(0.05, 16), rounds=2)
+    erasing = replace(plain, training=replace(plain.training, erasing=Erasing()))
+    found = {}
+    for name, repair in (("plain", plain), ("erasing", erasing)):
+        own = replace(fed, journal=Journal())
+        done = unlearn(original, own, forget=9, cut=Cut(0), repair=repair, rank=Ranking(contrast))
+        assert done.model.plan.pruned == {} or not any(done.model.plan.pruned.values())
+        found[name] = evaluate(done.repaired, test, forget=(9,))["accuracy"]
+    assert found["plain"]["forget_row_kept"] > 0.8
+    assert found["erasing"]["forget_row_kept"] <= 0.03
+    assert found["erasing"]["retain"] > found["plain"]["retain"] - 0.03
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Erasing(complement=-1), "Erasing(complement=...) is out of range: got -1"),
+        (lambda: Erasing(separation=float("nan")), "Erasing(separation=...) is out of range: got nan"),
+        (lambda: Erasing(share=1.0), "Erasing(share=...) is out of range: got 1.0"),
+        (lambda: Erasing(until=0), "Erasing(until=...) is out of range: got 0"),
+        (lambda: Erasing(complement=0), "are both 0, so that nothing is erased: set one"),
+        (lambda: Training(0.1, erasing=0.5), "Training(erasing=...) must be an Erasing, or None"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, text):
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        make()
+
+
+def test_erasing_nothing_is_refused_before_any_client_is_asked():
+    fed = Federation(LocalEngine(partition(make_images(60, classes=3), by="iid", clients=2, seed=0)))
+    with pytest.raises(RecipeError, match=r"this one leaves none out: use fed\.keeping"):
+        train_rounds(make_net(), fed, Training(0.1, erasing=Erasing()), rounds=1)
+    assert fed.journal.steps("train") == []
