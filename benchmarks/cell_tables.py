@@ -30,6 +30,8 @@ PAPER = {
 # R on test images that the original and the retrained models are to reach, from the paper's retrained R.
 LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
+# Controls to show beside a setting; those that any ranking shares beside contrast.
+_BESIDE = {"contrast": ("original", "head_only", "finetune", "random"), "erase": ("random", "erase_only")}
 
 
 def results(recipe: str, setting: str) -> list[Result]:
@@ -109,10 +111,10 @@ def depth_table(recipe: str) -> str:
     if not runs:
         return f"{NOT_RUN}\n"
     first = next(iter(runs.values()))[0]
-    columns = [(LABELS[model], [first["figures"][model]]) for model in ("original", "head_only")]
+    columns: list[tuple[str, list[Any]]] = []
     for setting, own in runs.items():
-        if setting == "contrast":
-            columns += [(LABELS[model], [one["figures"][model] for one in own]) for model in ("finetune", "random")]
+        shown = [name for name in _BESIDE.get(setting, ()) if all(name in one["figures"] for one in own)]
+        columns += [(_label(setting, name), [one["figures"][name] for one in own]) for name in shown]
         columns.append((f"**{setting}**", [one["figures"]["unlearned"] for one in own]))
     head = ["figure", "retrained", "band", *(text for text, _ in columns)]
     lines = [_row(head), "|---" * len(head) + "|"]
@@ -158,12 +160,16 @@ def _curve(path: Path) -> Iterator[tuple[float, float]]:
 
 
 def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
-    """Yield the models to show of a setting, a block per seed; controls that any ranking shares beside contrast."""
-    if setting == "contrast" and own:
-        for name in ("original", "head_only", "finetune", "random"):
-            yield LABELS[name], [one["controls"][name] for one in own]
+    """Yield the models to show of a setting, a block per seed."""
+    for name in _BESIDE.get(setting, ()) if own else ():
+        if all(name in one["controls"] for one in own):
+            yield _label(setting, name), [one["controls"][name] for one in own]
     if own:
         yield f"**{setting}**", [one["unlearned"] | {"verdict": one["verdict"]} for one in own]
+
+
+def _label(setting: str, control: str) -> str:
+    return "random, erased and repaired" if (setting, control) == ("erase", "random") else LABELS[control]
 
 
 def _u(block: Result) -> float:

@@ -17,7 +17,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
+from benchmarks.verdict_tables import error_table, power_table
+from benchmarks.verdict_tables import picture as power_picture
+from fedunlearn.audits.base import Figure
 from fedunlearn.audits.table import FIGURES
+from fedunlearn.audits.verdict import calibrate, judge
 from fedunlearn.evidence.words import MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +56,10 @@ def measured(name: str) -> str:
         "precision": precision_table,
         "poisoning": poisoning_table,
         "private": private_table,
+        "verdict": error_table,
+        "power": power_table,
     }
-    file = {"growth": "speed", "peak": "speed"}.get(name, name)
+    file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(name, name)
     return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
 
 
@@ -157,29 +163,44 @@ def audit_table(name: str) -> str:
         file.stem: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.parent.glob(f"audits/{name}*.json"))
     }
     first = next(iter(runs.values()))
-    oracles = [own for model, own in first["figures"].items() if model.startswith("retrained")]
+    oracles = _retrained(first)
     columns = [(model, MODELS[model], first) for model in ("original", "head_only", "finetune", "random")]
     for run in runs.values():
         criterion = run["recipe"]["unlearn"]["criterion"]
         columns += [("pruned", f"{criterion}, pruning only", run), ("unlearned", f"**{criterion}**", run)]
     head = ["figure", f"{len(oracles)} retrained", "band", *(text for _, text, _ in columns)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for figure, band in first["bands"].items():
+    for figure, band in calibrate(oracles).items():
         if FIGURES[figure].fixed is not None:
             continue
-        own = [oracle[figure]["value"] for oracle in oracles]
+        own = [oracle[figure].value for oracle in oracles]
         cells = [f"{100 * min(own):.1f} to {100 * max(own):.1f}"]
-        low, high = clipped((band["low"], band["high"]), figure)
+        low, high = clipped((band.low, band.high), figure)
         cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
         for model, _, run in columns:
             value = run["figures"][model].get(figure, {}).get("value")
             shown = "" if value is None else f"{100 * value:.1f}"
-            outside = value is not None and not band["low"] <= value <= band["high"]
+            outside = value is not None and not band.low <= value <= band.high
             cells.append(f"**{shown}**" if outside else shown)
         lines.append(f"| {FIGURES[figure].label} | " + " | ".join(cells) + " |")
-    verdicts = [run["verdicts"][model] for model, _, run in columns]
+    verdicts = [_verdict(run, model) for model, _, run in columns]
     lines.append("| verdict | | | " + " | ".join(verdicts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(run: Mapping[str, Any], model: str) -> str:
+    """Return the verdict on a model of an audited run with ten classes."""
+    oracles = _retrained(run)
+    own = _figures(run["figures"][model])
+    return str(judge(own, calibrate(oracles), oracles=len(oracles), chance=0.1)["verdict"])
+
+
+def _retrained(run: Mapping[str, Any]) -> list[dict[str, Figure]]:
+    return [_figures(own) for model, own in run["figures"].items() if model.startswith("retrained")]
+
+
+def _figures(values: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:
+    return {name: Figure(**own) for name, own in values.items()}
 
 
 def table(name: str) -> str:
@@ -212,6 +233,7 @@ def main() -> None:
         drawn = picture(recipe)
         if drawn is not None:
             made[DOCS / "results" / f"{recipe}.svg"] = drawn
+    made[DOCS / "results" / "verdict.svg"] = power_picture()
     for path, text in made.items():
         if "--check" in sys.argv and not (path.exists() and path.read_text("utf-8") == text):
             sys.exit(f"{path}: run python -m benchmarks.tables")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedunlearn.evidence.words import clipped
 
 _INK = "#010203"  # replaced by currentColor
-_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e07b1f", "#2f9e6e", "#8a8f98"
+_BLUE, _ORANGE, _GREEN, _GREY, _PURPLE = "#3b82c4", "#e07b1f", "#2f9e6e", "#8a8f98", "#9a63b5"
 _STYLE: Any = {
     "text.parse_math": False,  # a class may be named with a dollar sign
     "svg.fonttype": "none",
@@ -123,7 +123,7 @@ def work(
         label = "retraining" if place == 0 else None
         spent, accuracy = zip(*curve)
         axes.plot(spent, _percent(accuracy), color=_ORANGE, linewidth=0.9, label=label)
-    for (name, own), colour, marker in zip(points.items(), (_BLUE, _GREEN, _GREY), ("D", "s", "o")):
+    for (name, own), colour, marker in zip(points.items(), (_BLUE, _GREEN, _GREY, _PURPLE), ("D", "s", "o", "^")):
         spent, accuracy = zip(*own)
         axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
     axes.set_xscale("log")
