@@ -124,8 +124,8 @@ def depth_table(recipe: str) -> str:
             continue
         low, high = audit["band"]
         theirs = [100 * own[figure]["value"] for own in oracles]
-        shown = " to ".join(f"{100 * end:.1f}" for end in clipped((low, high), figure))
-        cells = [f"{min(theirs):.1f} to {max(theirs):.1f}", shown]
+        band = " to ".join(f"{100 * end:.1f}" for end in clipped((low, high), figure))
+        cells = [f"{min(theirs):.1f} to {max(theirs):.1f}", band]
         for _, own in columns:
             values = [one[figure]["value"] for one in own if figure in one]
             text = f"{100 * fmean(values):.1f}" if values else ""
