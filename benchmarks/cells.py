@@ -35,11 +35,19 @@ from fedunlearn.training.compute import one_torch_thread
 MODELS, CELLS = (Path(__file__).parent / name for name in ("models", "cells"))
 LEVELS = "levels.json"
 SEEDS = (0, 1, 2)
-# The paper's own settings (its hook, its share of channels), its ranking by the recipe's settings, and ours.
+# Ours, ours with an erase step, the paper's ranking by the recipe's settings, and the paper's own: its hook, its share of
+# channels.
 SETTINGS = {
-    "tf_idf-paper": ("unlearn.criterion=tf_idf", "unlearn.hook=convolution"),
-    "tf_idf": ("unlearn.criterion=tf_idf",),
     "contrast": ("unlearn.criterion=contrast",),
+    "erase": (
+        "unlearn.criterion=contrast",
+        "unlearn.lr=0.03",
+        "erase.complement=1",
+        "erase.separation=0.1",
+        "erase.until=0.3",
+    ),
+    "tf_idf": ("unlearn.criterion=tf_idf",),
+    "tf_idf-paper": ("unlearn.criterion=tf_idf", "unlearn.hook=convolution"),
 }
 PAPER_FRACTION = {"cifar10-resnet20": 0.05, "cifar10-vgg11": 0.1, "cifar100-resnet20": 0.1, "cifar100-vgg11": 0.15}
 
