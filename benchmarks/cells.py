@@ -35,8 +35,8 @@ from fedunlearn.training.compute import one_torch_thread
 MODELS, CELLS = (Path(__file__).parent / name for name in ("models", "cells"))
 LEVELS = "levels.json"
 SEEDS = (0, 1, 2)
-# Ours, ours with an erase step, the paper's ranking by the recipe's settings, and the paper's own: its hook, its share of
-# channels.
+# Ours, ours with an erase step, the paper's ranking by the recipe's settings, and the paper's own: its hook and its
+# share of channels.
 SETTINGS = {
     "contrast": ("unlearn.criterion=contrast",),
     "erase": (
