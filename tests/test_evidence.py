@@ -383,6 +383,17 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         assert text in found
 
 
+def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):
+    folder, key = copied
+    thresholds = json.loads((folder / "thresholds.json").read_text())
+    del thresholds["figures"]
+    (folder / "thresholds.json").write_text(json.dumps(thresholds))
+    again(folder, signed, **json.loads((folder / "result.json").read_text()))
+    found = "\n".join(problems(folder, key))
+    assert "thresholds.json follows an older rule, by which each band has a level of its own" in found
+    assert "does not follow from the figures" not in found
+
+
 def test_a_dossier_that_says_something_else_than_its_files_is_found(copied, signed):
     folder, key = copied
     signer = read_private_key(signed / "operator", outside=folder)
