@@ -31,7 +31,7 @@ PAPER = {
 LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
 # Controls to show beside a setting; those that any ranking shares beside contrast.
-_BESIDE = {"contrast": ("original", "head_only", "finetune", "random"), "erase": ("random", "erase_only")}
+_BESIDE = {"contrast": ("original", "head_only", "finetune", "random"), "erase": ("random",)}
 
 
 def results(recipe: str, setting: str) -> list[Result]:
