@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from scipy import special
 
+from benchmarks.verdict_tables import saw
 from fedunlearn.audits import membership, neighbours, representation
 from fedunlearn.audits.audit import measure
 from fedunlearn.audits.base import Figure, Subject, View
@@ -105,12 +106,12 @@ def _must_fail(experiment: Experiment) -> Iterator[tuple[str, Subject]]:
             kept = replace(fed, journal=Journal()).keeping(exclude=forget)
             training = replace(experiment.recipe.repair(), local_epochs=1)
             tuned = train_rounds(original, kept, training, rounds=rounds, phase="finetune")
-            yield f"fine-tuned, {rounds} epochs", Subject.without_rows(tuned, forget)
+            yield f"fine-tuned, {rounds} epoch{'s' * (rounds > 1)}", Subject.without_rows(tuned, forget)
     for left in LEFT:
         for seed in SEEDS:
             clients = _with_few(experiment.clients, forget, left)
             fed = Federation(LocalEngine(clients), Journal(), seed=2000 + seed)
-            yield f"saw {left} images", Subject.without_rows(_trained(experiment, fed), forget)
+            yield saw(left), Subject.without_rows(_trained(experiment, fed), forget)
 
 
 def _trained(experiment: Experiment, fed: Federation) -> Classifier:

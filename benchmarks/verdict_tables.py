@@ -15,8 +15,12 @@ from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.words import MODELS as LABELS
 
 FILE = Path(__file__).parent / "verdict.json"
-_SAW = "saw {} images"
 _COLOURS = {"3": "#8a8f98", "5": "#3b82c4", "10": "#e07b1f"}
+
+
+def saw(left: int) -> str:
+    """Return the name of models that saw ``left`` images of the class."""
+    return f"saw {left} image{'s' * (left > 1)}"
 
 
 def error_table(value: Mapping[str, Any]) -> str:
@@ -58,7 +62,7 @@ def picture() -> str:
     for n, own in value.items():
         halves = [own["odd_seeds"], own["even_seeds"]]
         points = [(0, sum(half["failing"] for half in halves) / sum(half["draws"] for half in halves))]
-        points += [(left, _share(own["must_fail"][_SAW.format(left)])) for left in (1, 4, 16, 64)]
+        points += [(left, _share(own["must_fail"][saw(left)])) for left in (1, 4, 16, 64)]
         axes.plot(*zip(*points), "o-", color=_COLOURS[n], markersize=4, label=f"{n} retrained models")
     axes.axhline(0.05, color="#8a8f98", linewidth=0.8, linestyle=":")
     axes.set_xscale("symlog", linthresh=1)

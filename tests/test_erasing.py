@@ -23,7 +23,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
-from fedunlearn.training.erasing import Erasing, complement, mixed, separation
+from fedunlearn.training.erasing import Erasing, again_and_again, complement, fewest, mixed, separation
 from fedunlearn.training.sgd import Forgotten, Training, train_locally
 from fedunlearn.unlearn import unlearn
 
@@ -92,8 +92,9 @@ def test_steps_along_the_separation_make_a_class_hard_to_tell_by_any_linear_prob
     assert told() < 0.05
 
 
-def test_a_class_at_the_place_of_the_others_is_not_moved():
-    features = torch.cat([torch.eye(4), torch.eye(4)]).requires_grad_()
+@pytest.mark.parametrize("rows", [torch.eye(4), torch.zeros(4, 4), torch.full((4, 4), 3.0), torch.full((4, 4), 1e-22)])
+def test_a_class_at_the_place_of_the_others_is_not_moved(rows):
+    features = torch.cat([rows, rows]).requires_grad_()
     found = separation(features, torch.arange(8) < 4)
     found.backward()
     assert float(found.detach()) == 0
@@ -101,36 +102,48 @@ def test_a_class_at_the_place_of_the_others_is_not_moved():
 
 
 @given(
-    kept=st.integers(2, 60),
+    kept=st.integers(1, 60),
     forgotten=st.integers(1, 20),
     size=st.integers(2, 16),
     share=st.floats(0.01, 0.99),
     limit=st.integers(1, 60),
 )
-def test_each_batch_holds_its_part_of_forgotten_images(kept, forgotten, size, share, limit):
+def test_a_pass_shows_at_least_as_many_different_images_of_either_kind_as_is_counted(
+    kept, forgotten, size, share, limit
+):
     few = min(max(1, round(share * size)), size - 1)
 
     def drawn(images, part, *, limit):
         return batches(images, part, limit=limit, draw=draw())
 
-    found = list(mixed(drawn, images(forgotten, 1), share, images(kept, 0), size, limit=limit))
+    erased = again_and_again(drawn, images(forgotten, 1), size, share)
+    found = list(mixed(drawn, erased, share, images(kept, 0), size, limit=limit))
     counts = [(int((labels == 0).sum()), int((labels == 1).sum())) for _, labels in found]
     assert sum(own for own, _ in counts) == min(kept, max(1, round(limit * (size - few) / size)))
     assert all(1 <= other <= few + 1 for _, other in counts)  # an image left over joins the batch before it
-    seen = torch.cat([labels for _, labels in found])
-    if int((seen == 1).sum()) >= forgotten:
-        shown = torch.cat([pictures[labels == 1] for pictures, labels in found])
-        assert len({float(picture.sum()) for picture in shown}) == len({float(p.sum()) for p in all_of(forgotten, 1)})
+    different = [
+        len({tuple(picture.flatten().tolist()) for pictures, labels in found for picture in pictures[labels == kind]})
+        for kind in (0, 1)
+    ]
+    assert min(different) >= fewest(kept, forgotten, size, share, limit)
+
+
+def test_no_image_is_erased_again_before_all_others_were_though_the_passes_over_the_rest_are_short():
+    def drawn(images, part, *, limit):
+        return batches(images, part, limit=limit, draw=shuffles)
+
+    shuffles = draw()
+    erased = again_and_again(drawn, images(6, 1), 4, 0.25)
+    seen = []
+    for _ in range(3):
+        for pictures, labels in mixed(drawn, erased, 0.25, images(6, 0), 4, limit=8):
+            seen += [tuple(picture.flatten().tolist()) for picture in pictures[labels == 1]]
+    assert len(set(seen[:6])) == 6
 
 
 def images(count, label):
-    found = make_images(60, classes=2)
-    rows = (found.labels == label).nonzero().flatten()
-    return found.take(rows.repeat(60)[:count])
-
-
-def all_of(count, label):
-    return next(batches(images(count, label), 64))[0]
+    found = make_images(130, classes=2)
+    return found.take((found.labels == label).nonzero().flatten()[:count])
 
 
 def test_a_client_without_images_of_the_class_or_too_few_trains_as_ever():
@@ -154,6 +167,9 @@ def test_erasing_ends_after_its_share_of_the_rounds():
     training = Training(0.1, erasing=Erasing(until=0.5))
     assert [training.of_round(k, 5).erasing is None for k in range(5)] == [False, False, False, True, True]
     assert Training(0.1).of_round(0, 5) == Training(0.1)
+    thrifty = Training(0.1, erasing=Erasing(until=0.07))
+    assert sum(thrifty.of_round(k, 100).erasing is not None for k in range(100)) == 7
+    assert thrifty.of_round(0, 2).erasing is not None
 
 
 def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
@@ -193,6 +209,7 @@ def test_erasing_without_pruning_forgets_what_training_on_the_others_alone_does_
         (lambda: Erasing(share=1.0), "Erasing(share=...) is out of range: got 1.0"),
         (lambda: Erasing(until=0), "Erasing(until=...) is out of range: got 0"),
         (lambda: Erasing(complement=0), "are both 0, so that nothing is erased: set one"),
+        (lambda: Training(0.1, 1, erasing=Erasing()), "Training(batch_size=...) must be at least 2 with erasing"),
         (lambda: Training(0.1, erasing=0.5), "Training(erasing=...) must be an Erasing, or None"),
     ],
 )

@@ -152,14 +152,21 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
         "FederationError: 0.05 epochs of 20 images are fewer than 5, the fewest that this client's rules (min_images) "
         "let an answer stand for: raise local_epochs"
     )
-    for share in (0.05, 0.95):  # of 13 images, one batch: one is erased, or one is kept
-        training = Training(0.1, 20, erasing=Erasing(share=share))
-        many = ClientData("a", make_images(20))
-        asked = job(Train(training=training, lr=0.1, exclude=(1,)), make_net())
-        assert handle(asked, copy.deepcopy(asked.model.module), many).error == (
-            "FederationError: 1 epochs of 13 images, in batches of 20 of which some are erased, are fewer than 5, the "
-            "fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
-        )
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95])
+def test_a_client_erases_nothing_where_a_step_would_show_an_image_alone(share):
+    many = ClientData("a", make_images(20))  # of 13 others, one batch of 20: one image is erased, or one is kept
+    plain, erasing = (Training(0.1, 20, erasing=own) for own in (None, Erasing(1e9, share=share)))
+
+    def answer(training, rules=DEFAULT_RULES):
+        asked = job(Train(training=training, lr=1e-9, exclude=(1,)), make_net())
+        return handle(asked, copy.deepcopy(asked.model.module), many, rules).tensors
+
+    for name, tensor in answer(plain).items():
+        assert torch.equal(tensor, answer(erasing)[name])
+    own = Privacy(min_count=0, min_images=1)
+    assert any(not torch.equal(tensor, answer(erasing, own)[name]) for name, tensor in answer(plain, own).items())
 
 
 def test_right_answers_are_not_counted_over_few_images():

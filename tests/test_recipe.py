@@ -14,6 +14,7 @@ from fedunlearn.engines import ENGINES, Order, carry_out
 from fedunlearn.errors import RecipeError
 from fedunlearn.models import MODELS, SHORTCUTS
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
+from fedunlearn.training.erasing import Erasing
 from fedunlearn.training.sgd import SCHEDULES
 
 EXPECTED = ["digits", "mnist-writers"] + [
@@ -154,3 +155,22 @@ def test_who_adds_a_criterion_has_nothing_to_add_to_the_recipe(monkeypatch):
     assert load_recipe("digits", ["unlearn.criterion=loudest"]).unlearn.criterion == "loudest"
     with pytest.raises(RecipeError, match=f"one of {', '.join(CRITERIA)}, got 'quietest'"):
         load_recipe("digits", ["unlearn.criterion=quietest"])
+
+
+def test_the_erase_step_of_a_recipe_is_that_of_its_repair():
+    recipe = load_recipe("digits", ["erase.complement=0.5", "erase.separation=0.1", "erase.until=0.3"])
+    assert recipe.repair().erasing == Erasing(0.5, 0.1, 0.25, 0.3)
+    assert recipe.training().erasing is None
+    assert load_recipe("digits").repair().erasing is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["erase.until=0.5"], r"\[erase\] has no weight, so that nothing is erased: set erase.complement"),
+        (["erase.complement=1", "unlearn.repair=reestimate"], r"\[erase\] is a part of the repair's rounds"),
+    ],
+)
+def test_an_erase_step_that_would_do_nothing_is_refused(settings, text):
+    with pytest.raises(RecipeError, match=text):
+        load_recipe("digits", settings)

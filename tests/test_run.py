@@ -826,3 +826,27 @@ def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
     recipe = load_recipe(str(write_set(tmp_path)), [f'audit.models="{tmp_path}"', "train.rounds=1"])
     with pytest.raises(RunError, match=r"retrained-1.safetensors: expected a retrained model with its rounds"):
         run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "controls"),
+    [
+        (["unlearn.forget=[1, 2]"], ["original", "head_only", "pruned", "random", "finetune", "erase_only"]),
+        (["unlearn.fraction=0"], ["original", "head_only", "finetune"]),
+    ],
+)
+def test_a_run_that_erases_has_the_controls_that_differ_and_is_verified(tmp_path, settings, controls):
+    from fedunlearn.evidence.keys import make_keys
+    from fedunlearn.evidence.verify import problems
+
+    erasing = ["erase.complement=1", "erase.separation=0.05", "erase.until=0.5", "unlearn.rounds=2", "audit.oracles=2"]
+    recipe = load_recipe(str(write_set(tmp_path)), [*erasing, *settings, "evidence.feature_maps=false"])
+    make_keys(tmp_path / "operator")
+    result = run(recipe, tmp_path / "out", key=tmp_path / "operator")
+    assert list(result["controls"]) == controls
+    assert problems(tmp_path / "out", tmp_path / "operator.pub") == []
+    if "erase_only" in controls:
+        assert result["controls"]["erase_only"]["parameters"] > result["unlearned"]["parameters"]
+        assert (result["controls"]["erase_only"]["cost"]["rounds"]) == 2
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert ("erase step, nothing pruned" in text) == ("erase_only" in controls)

@@ -35,6 +35,7 @@ _PHASES = {
     "reestimate": "re-estimating batch normalisation",
     "repair": "repairing",
     "finetune": "fine-tuning only, for comparison",
+    "erase_only": "the erase step with nothing pruned, for comparison",
     "retrain": "retraining",
     "audit": "auditing, a model a step",
 }

@@ -7,9 +7,10 @@ error ``e`` on the images it was measured on, ``d`` figures in all::
     band = m +- t sd sqrt(1 + 1/n)
 
 ``t`` and ``z`` are the quantiles 1 - 0.05 / (2 d) of Student's t with n - 1 degrees of freedom and of the normal
-distribution: ``s`` comes of few models, ``e`` is known. One more retrained model lies inside all of its bands together
-with a probability of 95 % or more, however the figures are correlated (Bonferroni's inequality); how often it does,
-and what fails: docs/results/verdict.md. ``evidence/verify.py`` computes the same independently.
+distribution: ``s`` comes of few models, ``e`` is known. Of normally distributed figures, one more retrained model lies
+inside all of its bands together with a probability of 95 % or more, however they are correlated (Bonferroni's
+inequality); how often it does, and what fails: docs/results/verdict.md. ``evidence/verify.py`` computes the same
+independently.
 """
 
 from __future__ import annotations
@@ -106,12 +107,12 @@ def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
         if 2 <= len(own) == len(oracles) and all(math.isfinite(f.value) and math.isfinite(f.error) for f in own)
     }
     bands = dict(_FIXED)
+    t, z = _quantiles(len(oracles), len(usable)) if usable else (math.nan, math.nan)
     for name, own in usable.items():
         mean = statistics.fmean(figure.value for figure in own)
-        t, z = _quantiles(len(oracles), len(usable))
         error = max(figure.error for figure in own)
         sd = max(statistics.stdev(figure.value for figure in own), error * z / t, _FINEST)
-        half = factor(len(oracles), len(usable)) * sd
+        half = t * math.sqrt(1 + 1 / len(oracles)) * sd
         bands[name] = Band(mean, sd, mean - half, mean + half)
     return bands
 

@@ -22,7 +22,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, protect
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
-from fedunlearn.training.erasing import is_forgotten, mixed_counts
+from fedunlearn.training.erasing import fewest, is_forgotten
 from fedunlearn.training.evaluation import count_correct, in_order
 from fedunlearn.training.sgd import Forgotten, Training, train_locally
 
@@ -184,8 +184,12 @@ class Train:
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the state after local training on the client's images of the other classes, and what it erases."""
         images = enough(_kept(data, self.exclude), rules)
-        forgotten = self._forgotten(job, model, data, rules)
-        self._check_steps(len(images), forgotten is not None, rules)
+        # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
+        if self._images(images) < rules.min_images:
+            raise FederationError(
+                f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
+                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+            )
         draw = generator(job.seed, job.phase, job.round, data.client)
         samples = train_locally(
             model,
@@ -194,34 +198,28 @@ class Train:
             lr=self.lr,
             draw=draw,
             compute=compute,
-            forgotten=forgotten,
+            forgotten=self._forgotten(images, job, model, data, rules),
         )
         # A copy: the engine goes on to use the model for its next client.
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         return Answer(state, len(images), samples)
 
-    def _check_steps(self, kept: int, erases: bool, rules: Privacy) -> None:
-        """Refuse steps on fewer images than ``rules`` allow: one on one image is its gradient, which shows the image.
+    def _images(self, kept: LabelledImages) -> int:
+        return max(1, round(self.training.local_epochs * len(kept)))
 
-        Where something is erased this holds for images of either kind: a weight can drown the other one.
+    def _forgotten(
+        self, kept: LabelledImages, job: Job, model: nn.Module, data: ClientData, rules: Privacy
+    ) -> Forgotten | None:
+        """Return what is erased; nothing at a client where steps would show too few images of either kind.
+
+        A weight can drown one kind in the other, so that each has to stand for ``min_images`` alone.
         """
-        limit = max(1, round(self.training.local_epochs * kept))
-        drawn, of = limit, f"{kept} images"
-        if self.training.erasing is not None and erases:
-            drawn = min(mixed_counts(kept, self.training.batch_size, self.training.erasing.share, limit))
-            of += f", in batches of {self.training.batch_size} of which some are erased,"
-        if drawn < rules.min_images:
-            raise FederationError(
-                f"{self.training.local_epochs:g} epochs of {of} are fewer than {rules.min_images}, "
-                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
-            )
-
-    def _forgotten(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy) -> Forgotten | None:
-        """Return what is erased; nothing at a client without enough such images, which trains on the others alone."""
-        if self.training.erasing is None:
+        erasing = self.training.erasing
+        if erasing is None:
             return None
         images = data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
-        if len(images) < max(1, rules.min_images):
+        size, limit = self.training.batch_size, self._images(kept)
+        if fewest(len(kept), len(images), size, erasing.share, limit) < max(1, rules.min_images):
             return None
         return Forgotten(images, self.exclude, head_layer(model, job.model.example))
 

@@ -93,11 +93,11 @@ class Repair:
             check_trainable(model.module)
         self.server.rates(self.training.lr, self.rounds)
 
-    def of(self, model: Classifier, kept: Federation) -> Classifier:
+    def of(self, model: Classifier, kept: Federation, *, phase: str = "repair") -> Classifier:
         """Return ``model`` trained by the rounds of this repair on the clients and classes of ``kept``."""
         watch = Watch(target=self.target)
         return train_rounds(
-            model, kept, self.training, rounds=self.rounds, phase="repair", server=self.server, watch=watch
+            model, kept, self.training, rounds=self.rounds, phase=phase, server=self.server, watch=watch
         )
 
 
@@ -135,7 +135,8 @@ def train_rounds(
     Raises:
         ModelError: the model cannot be trained: it lacks a row of a class, say, all its weights are frozen, or in
             training it returns something else than logits.
-        RecipeError: ``training``, ``server`` or ``watch`` is none, or ``rounds`` no number of rounds.
+        RecipeError: ``training``, ``server`` or ``watch`` is none, ``rounds`` no number of rounds, or ``training``
+            erases and no class is left out.
         FederationError: too few usable replies, or no validation images where they are needed.
 
     Example:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
 
 
 def erase_only(model: Classifier, fed: Federation, request: Request) -> Outcome:
-    """Train ``model`` as the repair does, from its own weights; as many images as the repair takes."""
+    """Train ``model`` as the repair does, from its own weights."""
     kept = fed.keeping(exclude=request.forget, clients=request.unlearned.clients)
-    repair = request.repair
-    erased = train_rounds(model, kept, repair.training, rounds=repair.rounds, phase="erase_only", server=repair.server)
+    erased = request.repair.of(model, kept, phase="erase_only")
     return Outcome(delivered(erased, request), fed.cost("erase_only"))
 
 

@@ -29,5 +29,5 @@ def randomly(model: Classifier, fed: Federation, request: Request) -> Outcome:
 
 
 RANDOM = Method(
-    "random", "random + repair", "forward passes over all images, then gradients on kept images", randomly, prunes
+    "random", "random + repair", "forward passes over all images, then gradients as in the repair", randomly, prunes
 )

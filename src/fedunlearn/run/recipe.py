@@ -270,6 +270,10 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
+    if recipe.erase.erasing() is None and recipe.erase != EraseTable():
+        raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
+    if recipe.erase.erasing() is not None and recipe.unlearn.repair != "finetune":
+        raise RecipeError('[erase] is a part of the repair\'s rounds: set unlearn.repair to "finetune"')
     recipe.rules()
     compute = recipe.compute
     if compute.precision == "auto" and compute != ComputeTable():

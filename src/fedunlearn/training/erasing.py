@@ -19,6 +19,7 @@ from fedunlearn.errors import RecipeError
 Drawn = Callable[..., Iterator[tuple[Tensor, Tensor]]]
 
 _RIDGE = 0.1  # of the mean variance: a batch has hardly more images than features
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Erasing:
     Attributes:
         complement: weight of ``complement``.
         separation: weight of ``separation``.
-        share: part of each batch that is of the forgotten classes, at least an image.
+        share: about the part of each batch that is of the forgotten classes, at least an image.
         until: share of the rounds, the first ones, in which it is done; the others train on the other classes alone.
 
     Raises:
@@ -98,7 +99,9 @@ def separation(features: Tensor, forgotten: Tensor) -> Tensor:
 
     With the means ``a`` and ``b`` of the two groups and the covariance ``C`` of all, the direction that tells them
     apart best is ``w = (C + r I)^-1 (a - b)``, ``r`` a tenth of the mean variance. The result is
-    ``w . (a - b) / sd(w . h)``; ``w`` and the deviation count as constants in its gradient.
+    ``w . (a - b) / sd(w . h)``; ``w`` and the deviation count as constants in its gradient. Several classes count as
+    one group. Of few images for the width of the features, some direction tells any two groups apart: the term never
+    comes to rest, its weight has to be small.
 
     Args:
         features: ``h``, shape ``(images, width)``.
@@ -109,45 +112,59 @@ def separation(features: Tensor, forgotten: Tensor) -> Tensor:
     with torch.no_grad():
         centred = h - h.mean(0)
         covariance = centred.T @ centred / len(h)
-        ridge = _RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(h.dtype).tiny)
+        ridge = (_RIDGE * covariance.diagonal().mean()).clamp_min(_LEAST)  # features may be constant
         direction = torch.linalg.solve(covariance + ridge * torch.eye(h.shape[1], device=h.device), apart)
-        direction /= (centred @ direction).std().clamp_min(torch.finfo(h.dtype).tiny)
+        direction /= (centred @ direction).std().clamp_min(_LEAST)
     return torch.dot(direction, apart)
 
 
-def mixed(
-    drawn: Drawn, forgotten: LabelledImages, share: float, kept: LabelledImages, size: int, *, limit: int
+def again_and_again(
+    drawn: Drawn, forgotten: LabelledImages, size: int, share: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of ``size`` images, a part of each from ``forgotten``, which start again when all were drawn.
+    """Yield what batches of ``size`` images take from ``forgotten``, without end; each image once before any again."""
+    while True:
+        yield from drawn(forgotten, _few(size, share), limit=None)
+
+
+def mixed(
+    drawn: Drawn,
+    erased: Iterator[tuple[Tensor, Tensor]],
+    share: float,
+    kept: LabelledImages,
+    size: int,
+    *,
+    limit: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of about ``size`` images, about a part of each of the forgotten classes.
 
     Args:
         drawn: draws shuffled batches: ``drawn(images, size, limit=...)``.
-        forgotten: images of the forgotten classes.
+        erased: see ``again_and_again``.
         share: the part, at least an image.
         kept: images of the other classes; each at most once.
         size: images in a batch.
         limit: stop after about so many images.
     """
-    few = _few(size, share)
-    others = drawn(forgotten, few, limit=None)
-    for images, labels in drawn(kept, size - few, limit=mixed_counts(len(kept), size, share, limit)[0]):
-        pair = next(others, None)
-        if pair is None:
-            others = drawn(forgotten, few, limit=None)
-            pair = next(others)
-        yield torch.cat([images, pair[0]]), torch.cat([labels, pair[1]])
+    for images, labels in drawn(kept, size - _few(size, share), limit=_kept(len(kept), size, share, limit)):
+        forgotten = next(erased)
+        yield torch.cat([images, forgotten[0]]), torch.cat([labels, forgotten[1]])
 
 
-def mixed_counts(kept: int, size: int, share: float, limit: int) -> tuple[int, int]:
-    """Return how many of ``kept`` images ``mixed`` draws, and how many draws of forgotten ones it makes at least.
+def fewest(kept: int, forgotten: int, size: int, share: float, limit: int) -> int:
+    """Return how many different images of either kind, whichever are fewer, the first pass of ``mixed`` takes.
 
     Example:
-        >>> mixed_counts(1000, 64, 0.25, 128)
-        (96, 32)
+        >>> fewest(1000, 100, size=64, share=0.25, limit=128)  # of 96 and 32
+        32
     """
     few = _few(size, share)
-    drawn = min(kept, max(1, round(limit * (size - few) / size)))
-    return drawn, max(1, drawn // (size - few)) * few
+    part, drawn = size - few, _kept(kept, size, share, limit)
+    steps = -(-drawn // part) - (drawn > 1 and drawn % part == 1 % part)  # an image left over joins the batch before it
+    return min(drawn, forgotten, max(1, steps) * few)
+
+
+def _kept(kept: int, size: int, share: float, limit: int) -> int:
+    return min(kept, max(1, round(limit * (size - _few(size, share)) / size)))
 
 
 def _few(size: int, share: float) -> int:

@@ -18,7 +18,7 @@ from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
-from fedunlearn.training.erasing import Erasing, is_forgotten, mixed
+from fedunlearn.training.erasing import Erasing, again_and_again, is_forgotten, mixed
 
 _WARM_UP = 0.2
 _HEAD = ""  # no layer has this name
@@ -71,10 +71,12 @@ class Training:
             )
         if self.erasing is not None:
             must_be(Erasing, self.erasing, "Training(erasing=...)", "an Erasing, or None", RecipeError)
+            if self.batch_size < 2:
+                raise RecipeError("Training(batch_size=...) must be at least 2 with erasing: a batch holds both kinds")
 
     def of_round(self, round: int, rounds: int) -> Training:
         """Return these settings for ``round`` of ``rounds``: without erasing once its share of them is over."""
-        if self.erasing is None or round < self.erasing.until * rounds:
+        if self.erasing is None or round < max(1, int(self.erasing.until * rounds + 0.5)):
             return self
         return replace(self, erasing=None)
 
@@ -199,7 +201,7 @@ def train_locally(
     Args:
         model: the client's copy.
         images: the client's training images; without those of ``forgotten``.
-        training: all settings but the learning rate of this round; a round with ``forgotten`` takes as many images.
+        training: all settings but the learning rate of this round.
         lr: learning rate of this round.
         draw: owner of the shuffle and the augmentation.
         compute: precision and memory format; the model is in that format already.
@@ -222,7 +224,9 @@ def train_locally(
     model.train()
     drawn = partial(batches, draw=draw, augment=training.augment, device=device, memory_format=compute.layout)
     if training.erasing is not None and forgotten is not None:
-        drawn = partial(mixed, drawn, forgotten.images, training.erasing.share)
+        share = training.erasing.share
+        erased = again_and_again(drawn, forgotten.images, training.batch_size, share)
+        drawn = partial(mixed, drawn, erased, share)
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:
@@ -249,7 +253,7 @@ def _loss(
     logits = logits.float()
     if forgotten is None or erasing is None:
         return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-    others = is_forgotten(labels, forgotten.classes)
-    share = float(others.float().mean())
-    kept = F.cross_entropy(logits[~others], labels[~others], label_smoothing=training.label_smoothing)
+    erased = is_forgotten(labels, forgotten.classes)
+    share = float(erased.float().mean())
+    kept = F.cross_entropy(logits[~erased], labels[~erased], label_smoothing=training.label_smoothing)
     return (1 - share) * kept + share * erasing.loss(logits, read[_HEAD], labels, forgotten.classes)
