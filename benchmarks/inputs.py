@@ -16,8 +16,9 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import partition
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import fedavg
-from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Train
+from fedunlearn.federation.jobs import Engine, Job
 from fedunlearn.federation.ledger import Entry
+from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.training.sgd import Training
 
 BATCH = 128

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.federation.jobs import Job, Measure, Reply
+from fedunlearn.federation.jobs import Job, Reply
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.tasks import Measure
 from fedunlearn.run.experiment import Experiment, original_model, prepare, unlearned_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate

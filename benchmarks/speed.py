@@ -25,9 +25,10 @@ from benchmarks.baselines import Bare, Default, PlainLoop, image_batch, image_lo
 from benchmarks.growth import growth
 from benchmarks.inputs import BATCH, SHAPE, averaged, done, measure_job, random_images, shares, train_job, write_npz
 from benchmarks.turns import compared, overhead, timed
-from fedunlearn.federation.jobs import Job, Train
+from fedunlearn.federation.jobs import Job
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.tasks import Train
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.launch import simulation
 from fedunlearn.models import build_model

@@ -19,10 +19,11 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation import local
-from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reestimate, Train, handle
+from fedunlearn.federation.jobs import ClientData, handle
 from fedunlearn.federation.journal import header_of
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import Copies, LocalEngine, Values
+from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.run import compare, machine
 from fedunlearn.run.commands import run

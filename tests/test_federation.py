@@ -18,12 +18,13 @@ from fedunlearn.errors import FederationError, RecipeError, RunError
 from fedunlearn.federation.ask import ask, refusal
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import SUM, Answer, ClientData, Evaluate, Measure, Reestimate, Reply, Train, handle
+from fedunlearn.federation.jobs import SUM, Answer, ClientData, Reply, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.rounds import Watch, train_rounds, validation_accuracy
+from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally

@@ -21,10 +21,11 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import ClientData, Evaluate, Measure, Reply, Train, handle
+from fedunlearn.federation.jobs import ClientData, Reply, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, Watch, train_rounds
+from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import digest_of, encode_job, encode_reply

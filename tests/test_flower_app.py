@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from conftest import job
 from fedunlearn import cli
 from fedunlearn.errors import FederationError, RecipeError
-from fedunlearn.federation.jobs import Evaluate
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.federation.tasks import Evaluate
 from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.launch import SuperLink, run_on, simulation

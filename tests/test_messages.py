@@ -11,7 +11,8 @@ from conftest import classifier, job, make_net
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Cut, PruningPlan, plan_pruning
 from fedunlearn.errors import FederationError, PlanError, RecipeError
-from fedunlearn.federation.jobs import TASKS, Evaluate, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import cut, spread
 from fedunlearn.flower.messages import decode_job, decode_reply, digest_of, encode_job, encode_reply, rebuild, spec_of
 from fedunlearn.training.erasing import Erasing

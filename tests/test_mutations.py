@@ -20,7 +20,8 @@ from fedunlearn.channels.plan import Cut, plan_pruning
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.errors import FederationError, FedUnlearnError, ModelError
 from fedunlearn.federation.ask import refusal
-from fedunlearn.federation.jobs import Evaluate, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import _read_reply
 from fedunlearn.flower.messages import (

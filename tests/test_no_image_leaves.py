@@ -9,8 +9,9 @@ import torch
 
 from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.jobs import TASKS, ClientData, Evaluate, Measure, Reestimate, Train, handle
+from fedunlearn.federation.jobs import ClientData, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import decode_job, encode_job
@@ -183,12 +184,12 @@ def test_how_long_measuring_took_is_not_said_where_rules_hide_images():
 
 def test_server_and_clients_of_one_process_follow_a_model_once(monkeypatch):
     from fedunlearn.data.partition import partition
-    from fedunlearn.federation import jobs
+    from fedunlearn.federation import tasks
     from fedunlearn.federation.local import LocalEngine
 
     calls = []
-    find = jobs.find_channels
-    monkeypatch.setattr(jobs, "find_channels", lambda *given, **named: calls.append(1) or find(*given, **named))
+    find = tasks.find_channels
+    monkeypatch.setattr(tasks, "find_channels", lambda *given, **named: calls.append(1) or find(*given, **named))
     model = classifier(make_net())
     collected(LocalEngine(partition(make_images(120), by="iid", clients=6)), job(Measure(classes=3), model))
     assert len(calls) == 1

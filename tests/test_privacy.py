@@ -16,10 +16,11 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import ClientData, Measure, channels_of, handle
+from fedunlearn.federation.jobs import ClientData, handle
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import measure
 from fedunlearn.federation.privacy import Privacy, epsilon, protect
+from fedunlearn.federation.tasks import Measure, channels_of
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe

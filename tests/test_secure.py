@@ -21,11 +21,12 @@ from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import SUM, ClientData, Measure, Train, handle
+from fedunlearn.federation.jobs import SUM, ClientData, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import measure
 from fedunlearn.federation.rounds import Repair
+from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower import secure
 from fedunlearn.flower.client import add_secure_measure, client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine

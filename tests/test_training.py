@@ -21,11 +21,12 @@ from fedunlearn.errors import RecipeError
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import Job, Train
+from fedunlearn.federation.jobs import Job
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, Watch, train_rounds
+from fedunlearn.federation.tasks import Train
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.training.sgd import Sgd, Training, one_cycle, train_locally
 from fedunlearn.unlearn import unlearn

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.federation.ask import ask
-from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Task, Train
+from fedunlearn.federation.jobs import Engine, Job, Task
+from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.app import recipe_images, recipe_model, recipe_of
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine

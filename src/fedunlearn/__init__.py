@@ -31,12 +31,13 @@ from fedunlearn.errors import (
 )
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import Engine, Evaluate, Job, Measure, Reestimate, Reply, Train
+from fedunlearn.federation.jobs import Engine, Job, Reply
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import reestimate
 from fedunlearn.federation.rounds import Repair, Watch, train_rounds
+from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import Compute

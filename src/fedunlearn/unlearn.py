@@ -13,10 +13,10 @@ from fedunlearn.channels.stats import ChannelStats
 from fedunlearn.errors import PlanError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.federation import Federation, whole_model
-from fedunlearn.federation.jobs import channels_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.measuring import measure, reestimate
 from fedunlearn.federation.rounds import Repair
+from fedunlearn.federation.tasks import channels_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, Protocol
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import Channels, find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, protect
-from fedunlearn.seeding import generator
-from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
-from fedunlearn.training.compute import FLOAT32, Compute, device_of
-from fedunlearn.training.erasing import fewest, is_forgotten
-from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.sgd import Forgotten, Training, train_locally
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.training.compute import FLOAT32, Compute
 
 SUM = "the secure sum"
 MOST_IMAGES = 10**9  # that one client may say it holds
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name to shape and type
-Sample = Annotated[int, Field(ge=1)] | None
-# A task arrives as JSON from another process: what it has beyond its fields is refused there.
-_STRICT = ConfigDict(extra="forbid")
 
 
 class Answer(NamedTuple):
@@ -64,212 +51,6 @@ class Task(Protocol):
 
     def flaw(self, reply: Reply) -> str | None:
         """Return what no honest answer of the right layout says, or None."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Measure:
-    """Sum channel activations per class over training images.
-
-    Answer: the tensors of ``ChannelStats``, and ``held``, int64, shape ``(classes,)``: the client's training images of
-    each class, sampled or not.
-
-    Attributes:
-        hook: where channels are read, see ``find_channels``: which layers, and where each, a client finds in its own
-            model. A message that could name a module and a side would read pixels at the input of the first one.
-        classes: number of classes.
-        sample: at most so many images per client, drawn at random; all where None.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    kind: Literal["measure"] = "measure"
-    hook: str = "activation"
-    classes: Annotated[int, Field(ge=1)]
-    sample: Sample = None
-
-    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return the statistics as ``rules`` let them leave."""
-        if self.classes != len(data.train.classes):
-            raise FederationError(f"the job is for {self.classes} classes, this client has {len(data.train.classes)}")
-        # Noise is for sums in which one image more is one image more: another sample would be another sum.
-        images = enough(data.train if rules.noise else _sampled(job, data, data.train, self.sample), rules)
-        taps = channels_of(job.model, self.hook).taps
-        with compute.autocast(device_of(model)):
-            stats = measure_channels(
-                model, in_order(images, model, compute), taps=taps, classes=self.classes, clip=rules.clip
-            )
-        tensors = protect({**stats.tensors(), "held": data.train.counts()}, rules)
-        reported = int(tensors["counts"].sum())
-        return Answer(tensors, reported, reported)
-
-    def layout(self, model: Classifier) -> Layout:
-        """Return counts, and sums of each layer."""
-        layers = channels_of(model, self.hook).taps
-        widths = {layer: int(model.module.get_submodule(layer).get_parameter("weight").shape[0]) for layer in layers}
-        counts: Layout = {"counts": ((self.classes,), torch.int64), "held": ((self.classes,), torch.int64)}
-        return {**counts, **{f"sums.{name}": ((self.classes, width), torch.float64) for name, width in widths.items()}}
-
-    def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative values, more images than are held, and sums over no image."""
-        counts = reply.tensors["counts"]
-        absent = counts == 0
-        for name, tensor in reply.tensors.items():
-            if bool((tensor < 0).any()):
-                return f"{name} has negative values"
-        if int(counts.sum()) > reply.images or bool((counts > reply.tensors["held"]).any()):
-            return f"it counts {int(counts.sum())} images of {int(reply.tensors['held'].sum())} that it holds"
-        for name, sums in reply.tensors.items():
-            if name.startswith("sums.") and bool((sums[absent] != 0).any()):
-                return f"{name} has values for classes of which it counts no image"
-        return None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Reestimate:
-    """Measure the inputs of the batch normalisation layers; no label is used but to leave ``exclude`` out.
-
-    Answer: ``images`` (float64 scalar) and, per layer, ``mean:LAYER`` and ``square:LAYER``, float64, shape
-    ``(channels,)``: over the batches, batch size times mean, and times variance plus squared mean.
-
-    Attributes:
-        exclude: classes whose images are not used.
-        sample: at most so many images per client, drawn at random; all where None.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    kind: Literal["reestimate"] = "reestimate"
-    exclude: tuple[int, ...] = ()
-    sample: Sample = None
-
-    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return the sums over the client's images of the other classes."""
-        images = enough(_sampled(job, data, _kept(data, self.exclude), self.sample), rules)
-        draw = generator(job.seed, job.phase, "order", data.client)
-        return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
-
-    def layout(self, model: Classifier) -> Layout:
-        """Return the number of images, and two sums of each layer."""
-        layers = batch_norm_layers(model.module).items()
-        parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
-        return {"images": ((), torch.float64), **{name: ((width,), torch.float64) for name, width in parts.items()}}
-
-    def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative squares, and sums over no image."""
-        for name, tensor in reply.tensors.items():
-            if not name.startswith("mean:") and bool((tensor < 0).any()):
-                return f"{name} has negative values"
-        return _none(reply)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Train:
-    """Train a copy of the model.
-
-    Answer: its state, under the names of the state dict. ``Reply.images`` weighs it in the average.
-
-    Attributes:
-        training: local SGD settings.
-        lr: learning rate of this round.
-        exclude: classes whose images are not used, but where ``training`` erases: then they are the ones to erase.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    kind: Literal["train"] = "train"
-    training: Training
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    exclude: tuple[int, ...] = ()
-
-    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return the state after local training on the client's images of the other classes, and what it erases."""
-        images = enough(_kept(data, self.exclude), rules)
-        # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
-        if self._images(images) < rules.min_images:
-            raise FederationError(
-                f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
-                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
-            )
-        draw = generator(job.seed, job.phase, job.round, data.client)
-        samples = train_locally(
-            model,
-            images,
-            self.training,
-            lr=self.lr,
-            draw=draw,
-            compute=compute,
-            forgotten=self._forgotten(images, job, model, data, rules),
-        )
-        # A copy: the engine goes on to use the model for its next client.
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-        return Answer(state, len(images), samples)
-
-    def _images(self, kept: LabelledImages) -> int:
-        return max(1, round(self.training.local_epochs * len(kept)))
-
-    def _forgotten(
-        self, kept: LabelledImages, job: Job, model: nn.Module, data: ClientData, rules: Privacy
-    ) -> Forgotten | None:
-        """Return what is erased; nothing at a client where steps would show too few images of either kind.
-
-        A weight can drown one kind in the other, so that each has to stand for ``min_images`` alone.
-        """
-        erasing = self.training.erasing
-        if erasing is None:
-            return None
-        images = data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
-        size, limit = self.training.batch_size, self._images(kept)
-        if fewest(len(kept), len(images), size, erasing.share, limit) < max(1, rules.min_images):
-            return None
-        return Forgotten(images, self.exclude, head_layer(model, job.model.example))
-
-    def layout(self, model: Classifier) -> Layout:
-        """Return the layout of the model's own state."""
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.module.state_dict().items()}
-
-    def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative variances, and training on no image."""
-        for name, tensor in reply.tensors.items():
-            if name.endswith("running_var") and bool((tensor < 0).any()):
-                return f"{name} has negative values"
-        return _none(reply)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Evaluate:
-    """Count right answers on validation images, all classes together: more would tell which of them a client holds.
-
-    Answer: ``correct`` and ``counts``, int64 scalars.
-
-    Attributes:
-        exclude: classes whose images are not used.
-        labels: the class of each output row; row ``r`` is class ``r`` where None.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    kind: Literal["evaluate"] = "evaluate"
-    exclude: tuple[int, ...] = ()
-    labels: tuple[int, ...] | None = None
-
-    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return right answers and images."""
-        images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
-        if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
-            images = images.take(slice(0, 0))
-        correct, counts = count_correct(model, images, labels=self.labels, compute=compute)
-        return Answer({"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images))
-
-    def layout(self, model: Classifier) -> Layout:
-        """Return two whole numbers."""
-        return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
-
-    def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative numbers."""
-        return next((f"{name} has negative values" for name, own in reply.tensors.items() if bool(own < 0)), None)
-
-
-TASKS = (Measure, Reestimate, Train, Evaluate)  # all that a message can ask for
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -376,29 +157,8 @@ def handle(
 
 def _seconds(job: Job, rules: Privacy, started: float) -> float:
     """Return the time since ``started``; of ``Measure`` 0 where rules hide images, whose number it would tell."""
-    hidden = isinstance(job.task, Measure) and (rules.noise > 0 or rules.min_count > 1)
+    hidden = job.task.kind == "measure" and (rules.noise > 0 or rules.min_count > 1)
     return 0.0 if hidden else time.perf_counter() - started
-
-
-def _none(reply: Reply) -> str | None:
-    return f"it reports {reply.images} images" if reply.images < 1 else None
-
-
-def channels_of(model: Classifier, hook: str) -> Channels:
-    """Return what ``find_channels`` finds, once for a model: server and clients of one process share the outcome.
-
-    Raises:
-        ModelError: the model has no channel that can be removed.
-    """
-    with _finding:
-        known = _found.setdefault(model, {})
-        if hook not in known:
-            known[hook] = find_channels(model.module, model.example, hook=hook)
-        return known[hook]
-
-
-_found: WeakKeyDictionary[Classifier, dict[str, Channels]] = WeakKeyDictionary()
-_finding = threading.Lock()
 
 
 def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
@@ -409,17 +169,3 @@ def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
             f"for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
         )
     return images
-
-
-def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
-    images = data.train.without(exclude)
-    if len(images) == 0:
-        raise FederationError(f"nothing is left without the classes {list(exclude)}")
-    return images
-
-
-def _sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:
-    if sample is None or sample >= len(images):
-        return images
-    draw = generator(job.seed, job.phase, "sample", data.client)
-    return images.take(torch.randperm(len(images), generator=draw)[:sample].sort().values)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fedunlearn.channels.copying import copied
-from fedunlearn.federation.jobs import Job, Reply, Train
+from fedunlearn.federation.jobs import Job, Reply
+from fedunlearn.federation.tasks import Train
 
 # Model to its shapes when it was counted, and the operations of an image.
 _counted: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[int, int]]] = weakref.WeakKeyDictionary()

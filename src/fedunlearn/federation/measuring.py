@@ -14,8 +14,9 @@ from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.federation import Federation, check_somebody
-from fedunlearn.federation.jobs import Measure, Reestimate, Reply
+from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
+from fedunlearn.federation.tasks import Measure, Reestimate
 from fedunlearn.training.batch_norm import batch_norm_layers, fit_batch_norm
 
 

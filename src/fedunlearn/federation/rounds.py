@@ -16,9 +16,10 @@ from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import Server, averaged
 from fedunlearn.federation.federation import Federation, check_somebody, whole_model
-from fedunlearn.federation.jobs import Evaluate, Reply, Train
+from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Entry
+from fedunlearn.federation.tasks import Evaluate, Train
 from fedunlearn.seeding import generator
 from fedunlearn.training.sgd import Training, check_trainable
 

@@ -16,8 +16,9 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.slicing import Kept
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Measure, Reply, Train, enough, handle
+from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Reply, enough, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
+from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower.messages import (
     ARRAYS,
     JOB,

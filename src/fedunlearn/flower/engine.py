@@ -18,7 +18,8 @@ from typing import Any
 
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.jobs import SUM, Job, Measure, Reply, Train
+from fedunlearn.federation.jobs import SUM, Job, Reply
+from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower.messages import (
     ARRAYS,
     CONFIG,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.errors import FederationError, printable
-from fedunlearn.federation.jobs import MOST_IMAGES, Evaluate, Job, Measure, Reestimate, Reply, Task, Train
+from fedunlearn.federation.jobs import MOST_IMAGES, Job, Reply, Task
+from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict

@@ -40,6 +40,7 @@ _TRAINED_BY = (
     "federation/jobs.py",
     "federation/local.py",
     "federation/rounds.py",
+    "federation/tasks.py",
     "methods/retrain.py",
     "models.py",
     "run/compare.py",
