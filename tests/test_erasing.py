@@ -23,8 +23,9 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
-from fedunlearn.training.erasing import Erasing, again_and_again, complement, fewest, mixed, separation
-from fedunlearn.training.sgd import Forgotten, Training, train_locally
+from fedunlearn.training.mixing import again_and_again, fewest, mixed
+from fedunlearn.training.objectives.erase import Erasing, complement, separation
+from fedunlearn.training.sgd import Forgetting, Training, train_locally
 from fedunlearn.unlearn import unlearn
 
 
@@ -149,7 +150,7 @@ def images(count, label):
 def test_a_client_without_images_of_the_class_or_too_few_trains_as_ever():
     data = make_images(90, classes=3)
     shares = {"a": data.without((1,)).take(slice(0, 30)), "b": data.take(slice(30, 60)), "c": data.take(slice(60, 90))}
-    plain, erasing = Training(0.1, 8), Training(0.1, 8, erasing=Erasing())
+    plain, erasing = Training(0.1, 8), Training(0.1, 8, objective=Erasing())
 
     def trained(training, names, rules=DEFAULT_RULES):
         engine = LocalEngine({name: shares[name] for name in names}, rules=rules)
@@ -164,21 +165,21 @@ def test_a_client_without_images_of_the_class_or_too_few_trains_as_ever():
 
 
 def test_erasing_ends_after_its_share_of_the_rounds():
-    training = Training(0.1, erasing=Erasing(until=0.5))
-    assert [training.of_round(k, 5).erasing is None for k in range(5)] == [False, False, False, True, True]
+    training = Training(0.1, objective=Erasing(until=0.5))
+    assert [training.of_round(k, 5).objective is None for k in range(5)] == [False, False, False, True, True]
     assert Training(0.1).of_round(0, 5) == Training(0.1)
-    thrifty = Training(0.1, erasing=Erasing(until=0.07))
-    assert sum(thrifty.of_round(k, 100).erasing is not None for k in range(100)) == 7
-    assert thrifty.of_round(0, 2).erasing is not None
+    thrifty = Training(0.1, objective=Erasing(until=0.07))
+    assert sum(thrifty.of_round(k, 100).objective is not None for k in range(100)) == 7
+    assert thrifty.of_round(0, 2).objective is not None
 
 
 def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
     data = make_images(60, classes=3)
     net = make_net()
-    own = Forgotten(data.take((data.labels == 1).nonzero().flatten()), (1,), "8")
-    training = Training(0.1, 8, erasing=Erasing(separation=0.1))
+    own = Forgetting(data.take((data.labels == 1).nonzero().flatten()), (1,), "8")
+    training = Training(0.1, 8, objective=Erasing(separation=0.1))
     kept = data.without((1,))
-    seen = train_locally(net, kept, training, lr=0.1, draw=draw(), forgotten=own)
+    seen = train_locally(net, kept, training, lr=0.1, draw=draw(), forgetting=own)
     assert abs(seen - len(kept)) <= 8
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -189,7 +190,7 @@ def test_erasing_without_pruning_forgets_what_training_on_the_others_alone_does_
     net = build_model("small-cnn", classes=10, colours=1)
     original = train_rounds(net, fed, Training(0.1, 16), rounds=6)
     plain = Repair(Training(0.05, 16), rounds=2)
-    erasing = replace(plain, training=replace(plain.training, erasing=Erasing()))
+    erasing = replace(plain, training=replace(plain.training, objective=Erasing()))
     found = {}
     for name, repair in (("plain", plain), ("erasing", erasing)):
         own = replace(fed, journal=Journal())
@@ -209,8 +210,11 @@ def test_erasing_without_pruning_forgets_what_training_on_the_others_alone_does_
         (lambda: Erasing(share=1.0), "Erasing(share=...) is out of range: got 1.0"),
         (lambda: Erasing(until=0), "Erasing(until=...) is out of range: got 0"),
         (lambda: Erasing(complement=0), "are both 0, so that nothing is erased: set one"),
-        (lambda: Training(0.1, 1, erasing=Erasing()), "Training(batch_size=...) must be at least 2 with erasing"),
-        (lambda: Training(0.1, erasing=0.5), "Training(erasing=...) must be an Erasing, or None"),
+        (
+            lambda: Training(0.1, 1, objective=Erasing()),
+            "must be at least 2 with this objective",
+        ),
+        (lambda: Training(0.1, objective=0.5), "Training(objective=...) must be such as Erasing(), or None"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, text):
@@ -221,5 +225,5 @@ def test_settings_out_of_range_are_refused(make, text):
 def test_erasing_nothing_is_refused_before_any_client_is_asked():
     fed = Federation(LocalEngine(partition(make_images(60, classes=3), by="iid", clients=2, seed=0)))
     with pytest.raises(RecipeError, match=r"this one leaves none out: use fed\.keeping"):
-        train_rounds(make_net(), fed, Training(0.1, erasing=Erasing()), rounds=1)
+        train_rounds(make_net(), fed, Training(0.1, objective=Erasing()), rounds=1)
     assert fed.journal.steps("train") == []

@@ -292,6 +292,9 @@ class Count:
     def layout(self, model):
         return {"images": ((), torch.int64)}
 
+    def operations(self, forward, training):
+        return forward
+
     def flaw(self, reply):
         return "it has too many" if int(reply.tensors["images"]) != reply.images or reply.client == "client-1" else None
 

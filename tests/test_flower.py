@@ -29,7 +29,7 @@ from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import digest_of, encode_job, encode_reply
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 from loopback import APP, CLIENTS, VALIDATION, Loopback, build_model, load_images, nodes, same
@@ -60,7 +60,7 @@ def pruned(scores=None):
 def forget(chosen):
     fed = Federation(chosen)
     trained = train_rounds(make_net(), fed, TRAINING, rounds=2, watch=Watch(every=1))
-    repair = Repair(replace(TRAINING, batch_size=16, erasing=Erasing(1.0, 0.1, 0.5, 0.5)), rounds=2)
+    repair = Repair(replace(TRAINING, batch_size=16, objective=Erasing(1.0, 0.1, 0.5, 0.5)), rounds=2)
     done = unlearn(trained, fed, forget=1, cut=Cut(0.4), repair=repair, rank=Ranking(contrast))
     return fed.journal.steps("train"), done
 

@@ -15,7 +15,7 @@ from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import cut, spread
 from fedunlearn.flower.messages import decode_job, decode_reply, digest_of, encode_job, encode_reply, rebuild, spec_of
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
 
 SCORES = {"0": torch.arange(6.0), "3": torch.arange(8.0)}
@@ -34,7 +34,7 @@ def jobs():
         Measure(classes=3),
         Reestimate(exclude=(1,), sample=4),
         Train(training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
-        Train(training=Training(0.1, erasing=Erasing(separation=0.1, until=0.5)), lr=0.03, exclude=(2,)),
+        Train(training=Training(0.1, objective=Erasing(separation=0.1, until=0.5)), lr=0.03, exclude=(2,)),
         Evaluate(labels=(0, 2)),
         Evaluate(),
     ]

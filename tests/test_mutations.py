@@ -35,7 +35,7 @@ from fedunlearn.flower.messages import (
     spec_of,
     to_arrays,
 )
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
 from loopback import Loopback, build_model, load_images
 
@@ -61,7 +61,7 @@ JOBS = [
         Measure(classes=3, sample=32),
         Reestimate(exclude=(1,), sample=8),
         Train(training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
-        Train(training=Training(0.1, 8, erasing=Erasing(separation=0.1)), lr=0.03, exclude=(2,)),
+        Train(training=Training(0.1, 8, objective=Erasing(separation=0.1)), lr=0.03, exclude=(2,)),
         Evaluate(labels=(0, 1, 2)),
     )
 ]

@@ -15,7 +15,7 @@ from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Tr
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import decode_job, encode_job
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
 from loopback import Loopback, build_model, nodes
 
@@ -41,9 +41,9 @@ HOSTILE = {
             Training(0.1, 1, 0.2),
             Training(0.1, 20, 0.05, 0.0, 0.0),
             Training(0.1, 1, 1.0),
-            Training(0.1, 20, 1.0, erasing=Erasing(1e9, 0.0, 0.05)),
-            Training(0.1, 20, 1.0, erasing=Erasing(1e-9, 0.0, 0.95)),
-            Training(0.1, 2, 0.3, erasing=Erasing(1e9, 1e9, 0.5)),
+            Training(0.1, 20, 1.0, objective=Erasing(1e9, 0.0, 0.05)),
+            Training(0.1, 20, 1.0, objective=Erasing(1e-9, 0.0, 0.95)),
+            Training(0.1, 2, 0.3, objective=Erasing(1e9, 1e9, 0.5)),
         ),
         "lr": (1e-30, 1.0),
         "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (10**6,)),
@@ -158,7 +158,7 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
 @pytest.mark.parametrize("share", [0.05, 0.95])
 def test_a_client_erases_nothing_where_a_step_would_show_an_image_alone(share):
     many = ClientData("a", make_images(20))  # of 13 others, one batch of 20: one image is erased, or one is kept
-    plain, erasing = (Training(0.1, 20, erasing=own) for own in (None, Erasing(1e9, share=share)))
+    plain, erasing = (Training(0.1, 20, objective=own) for own in (None, Erasing(1e9, share=share)))
 
     def answer(training, rules=DEFAULT_RULES):
         asked = job(Train(training=training, lr=1e-9, exclude=(1,)), make_net())

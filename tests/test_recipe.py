@@ -14,7 +14,7 @@ from fedunlearn.engines import ENGINES, Order, carry_out
 from fedunlearn.errors import RecipeError
 from fedunlearn.models import MODELS, SHORTCUTS
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import SCHEDULES
 
 EXPECTED = ["digits", "mnist-writers"] + [
@@ -159,9 +159,9 @@ def test_who_adds_a_criterion_has_nothing_to_add_to_the_recipe(monkeypatch):
 
 def test_the_erase_step_of_a_recipe_is_that_of_its_repair():
     recipe = load_recipe("digits", ["erase.complement=0.5", "erase.separation=0.1", "erase.until=0.3"])
-    assert recipe.repair().erasing == Erasing(0.5, 0.1, 0.25, 0.3)
-    assert recipe.training().erasing is None
-    assert load_recipe("digits").repair().erasing is None
+    assert recipe.repair().objective == Erasing(0.5, 0.1, 0.25, 0.3)
+    assert recipe.training().objective is None
+    assert load_recipe("digits").repair().objective is None
 
 
 @pytest.mark.parametrize(

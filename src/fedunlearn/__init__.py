@@ -41,7 +41,7 @@ from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import Compute
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.training.speed import probe
 from fedunlearn.unlearn import Unlearned, unlearn

@@ -26,7 +26,7 @@ def is_name(value: object) -> bool:
     return not any(mark in value for mark in "/\\") and len(value.encode()) <= _LONGEST_NAME
 
 
-def must_be(kind: type, value: object, where: str, such: str, error: type[Exception]) -> None:
+def must_be(kind: type | tuple[type, ...], value: object, where: str, such: str, error: type[Exception]) -> None:
     """Raise ``error`` where ``value`` is no ``kind``, saying what was expected ``where``, ``such`` as it is made."""
     if not isinstance(value, kind):
         shown = repr(value) if isinstance(value, (str, int, float, tuple, type(None))) else ""  # others may fail

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import flop_registry
 
 from fedunlearn.channels.copying import copied
 from fedunlearn.federation.jobs import Job, Reply
-from fedunlearn.federation.tasks import Train
 
 # Model to its shapes when it was counted, and the operations of an image.
 _counted: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[int, int]]] = weakref.WeakKeyDictionary()
@@ -132,7 +131,7 @@ class Meter:
             clients=tuple(self._clients),
             refused=self._refused,
             samples=self._samples,
-            flops=self._samples * (training if isinstance(self._job.task, Train) else forward),
+            flops=self._samples * self._job.task.operations(forward, training),
             seconds=self._seconds,
             bytes_down=self._asked * message,
             bytes_up=self._bytes,

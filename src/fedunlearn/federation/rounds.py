@@ -137,7 +137,7 @@ def train_rounds(
         ModelError: the model cannot be trained: it lacks a row of a class, say, all its weights are frozen, or in
             training it returns something else than logits.
         RecipeError: ``training``, ``server`` or ``watch`` is none, ``rounds`` no number of rounds, or ``training``
-            erases and no class is left out.
+            has an objective and no class is left out.
         FederationError: too few usable replies, or no validation images where they are needed.
 
     Example:
@@ -154,9 +154,9 @@ def train_rounds(
     must_be(Watch, watch, "train_rounds(watch=...)", "a Watch, such as Watch(every=5)", RecipeError)
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
-    if training.erasing is not None and not fed.exclude:
+    if training.objective is not None and not fed.exclude:
         raise RecipeError(
-            "Training(erasing=...) erases the classes that a federation leaves out, and this one leaves none out: "
+            "Training(objective=...) forgets the classes that a federation leaves out, and this one leaves none out: "
             "use fed.keeping(exclude=...)"
         )
     if rounds:

@@ -21,9 +21,9 @@ from fedunlearn.federation.privacy import Privacy, protect
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import Compute, device_of
-from fedunlearn.training.erasing import fewest, is_forgotten
 from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.sgd import Forgotten, Training, train_locally
+from fedunlearn.training.mixing import fewest, is_forgotten
+from fedunlearn.training.sgd import Forgetting, Training, train_locally
 
 Sample = Annotated[int, Field(ge=1)] | None
 # A task arrives as JSON from another process: what it has beyond its fields is refused there.
@@ -73,6 +73,10 @@ class Measure:
         counts: Layout = {"counts": ((self.classes,), torch.int64), "held": ((self.classes,), torch.int64)}
         return {**counts, **{f"sums.{name}": ((self.classes, width), torch.float64) for name, width in widths.items()}}
 
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a forward pass."""
+        return forward
+
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative values, more images than are held, and sums over no image."""
         counts = reply.tensors["counts"]
@@ -118,6 +122,10 @@ class Reestimate:
         parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
         return {"images": ((), torch.float64), **{name: ((width,), torch.float64) for name, width in parts.items()}}
 
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a forward pass."""
+        return forward
+
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative squares, and sums over no image."""
         for name, tensor in reply.tensors.items():
@@ -135,7 +143,7 @@ class Train:
     Attributes:
         training: local SGD settings.
         lr: learning rate of this round.
-        exclude: classes whose images are not used, but where ``training`` erases: then they are the ones to erase.
+        exclude: classes whose images are not used, but by the objective of ``training``: they are the ones to forget.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -146,8 +154,12 @@ class Train:
     exclude: tuple[int, ...] = ()
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
-        """Return the state after local training on the client's images of the other classes, and what it erases."""
-        images = enough(_kept(data, self.exclude), rules)
+        """Return the state after local training on the client's images of the other classes, and what it forgets."""
+        objective = self.training.objective
+        alone = objective is not None and objective.share == 1
+        images = enough(self._to_forget(data) if alone else _kept(data, self.exclude), rules)
+        if len(images) == 0:
+            raise FederationError(f"the client holds no image of the classes {list(self.exclude)}")
         # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
         if self._images(images) < rules.min_images:
             raise FederationError(
@@ -162,34 +174,44 @@ class Train:
             lr=self.lr,
             draw=draw,
             compute=compute,
-            forgotten=self._forgotten(images, job, model, data, rules),
+            forgetting=self._forgetting(images, job, model, data, rules),
         )
         # A copy: the engine goes on to use the model for its next client.
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         return Answer(state, len(images), samples)
 
-    def _images(self, kept: LabelledImages) -> int:
-        return max(1, round(self.training.local_epochs * len(kept)))
+    def _images(self, images: LabelledImages) -> int:
+        return max(1, round(self.training.local_epochs * len(images)))
 
-    def _forgotten(
-        self, kept: LabelledImages, job: Job, model: nn.Module, data: ClientData, rules: Privacy
-    ) -> Forgotten | None:
-        """Return what is erased; nothing at a client where steps would show too few images of either kind.
+    def _to_forget(self, data: ClientData) -> LabelledImages:
+        return data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
+
+    def _forgetting(
+        self, images: LabelledImages, job: Job, model: nn.Module, data: ClientData, rules: Privacy
+    ) -> Forgetting | None:
+        """Return what the objective needs; nothing at a client whose steps would show too few images of either kind.
 
         A weight can drown one kind in the other, so that each has to stand for ``min_images`` alone.
         """
-        erasing = self.training.erasing
-        if erasing is None:
+        objective = self.training.objective
+        if objective is None:
             return None
-        images = data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
-        size, limit = self.training.batch_size, self._images(kept)
-        if fewest(len(kept), len(images), size, erasing.share, limit) < max(1, rules.min_images):
-            return None
-        return Forgotten(images, self.exclude, head_layer(model, job.model.example))
+        mixed = None
+        if 0 < objective.share < 1:
+            mixed = self._to_forget(data)
+            size, limit = self.training.batch_size, self._images(images)
+            if fewest(len(images), len(mixed), size, objective.share, limit) < max(1, rules.min_images):
+                return None
+        return Forgetting(mixed, self.exclude, head_layer(model, job.model.example))
 
     def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's own state."""
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.module.state_dict().items()}
+
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a step, and of a forward pass where the received model takes part."""
+        objective = self.training.objective
+        return training + (forward if objective is not None and objective.teacher else 0)
 
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative variances, and training on no image."""
@@ -227,6 +249,10 @@ class Evaluate:
     def layout(self, model: Classifier) -> Layout:
         """Return two whole numbers."""
         return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
+
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a forward pass."""
+        return forward
 
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative numbers."""

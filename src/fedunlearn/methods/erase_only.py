@@ -19,5 +19,5 @@ ERASE_ONLY = Method(
     "erase step, nothing pruned",
     "gradients on images of all classes",
     erase_only,
-    applies=lambda request: request.repair.training.erasing is not None and request.cut.fraction > 0,
+    applies=lambda request: request.repair.training.objective is not None and request.cut.fraction > 0,
 )

@@ -21,7 +21,7 @@ def finetune(model: Classifier, fed: Federation, request: Request) -> Outcome:
     rounds = max(1, cost.rounds)
     _, per_image = flops_per_image(model.module, model.shape)
     epochs = cost.client_flops / per_image / (rounds * int(request.images))
-    training = replace(request.repair.training, local_epochs=epochs, erasing=None)
+    training = replace(request.repair.training, local_epochs=epochs, objective=None)
     kept = fed.keeping(exclude=request.forget, clients=request.unlearned.clients)
     tuned = train_rounds(model, kept, training, rounds=rounds, phase="finetune", server=request.repair.server)
     return Outcome(delivered(tuned, request), fed.cost("finetune"))

@@ -23,7 +23,7 @@ from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.training.erasing import Erasing
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import SCHEDULES, Training
 from fedunlearn.version import __version__
 
@@ -213,7 +213,7 @@ class Recipe(_Table):
 
     def repair(self) -> Training:
         """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
-        return replace(self._local(self.unlearn.lr, self.unlearn.local_epochs), erasing=self.erase.erasing())
+        return replace(self._local(self.unlearn.lr, self.unlearn.local_epochs), objective=self.erase.erasing())
 
     def _local(self, lr: float, local_epochs: float) -> Training:
         t = self.train

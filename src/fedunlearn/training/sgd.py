@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,12 +13,15 @@ from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
 from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.taps import Tap, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
-from fedunlearn.training.erasing import Erasing, again_and_again, is_forgotten, mixed
+from fedunlearn.training.mixing import again_and_again, is_forgotten, mixed
+from fedunlearn.training.objectives.base import Seen
+from fedunlearn.training.objectives.table import OBJECTIVES, Objective
 
 _WARM_UP = 0.2
 _HEAD = ""  # no layer has this name
@@ -39,7 +42,7 @@ class Training:
             target[k] = (1 - s) [k = label] + s / classes
 
         augment: names of augmentations, in order.
-        erasing: what clients do with images of classes that are left out, while they hold them; nothing where None.
+        objective: what clients minimise where classes are to be forgotten; the cross-entropy of the others where None.
 
     Raises:
         RecipeError: a value is out of range.
@@ -52,7 +55,7 @@ class Training:
     weight_decay: float = 5e-4
     augment: tuple[str, ...] = ()
     label_smoothing: float = 0.0
-    erasing: Erasing | None = None
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         for name, valid in {
@@ -69,16 +72,19 @@ class Training:
             raise RecipeError(
                 f"Training(augment=...) must be a tuple of names among {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
             )
-        if self.erasing is not None:
-            must_be(Erasing, self.erasing, "Training(erasing=...)", "an Erasing, or None", RecipeError)
-            if self.batch_size < 2:
-                raise RecipeError("Training(batch_size=...) must be at least 2 with erasing: a batch holds both kinds")
+        if self.objective is not None:
+            must_be(OBJECTIVES, self.objective, "Training(objective=...)", "such as Erasing(), or None", RecipeError)
+            if self.batch_size < 2 and 0 < self.objective.share < 1:
+                raise RecipeError(
+                    "Training(batch_size=...) must be at least 2 with this objective: a batch holds images to forget "
+                    "and others"
+                )
 
     def of_round(self, round: int, rounds: int) -> Training:
-        """Return these settings for ``round`` of ``rounds``: without erasing once its share of them is over."""
-        if self.erasing is None or round < max(1, int(self.erasing.until * rounds + 0.5)):
+        """Return these settings for ``round`` of ``rounds``: without objective once its share of them is over."""
+        if self.objective is None or round < max(1, int(self.objective.until * rounds + 0.5)):
             return self
-        return replace(self, erasing=None)
+        return replace(self, objective=None)
 
 
 def one_cycle(round: int, rounds: int) -> float:
@@ -159,16 +165,16 @@ class Sgd:
 
 
 @dataclass(frozen=True, eq=False)
-class Forgotten:
-    """What a client that still holds images of forgotten classes erases.
+class Forgetting:
+    """What a client needs for ``Training.objective``.
 
     Attributes:
-        images: its images of these classes, at least one.
+        images: its images of the forgotten classes, mixed into each batch; None where batches are of one kind.
         classes: the forgotten classes.
         head: name of the last linear layer, whose input is read.
     """
 
-    images: LabelledImages
+    images: LabelledImages | None
     classes: tuple[int, ...]
     head: str
 
@@ -194,18 +200,18 @@ def train_locally(
     lr: float,
     draw: torch.Generator,
     compute: Compute = FLOAT32,
-    forgotten: Forgotten | None = None,
+    forgetting: Forgetting | None = None,
 ) -> int:
     """Train ``model`` in place on one client's images and return how many images it saw, repeats counted.
 
     Args:
         model: the client's copy.
-        images: the client's training images; without those of ``forgotten``.
+        images: the client's training images; without those that ``forgetting`` mixes in.
         training: all settings but the learning rate of this round.
         lr: learning rate of this round.
         draw: owner of the shuffle and the augmentation.
         compute: precision and memory format; the model is in that format already.
-        forgotten: what is erased by ``training.erasing``, if anything.
+        forgetting: what ``training.objective`` needs; the cross-entropy alone is minimised where None.
 
     Raises:
         FederationError: the loss became NaN or infinite.
@@ -221,17 +227,24 @@ def train_locally(
         weight_decay=training.weight_decay,
         fused=True,
     )
+    objective = None if forgetting is None else training.objective
+    teacher = copied(model).eval() if objective is not None and objective.teacher else None
     model.train()
     drawn = partial(batches, draw=draw, augment=training.augment, device=device, memory_format=compute.layout)
-    if training.erasing is not None and forgotten is not None:
-        share = training.erasing.share
-        erased = again_and_again(drawn, forgotten.images, training.batch_size, share)
-        drawn = partial(mixed, drawn, erased, share)
+    if objective is not None and forgetting is not None and forgetting.images is not None:
+        erased = again_and_again(drawn, forgetting.images, training.batch_size, objective.share)
+        drawn = partial(mixed, drawn, erased, objective.share)
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:
         for batch, labels in drawn(images, training.batch_size, limit=wanted - seen):
-            loss = _loss(model, batch, labels, training, forgotten, compute)
+            if objective is None or forgetting is None:
+                with compute.autocast(device):
+                    logits = model(batch)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
+            else:
+                step = _seen(model, teacher, batch, labels, forgetting, compute)
+                loss = objective.loss(step(smoothing=training.label_smoothing, progress=seen / wanted, draw=draw))
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.forget_gradients()
@@ -242,18 +255,29 @@ def train_locally(
     return seen
 
 
-def _loss(
-    model: nn.Module, batch: Tensor, labels: Tensor, training: Training, forgotten: Forgotten | None, compute: Compute
-) -> Tensor:
-    """Return the mean loss of the images in a batch: cross-entropy, or what erases of those to forget."""
-    erasing = None if forgotten is None else training.erasing
-    taps = {_HEAD: Tap(forgotten.head, "input", 0, 0)} if forgotten is not None and erasing is not None else {}
+def _seen(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batch: Tensor,
+    labels: Tensor,
+    forgetting: Forgetting,
+    compute: Compute,
+) -> Callable[..., Seen]:
+    """Return what the models make of a batch, short of what the batch does not tell."""
+    before = None
+    if teacher is not None:
+        with torch.no_grad(), compute.autocast(batch.device):
+            before = teacher(batch).float()
+    taps = {_HEAD: Tap(forgetting.head, "input", 0, 0)}
     with reading(model, taps) as read, compute.autocast(batch.device):
         logits = model(batch)
-    logits = logits.float()
-    if forgotten is None or erasing is None:
-        return F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-    erased = is_forgotten(labels, forgotten.classes)
-    share = float(erased.float().mean())
-    kept = F.cross_entropy(logits[~erased], labels[~erased], label_smoothing=training.label_smoothing)
-    return (1 - share) * kept + share * erasing.loss(logits, read[_HEAD], labels, forgotten.classes)
+    return partial(
+        Seen,
+        logits=logits.float(),
+        labels=labels,
+        features=read[_HEAD],
+        forgotten=is_forgotten(labels, forgetting.classes),
+        forget=forgetting.classes,
+        before=before,
+        weights=[weight for weight in model.parameters() if weight.requires_grad],
+    )

@@ -1,0 +1,40 @@
+"""l1-sparse: an L1 penalty on all weights while the images that stay are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedunlearn.training.objectives.base import Seen, in_range, is_share, is_weight
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """``CE(kept) + penalty * sum |w|``.
+
+    J. Jia et al., *Model Sparsity Can Simplify Machine Unlearning*, NeurIPS 2023.
+
+    Attributes:
+        penalty: its weight.
+        until: share of the rounds with it.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+
+    penalty: float
+    until: float = 1.0
+    kind: Literal["sparse"] = "sparse"
+    share: ClassVar[float] = 0.0
+    teacher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        in_range(self, penalty=is_weight, until=is_share)
+
+    def loss(self, seen: Seen) -> Tensor:
+        """Return the loss of a batch."""
+        size = torch.stack([weight.abs().sum() for weight in seen.weights]).sum()
+        return seen.cross_entropy(~seen.forgotten) + self.penalty * size
