@@ -12,10 +12,17 @@ from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Cut, PruningPlan, plan_pruning
 from fedunlearn.errors import FederationError, PlanError, RecipeError
 from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import cut, spread
 from fedunlearn.flower.messages import decode_job, decode_reply, digest_of, encode_job, encode_reply, rebuild, spec_of
+from fedunlearn.training.objectives.ascend import Ascend
+from fedunlearn.training.objectives.distil import Distil
 from fedunlearn.training.objectives.erase import Erasing
+from fedunlearn.training.objectives.relabel import Relabel
+from fedunlearn.training.objectives.scrub import Scrub
+from fedunlearn.training.objectives.sparse import Sparse
+from fedunlearn.training.objectives.table import OBJECTIVES
 from fedunlearn.training.sgd import Training
 
 SCORES = {"0": torch.arange(6.0), "3": torch.arange(8.0)}
@@ -35,14 +42,32 @@ def jobs():
         Reestimate(exclude=(1,), sample=4),
         Train(training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
         Train(training=Training(0.1, objective=Erasing(separation=0.1, until=0.5)), lr=0.03, exclude=(2,)),
+        *(
+            Train(training=Training(0.1, objective=objective), lr=0.03, exclude=(2,))
+            for objective in (
+                Sparse(1e-3, 0.5),
+                Ascend(0.9, 0.5),
+                Relabel("likeliest", 0.5),
+                Distil(0.5),
+                Scrub(0.5, 4.0, 0.3, 0.5, 0.6),
+            )
+        ),
+        Gradients(squared=True, exclude=(1,), sample=4),
+        Moments(exclude=(1,), sample=4),
         Evaluate(labels=(0, 2)),
         Evaluate(),
     ]
+
     return [job(task, model, phase="some-phase", round=3, seed=7) for task in tasks]
 
 
 def test_every_kind_of_task_is_here():
     assert {type(own.task) for own in jobs()} == set(TASKS)
+
+
+def test_every_objective_is_here():
+    sent = {type(own.task.training.objective) for own in jobs() if isinstance(own.task, Train)}
+    assert sent - {type(None)} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("sent", jobs(), ids=lambda sent: sent.task.kind)

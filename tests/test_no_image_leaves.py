@@ -11,11 +11,19 @@ from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.errors import FederationError, FedUnlearnError
 from fedunlearn.federation.jobs import ClientData, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import TASKS, Evaluate, Measure, Reestimate, Train
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import decode_job, encode_job
+from fedunlearn.training.compute import FLOAT32
+from fedunlearn.training.moments import input_moments
+from fedunlearn.training.objectives.ascend import Ascend
+from fedunlearn.training.objectives.distil import Distil
 from fedunlearn.training.objectives.erase import Erasing
+from fedunlearn.training.objectives.relabel import Relabel
+from fedunlearn.training.objectives.scrub import Scrub
+from fedunlearn.training.objectives.sparse import Sparse
 from fedunlearn.training.sgd import Training
 from loopback import Loopback, build_model, nodes
 
@@ -44,9 +52,25 @@ HOSTILE = {
             Training(0.1, 20, 1.0, objective=Erasing(1e9, 0.0, 0.05)),
             Training(0.1, 20, 1.0, objective=Erasing(1e-9, 0.0, 0.95)),
             Training(0.1, 2, 0.3, objective=Erasing(1e9, 1e9, 0.5)),
+            Training(0.1, 1, 1.0, objective=Distil()),
+            Training(0.1, 1, 1e-9, objective=Distil()),
+            Training(0.1, 20, 1.0, objective=Ascend(1e-9, 0.05)),
+            Training(0.1, 20, 1.0, objective=Relabel("random", 0.05)),
+            Training(0.1, 20, 1.0, objective=Relabel("likeliest", 0.95)),
+            Training(0.1, 20, 1.0, objective=Scrub(1e9, 1e-9, 1.0, 0.05)),
+            Training(0.1, 1, 0.05, objective=Sparse(1e9)),
         ),
         "lr": (1e-30, 1.0),
         "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (10**6,)),
+    },
+    Gradients: {
+        "squared": (False, True),
+        "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2), (-1,), (10**6,)),
+        "sample": (1, 2, 4, 5, 19, None),
+    },
+    Moments: {
+        "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2), (-1,), (10**6,)),
+        "sample": (1, 2, 4, 5, 19, None),
     },
     Evaluate: {"exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2)), "labels": (None, (0, 1, 2), (2, 2, 2))},
 }
@@ -54,6 +78,8 @@ HONEST = {
     Measure: {"classes": 3},
     Reestimate: {},
     Train: {"training": Training(0.1, 8), "lr": 0.1},
+    Gradients: {},
+    Moments: {},
     Evaluate: {},
 }
 OF_JOB = {"phase": ("", "measure-0", "x" * 1000), "round": (0, 10**9), "seed": (0, 1, 2**62)}
@@ -89,8 +115,9 @@ def test_an_answer_is_a_sum_over_images_that_another_set_of_images_gives_as_well
     point for ``m`` images of ``P`` pixels: of a linear ``f`` (the input of a layer, batch statistics of the first), of
     rank ``r <= P``, the images that give ``s`` are a set of dimension ``m P - r >= (m - 1) P >= P``. So ``x_1`` may be
     any image: ``x_2`` takes away what it adds. With ``m = 1`` that dimension is ``P - r``, which is 0 for pixels.
-    ``Reestimate`` and ``Train`` are sums over at least ``min_images`` in the same way, ``Evaluate`` one whole number
-    of ``min_images`` or more right or wrong answers.
+    ``Reestimate``, ``Train`` and ``Gradients`` are sums over at least ``min_images`` in the same way, ``Evaluate`` one
+    whole number of ``min_images`` or more right or wrong answers. ``Moments`` has ``d (d + 1) / 2`` numbers for a layer
+    and gives none where they are more than ``(m - 1) P``.
     """
     asked = job(kind(**(HONEST[kind] | change)), make_net(), **({"phase": "measure-0"} | about))
     reply = handle(asked, copy.deepcopy(asked.model.module), DATA)
@@ -193,3 +220,15 @@ def test_server_and_clients_of_one_process_follow_a_model_once(monkeypatch):
     model = classifier(make_net())
     collected(LocalEngine(partition(make_images(120), by="iid", clients=6)), job(Measure(classes=3), model))
     assert len(calls) == 1
+
+
+def test_second_moments_of_few_images_are_not_told():
+    """Of an image the layers get 64, 6 * 64 and 8 values, for kernels of 9, 6 * 9 and 8: 45, 1,485 and 36 numbers."""
+    found = {count: input_moments(make_net(), make_images(count), FLOAT32) for count in (2, 4, 5, 6)}
+    told = {count: [bool(own.any()) for own in sums.values()] for count, sums in found.items()}
+    assert told == {
+        2: [True, False, False],
+        4: [True, False, False],
+        5: [True, True, False],
+        6: [True, True, True],
+    }

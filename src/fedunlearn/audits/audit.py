@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,52 +121,121 @@ def audit(
         must_be(Mapping, given, f"audit({what}=...)", "models by name, such as {'a': Subject(model)}", EvidenceError)
     names = [*oracles, *controls, CANDIDATE]
     for name in names:
-        if not is_name(name):
-            raise EvidenceError(
-                f"the name of a model names a file, so it must be text in one line without / or \\, got {name!r}: "
-                "rename it"
-            )
+        _check_name(name)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise EvidenceError(f"two models are named {twice!r}, by which their figures are told apart: rename one")
     must_be(AuditImages, images, "audit(images)", "what audit_images(...) returns", EvidenceError)
-    for name, subject in [*oracles.items(), *controls.items(), (CANDIDATE, candidate)]:
-        must_be(Subject, subject, f"the audit of {name}: the model", "a Subject, such as Subject(model)", ModelError)
     # All of them before any is measured: a fault in the last one would waste the rest.
-    checked = {
-        name: subject.checked(name, len(images.test.classes), images.forget)
-        for name, subject in [*oracles.items(), *controls.items(), (CANDIDATE, candidate)]
-    }
-    views = {name: View(checked[name], images) for name in oracles}
-    models: dict[str, Found] = {}
-    shown = images.digest()
-
-    def measured(name: str) -> Mapping[str, Figure]:
-        record.observe("audit", len(models), len(names))
-        references = [view for other, view in views.items() if other != name]
-        seen = views.get(name) or View(checked[name], images)
-        about = {
-            "state": _state_hash(seen.subject),
-            "images": shown,
-            "references": [_state_hash(other.subject) for other in references],
-        }
-        models[name] = _measured(record.folder, name, about, seen, references)
-        return models[name].figures
-
-    retrained = {name: measured(name) for name in oracles}
-    bands = calibrate(list(retrained.values()) if len(retrained) >= FEWEST else [])
-    record.fixed(_fix(record.folder, json.dumps(thresholds_json(bands, oracles=len(oracles)), indent=2) + "\n"))
-    others = {name: measured(name) for name in controls}
-    chance = 1 / len(images.test.classes)
-    judged = others | {CANDIDATE: measured(CANDIDATE)}
+    subjects = [*oracles.items(), *controls.items(), (CANDIDATE, candidate)]
+    checked = {name: _checked(name, subject, images) for name, subject in subjects}
+    calibrated = calibration(images, {name: checked[name] for name in oracles}, record, planned=len(names))
+    for name in [*controls, CANDIDATE]:
+        calibrated.measured(name, checked[name])
     record.observe("audit", len(names), len(names))
-    judgements = {name: judge(figures, bands, oracles=len(oracles), chance=chance) for name, figures in judged.items()}
-    judgements[CANDIDATE] = never_known(judgements[CANDIDATE], others.get(ORIGINAL, {}), bands, chance=chance)
+    judgements = {name: calibrated.judged(name) for name in [*controls, CANDIDATE]}
     for name in _MUST_FAIL:
         passes = name in judgements and judgements[name]["verdict"] == INDISTINGUISHABLE
         if passes and judgements[CANDIDATE]["verdict"] == INDISTINGUISHABLE:
             judgements[CANDIDATE] = powerless(judgements[CANDIDATE], name)
-    return Findings(bands, models, judgements, leave_one_out(retrained, others, chance=chance))
+    return Findings(calibrated.bands, calibrated.models, judgements, calibrated.held_out(controls))
+
+
+class Calibrated:
+    """Bands from retrained models, and what is measured and judged by them.
+
+    Args:
+        images: what to audit with.
+        oracles: retrained models by name, checked.
+        record: where thresholds and figures go.
+        planned: how many models are to be measured.
+
+    Attributes:
+        bands: per figure, where one more retrained model is expected.
+        models: what was measured so far, by name.
+    """
+
+    def __init__(self, images: AuditImages, oracles: Mapping[str, Subject], record: Record, planned: int) -> None:
+        self._images = images
+        self._shown = images.digest()
+        self._views = {name: View(subject, images) for name, subject in oracles.items()}
+        self._record = record
+        self._planned = planned
+        self.models: dict[str, Found] = {}
+        figures = [self.measured(name, subject).figures for name, subject in oracles.items()]
+        self.bands = calibrate(figures if len(figures) >= FEWEST else [])
+        record.fixed(
+            _fix(record.folder, json.dumps(thresholds_json(self.bands, oracles=len(oracles)), indent=2) + "\n")
+        )
+
+    @property
+    def _chance(self) -> float:
+        return 1 / len(self._images.test.classes)
+
+    def measured(self, name: str, subject: Subject) -> Found:
+        """Return the figures of a model, read back where they were measured before.
+
+        Args:
+            name: of the file of its figures.
+            subject: the model, checked.
+
+        Raises:
+            RunError: the file is of another model, of other images or beside other retrained models.
+            EvidenceError: a figure is not a finite number.
+        """
+        self._record.observe("audit", len(self.models), self._planned)
+        references = [view for other, view in self._views.items() if other != name]
+        seen = self._views.get(name) or View(subject, self._images)
+        about = {
+            "state": _state_hash(seen.subject),
+            "images": self._shown,
+            "references": [_state_hash(other.subject) for other in references],
+        }
+        self.models[name] = _measured(self._record.folder, name, about, seen, references)
+        return self.models[name]
+
+    def judged(self, name: str) -> dict[str, Any]:
+        """Return the verdict on a model that was measured, see ``judge``; on the candidate, beside the original."""
+        figures = self.models[name].figures
+        judgement = judge(figures, self.bands, oracles=len(self._views), chance=self._chance)
+        if name != CANDIDATE:
+            return judgement
+        original = self.models[ORIGINAL].figures if ORIGINAL in self.models else {}
+        return never_known(judgement, original, self.bands, chance=self._chance)
+
+    def held_out(self, controls: Iterable[str]) -> dict[str, Any]:
+        """Return the verdicts on each retrained model by the bands of the others, see ``leave_one_out``."""
+        retrained = {name: self.models[name].figures for name in self._views}
+        others = {name: self.models[name].figures for name in controls}
+        return leave_one_out(retrained, others, chance=self._chance)
+
+
+def calibration(images: AuditImages, oracles: Mapping[str, Subject], record: Record, *, planned: int) -> Calibrated:
+    """Measure retrained models and fix the bands by them; then others are measured, each when it is there.
+
+    Args:
+        images: what to audit with.
+        oracles: retrained models by name; fewer than three give figures and no verdict.
+        record: where thresholds and figures go.
+        planned: how many models will be measured, these among them.
+
+    Raises:
+        RunError, ModelError, EvidenceError: see ``audit``.
+    """
+    checked = {name: _checked(name, subject, images) for name, subject in oracles.items()}
+    return Calibrated(images, checked, record, planned)
+
+
+def _check_name(name: object) -> None:
+    if not is_name(name):
+        raise EvidenceError(
+            f"the name of a model names a file, so it must be text in one line without / or \\, got {name!r}: rename it"
+        )
+
+
+def _checked(name: str, subject: Subject, images: AuditImages) -> Subject:
+    must_be(Subject, subject, f"the audit of {name}: the model", "a Subject, such as Subject(model)", ModelError)
+    return subject.checked(name, len(images.test.classes), images.forget)
 
 
 def measure(audits: Sequence[Audit], seen: View, references: Sequence[View] = ()) -> Found:

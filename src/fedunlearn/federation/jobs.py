@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
+from fedunlearn.seeding import generator
 from fedunlearn.training.compute import FLOAT32, Compute
 
 SUM = "the secure sum"
 MOST_IMAGES = 10**9  # that one client may say it holds
 
+Sample = Annotated[int, Field(ge=1)] | None
+# A task arrives as JSON from another process: what it has beyond its fields is refused there.
+STRICT = ConfigDict(extra="forbid")
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name to shape and type
 
 
@@ -172,3 +177,24 @@ def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
             f"for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
         )
     return images
+
+
+def no_image(reply: Reply) -> str | None:
+    """Return what is wrong with an answer that stands for no image."""
+    return f"it reports {reply.images} images" if reply.images < 1 else None
+
+
+def kept_images(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
+    """Return the client's training images of the other classes; refuse where there is none."""
+    images = data.train.without(exclude)
+    if len(images) == 0:
+        raise FederationError(f"nothing is left without the classes {list(exclude)}")
+    return images
+
+
+def sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:
+    """Return at most ``sample`` of ``images``, drawn by the job's seed; all where None."""
+    if sample is None or sample >= len(images):
+        return images
+    draw = generator(job.seed, job.phase, "sample", data.client)
+    return images.take(torch.randperm(len(images), generator=draw)[:sample].sort().values)

@@ -16,8 +16,11 @@ from fedunlearn.federation.ask import ask
 from fedunlearn.federation.federation import Federation, check_somebody
 from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
+from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import Measure, Reestimate
 from fedunlearn.training.batch_norm import batch_norm_layers, fit_batch_norm
+
+_IMAGES = "images:"  # no parameter and no layer has this name
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,3 +139,39 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
     fed.journal.finish(Step(phase, 0, (entry,), about=about), fitted.module.state_dict())
     fed.journal.report(phase, 1, 1)
     return fitted
+
+
+def summed(
+    model: Classifier, fed: Federation, task: Gradients | Moments, *, phase: str
+) -> tuple[dict[str, Tensor], int]:
+    """Return what the clients of ``fed`` answer to ``task``, added up, and over how many images.
+
+    Args:
+        model: the model.
+        fed: the clients that are asked.
+        task: what they sum.
+        phase: name of the step in the journal and in every draw.
+
+    Raises:
+        FederationError: too few usable replies.
+        RunError: the journal holds the step of another request.
+    """
+    about = fed.about(weights=model, **vars(task), clients=fed.able())
+    if fed.journal.finished(phase, [about]):
+        saved = fed.journal.state(phase)
+        return saved, int(saved.pop(_IMAGES))
+    check_somebody(fed)
+    fed.journal.report(phase, 0, 1)
+
+    def total(replies: Iterator[Reply]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {_IMAGES: torch.zeros((), dtype=torch.int64)}
+        for reply in replies:
+            sums[_IMAGES] += reply.images
+            for name, tensor in reply.tensors.items():
+                sums[name] = sums[name] + tensor if name in sums else tensor
+        return sums
+
+    sums, entry = ask(fed.engine, fed.job(task, model, phase=phase), total)
+    fed.journal.finish(Step(phase, 0, (entry,), about=about), sums)
+    fed.journal.report(phase, 1, 1)
+    return sums, int(sums.pop(_IMAGES))

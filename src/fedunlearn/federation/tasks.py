@@ -16,18 +16,27 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
-from fedunlearn.federation.jobs import Answer, ClientData, Job, Layout, Reply, enough
+from fedunlearn.federation.jobs import (
+    STRICT,
+    Answer,
+    ClientData,
+    Job,
+    Layout,
+    Reply,
+    Sample,
+    enough,
+    kept_images,
+    no_image,
+    sampled,
+)
 from fedunlearn.federation.privacy import Privacy, protect
+from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import Compute, device_of
 from fedunlearn.training.evaluation import count_correct, in_order
 from fedunlearn.training.mixing import fewest, is_forgotten
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
-
-Sample = Annotated[int, Field(ge=1)] | None
-# A task arrives as JSON from another process: what it has beyond its fields is refused there.
-_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,7 +53,7 @@ class Measure:
         sample: at most so many images per client, drawn at random; all where None.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["measure"] = "measure"
     hook: str = "activation"
@@ -56,7 +65,7 @@ class Measure:
         if self.classes != len(data.train.classes):
             raise FederationError(f"the job is for {self.classes} classes, this client has {len(data.train.classes)}")
         # Noise is for sums in which one image more is one image more: another sample would be another sum.
-        images = enough(data.train if rules.noise else _sampled(job, data, data.train, self.sample), rules)
+        images = enough(data.train if rules.noise else sampled(job, data, data.train, self.sample), rules)
         taps = channels_of(job.model, self.hook).taps
         with compute.autocast(device_of(model)):
             stats = measure_channels(
@@ -104,7 +113,7 @@ class Reestimate:
         sample: at most so many images per client, drawn at random; all where None.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["reestimate"] = "reestimate"
     exclude: tuple[int, ...] = ()
@@ -112,7 +121,7 @@ class Reestimate:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(_sampled(job, data, _kept(data, self.exclude), self.sample), rules)
+        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
         draw = generator(job.seed, job.phase, "order", data.client)
         return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
 
@@ -131,7 +140,7 @@ class Reestimate:
         for name, tensor in reply.tensors.items():
             if not name.startswith("mean:") and bool((tensor < 0).any()):
                 return f"{name} has negative values"
-        return _none(reply)
+        return no_image(reply)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,7 +155,7 @@ class Train:
         exclude: classes whose images are not used, but by the objective of ``training``: they are the ones to forget.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["train"] = "train"
     training: Training
@@ -157,7 +166,7 @@ class Train:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
-        images = enough(self._to_forget(data) if alone else _kept(data, self.exclude), rules)
+        images = enough(self._to_forget(data) if alone else kept_images(data, self.exclude), rules)
         if len(images) == 0:
             raise FederationError(f"the client holds no image of the classes {list(self.exclude)}")
         # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
@@ -218,7 +227,7 @@ class Train:
         for name, tensor in reply.tensors.items():
             if name.endswith("running_var") and bool((tensor < 0).any()):
                 return f"{name} has negative values"
-        return _none(reply)
+        return no_image(reply)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -232,7 +241,7 @@ class Evaluate:
         labels: the class of each output row; row ``r`` is class ``r`` where None.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: Literal["evaluate"] = "evaluate"
     exclude: tuple[int, ...] = ()
@@ -259,11 +268,7 @@ class Evaluate:
         return next((f"{name} has negative values" for name, own in reply.tensors.items() if bool(own < 0)), None)
 
 
-TASKS = (Measure, Reestimate, Train, Evaluate)  # all that a message can ask for
-
-
-def _none(reply: Reply) -> str | None:
-    return f"it reports {reply.images} images" if reply.images < 1 else None
+TASKS = (Measure, Reestimate, Train, Evaluate, Gradients, Moments)  # all that a message can ask for
 
 
 def channels_of(model: Classifier, hook: str) -> Channels:
@@ -281,17 +286,3 @@ def channels_of(model: Classifier, hook: str) -> Channels:
 
 _found: WeakKeyDictionary[Classifier, dict[str, Channels]] = WeakKeyDictionary()
 _finding = threading.Lock()
-
-
-def _kept(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
-    images = data.train.without(exclude)
-    if len(images) == 0:
-        raise FederationError(f"nothing is left without the classes {list(exclude)}")
-    return images
-
-
-def _sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:
-    if sample is None or sample >= len(images):
-        return images
-    draw = generator(job.seed, job.phase, "sample", data.client)
-    return images.take(torch.randperm(len(images), generator=draw)[:sample].sort().values)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.errors import FederationError, printable
 from fedunlearn.federation.jobs import MOST_IMAGES, Job, Reply, Task
+from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 
 try:
@@ -86,7 +87,7 @@ class _JobMessage(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     plan: str
     spec: str
-    task: Annotated[Measure | Reestimate | Train | Evaluate, Field(discriminator="kind")]
+    task: Annotated[Measure | Reestimate | Train | Evaluate | Gradients | Moments, Field(discriminator="kind")]
 
 
 class _Answer(BaseModel):

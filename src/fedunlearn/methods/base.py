@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import Ranking
+from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.rounds import Repair
+from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Unlearned
 
 
@@ -24,8 +27,11 @@ class Request:
         cut: how many channels go.
         repair: local settings and rounds after an edit.
         jointly: whether several classes are scored as one.
-        unlearned: what pruning and repair made of the model: methods of equal cost stop at its cost.
+        clients: clients that hold images of the classes that stay.
+        holders: clients that hold images of the classes to forget.
         images: images of the kept classes that the clients of one round hold, on average.
+        unlearned: what pruning and repair made of the model: a control of equal cost stops at its cost. None where a
+            method stands alone.
     """
 
     forget: tuple[int, ...]
@@ -33,8 +39,10 @@ class Request:
     cut: Cut
     repair: Repair
     jointly: bool
-    unlearned: Unlearned
+    clients: tuple[str, ...]
+    holders: tuple[str, ...]
     images: float
+    unlearned: Unlearned | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +58,9 @@ class Outcome:
     cost: Cost | None = None
 
 
+Run = Callable[[Classifier, Federation, Request, Any], Outcome]
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to make a model forget, or a control that only seems to be one.
@@ -58,15 +69,37 @@ class Method:
         name: in files and recipes.
         label: in tables.
         needs: what it asks of the clients.
-        run: makes the model forget: ``run(original, federation, request)``.
+        run: makes the model forget: ``run(original, federation, request, settings)``.
         applies: whether it differs from unlearning itself, and from the other controls.
+        settings: those that were published, a frozen dataclass; what no source gives is that of the recipe's repair.
+            None for a method without.
+        space: by setting, the values that tuning tries.
+        source: where it was published; empty for ours and for controls.
+        sums: whether the clients' replies are only added up, so that secure aggregation can hide each of them.
     """
 
     name: str
     label: str
     needs: str
-    run: Callable[[Classifier, Federation, Request], Outcome]
+    run: Run
     applies: Callable[[Request], bool] = lambda request: True
+    settings: Any = None
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    source: str = ""
+    sums: bool = False
+
+
+@dataclass(frozen=True)
+class Local:
+    """Settings of a method that trains.
+
+    Attributes:
+        lr: learning rate; that of the recipe's repair where None.
+        epochs: passes over the clients' images in all rounds together; those of the recipe's repair where None.
+    """
+
+    lr: float | None = None
+    epochs: float | None = None
 
 
 def prunes(request: Request) -> bool:
@@ -77,3 +110,44 @@ def prunes(request: Request) -> bool:
 def delivered(model: Classifier, request: Request) -> Subject:
     """Return ``model``, which has a row for every class, without the rows of the forgotten ones."""
     return Subject(model.without_rows(request.forget), model)
+
+
+def trained(
+    model: Classifier, fed: Federation, request: Request, settings: Local, *, objective: Objective | None, phase: str
+) -> Classifier:
+    """Return ``model`` after the rounds of the recipe's repair with a method's own objective, rate and epochs.
+
+    Args:
+        model: where training starts.
+        fed: the clients.
+        request: the request.
+        settings: of the method.
+        objective: what clients minimise; the cross-entropy of the images that stay where None.
+        phase: name of the rounds in the journal.
+    """
+    repair = request.repair
+    epochs = repair.training.local_epochs
+    if settings.epochs is not None:
+        epochs = settings.epochs / max(1, repair.rounds) / fed.participation
+    lr = repair.training.lr if settings.lr is None else settings.lr
+    training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
+    kept = fed.keeping(exclude=request.forget, clients=request.clients)
+    return replace(repair, training=training, rounds=max(1, repair.rounds)).of(model, kept, phase=phase)
+
+
+def trained_once(
+    model: Classifier, fed: Federation, request: Request, settings: Local, *, objective: Objective, phase: str
+) -> Classifier:
+    """Return ``model`` after one round of all clients that the objective needs: their teacher is the original.
+
+    In a second round a client would take the average of the first for its teacher. The learning rate is constant.
+    Arguments are those of ``trained``.
+    """
+    repair = request.repair
+    work = repair.training.local_epochs * max(1, repair.rounds) * fed.participation
+    epochs = work if settings.epochs is None else settings.epochs
+    lr = repair.training.lr if settings.lr is None else settings.lr
+    training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
+    clients = request.holders if objective.share == 1 else request.clients
+    kept = replace(fed, participation=1.0).keeping(exclude=request.forget, clients=clients)
+    return train_rounds(model, kept, training, rounds=1, phase=phase, server=Server())

@@ -6,7 +6,7 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request
 
 
-def head_only(model: Classifier, fed: Federation, request: Request) -> Outcome:
+def head_only(model: Classifier, fed: Federation, request: Request, settings: None = None) -> Outcome:
     """Return ``model`` without the rows of the forgotten classes.
 
     The model with its rows in place is not given to the audits: it is the original, and its only edit is that the

@@ -10,10 +10,10 @@ from fedunlearn.methods.base import Method, Outcome, Request, prunes
 from fedunlearn.unlearn import unlearn
 
 
-def randomly(model: Classifier, fed: Federation, request: Request) -> Outcome:
+def randomly(model: Classifier, fed: Federation, request: Request, settings: None = None) -> Outcome:
     """Return what unlearning makes of ``model`` when its scores are random."""
     beside = fed.part("random")
-    if len(request.forget) == 1 or request.jointly:
+    if (len(request.forget) == 1 or request.jointly) and fed.journal.steps("measure-0"):
         # The same job: a second answer would only tell more of the clients.
         beside.journal.adopt("measure-0", fed.journal)
     done = unlearn(

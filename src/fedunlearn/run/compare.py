@@ -144,18 +144,41 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned,
         unlearned: what the controls stand beside.
         fed: the clients and the record of the run.
     """
-    rows = [experiment.engine.clients.index(name) for name in unlearned.clients]
-    kept = experiment.table[rows][:, list(unlearned.model.labels or ())].sum()
-    request = Request(
+    asked = request(experiment, fed, clients=unlearned.clients, unlearned=unlearned)
+    return {
+        control.name: control.run(original, fed, asked, control.settings)
+        for control in CONTROLS
+        if control.applies(asked)
+    }
+
+
+def request(
+    experiment: Experiment, fed: Federation, *, clients: Sequence[str], unlearned: Unlearned | None = None
+) -> Request:
+    """Return what methods are asked for.
+
+    Args:
+        experiment: the run.
+        fed: its clients.
+        clients: those that take part in training.
+        unlearned: what methods of equal cost stand beside.
+    """
+    forget = list(experiment.forget)
+    rows = [experiment.engine.clients.index(name) for name in clients]
+    stay = [label for label in range(len(experiment.splits.train.classes)) if label not in forget]
+    kept = experiment.table[rows][:, stay].sum()
+    holds = (experiment.table[:, forget].sum(1) > 0).tolist()
+    return Request(
         experiment.forget,
         experiment.ranking(),
         experiment.cut(),
         experiment.repair(),
         experiment.recipe.unlearn.jointly,
-        unlearned,
+        tuple(clients),
+        tuple(name for name, own in zip(experiment.clients, holds) if own),
         float(kept) * fed.participation,
+        unlearned,
     )
-    return {control.name: control.run(original, fed, request) for control in CONTROLS if control.applies(request)}
 
 
 def retrained_models(experiment: Experiment, fed: Federation, *, data: str, count: int) -> dict[str, Oracle]:

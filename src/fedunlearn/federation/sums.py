@@ -1,0 +1,114 @@
+"""Tasks of methods that edit weights by sums over images: gradients, their squares, second moments of layer inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict
+from torch import nn
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.jobs import (
+    STRICT,
+    Answer,
+    ClientData,
+    Job,
+    Layout,
+    Reply,
+    Sample,
+    enough,
+    kept_images,
+    no_image,
+    sampled,
+)
+from fedunlearn.federation.privacy import Privacy
+from fedunlearn.training.compute import Compute
+from fedunlearn.training.moments import (
+    gradient_sums,
+    input_moments,
+    moment_layers,
+    patch_width,
+    squared_gradient_sums,
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gradients:
+    """Sum the gradients of the cross-entropy, or their squares, over images.
+
+    Answer: by parameter, float64, in its shape, see ``gradient_sums`` and ``squared_gradient_sums``.
+
+    Attributes:
+        squared: the squares of the gradients of single images.
+        exclude: classes whose images are not used.
+        sample: at most so many images per client, drawn at random; all where None.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["gradients"] = "gradients"
+    squared: bool = False
+    exclude: tuple[int, ...] = ()
+    sample: Sample = None
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return the sums over the client's images of the other classes."""
+        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
+        found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
+        return Answer(found, len(images), len(images))
+
+    def layout(self, model: Classifier) -> Layout:
+        """Return the layout of the model's parameters."""
+        return {name: (tuple(own.shape), torch.float64) for name, own in model.module.named_parameters()}
+
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a pass forth and back."""
+        return training
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse negative squares, and sums over no image."""
+        for name, tensor in reply.tensors.items():
+            if self.squared and bool((tensor < 0).any()):
+                return f"{name} has negative values"
+        return no_image(reply)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Moments:
+    """Sum the second moments of what linear layers and convolutions receive.
+
+    Answer: by layer, float64, shape ``(d, d)``, see ``input_moments``.
+
+    Attributes:
+        exclude: classes whose images are not used.
+        sample: at most so many images per client, drawn at random; all where None.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["moments"] = "moments"
+    exclude: tuple[int, ...] = ()
+    sample: Sample = None
+
+    def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
+        """Return the sums over the client's images of the other classes."""
+        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
+        return Answer(input_moments(model, images, compute), len(images), len(images))
+
+    def layout(self, model: Classifier) -> Layout:
+        """Return a square matrix of each layer."""
+        widths = {name: patch_width(layer) for name, layer in moment_layers(model.module).items()}
+        return {name: ((width, width), torch.float64) for name, width in widths.items()}
+
+    def operations(self, forward: int, training: int) -> int:
+        """Return those of a forward pass; the products of the patches depend on the layer and are not counted."""
+        return forward
+
+    def flaw(self, reply: Reply) -> str | None:
+        """Refuse what is no sum of squares on its diagonal, and sums over no image."""
+        for name, tensor in reply.tensors.items():
+            if bool((tensor.diagonal() < 0).any()):
+                return f"{name} has negative squares"
+        return no_image(reply)

@@ -1,0 +1,34 @@
+"""NegGrad+: M. Kurmanji et al., *Towards Unbounded Machine Unlearning*, NeurIPS 2023."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.ascend import Ascend
+
+
+@dataclass(frozen=True)
+class NegGrad(Local):
+    """Settings: ``kept`` is the weight ``b`` of the images that stay; published are .95 to .9999."""
+
+    kept: float = 0.99
+
+
+def neg_grad(model: Classifier, fed: Federation, request: Request, settings: NegGrad) -> Outcome:
+    """Minimise ``b CE(kept) - (1 - b) CE(forgotten)``."""
+    moved = trained(model, fed, request, settings, objective=Ascend(settings.kept), phase="neg_grad")
+    return Outcome(delivered(moved, request), fed.cost("neg_grad"))
+
+
+NEG_GRAD = Method(
+    "neg_grad",
+    "NegGrad+",
+    "gradients on images of all classes",
+    neg_grad,
+    settings=NegGrad(),
+    space={"kept": (0.9, 0.95, 0.99, 0.999), "lr": (0.005, 0.01, None)},
+    source="Kurmanji et al., NeurIPS 2023",
+)

@@ -1,0 +1,33 @@
+"""NoT: Y. Khalil et al., *NoT: Federated Unlearning via Weight Negation*, CVPR 2025."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+
+
+def negate(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+    """Negate the weights and biases of the first convolution, then train on the images that stay."""
+    negated = model.copy()
+    first = next((layer for layer in negated.module.modules() if isinstance(layer, nn.Conv2d)), None)
+    assert first is not None  # a classifier that can be pruned has one
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.neg_()
+    repaired = trained(negated, fed, request, settings, objective=None, phase="negate")
+    return Outcome(delivered(repaired, request), fed.cost("negate"))
+
+
+NEGATE = Method(
+    "negate",
+    "NoT",
+    "gradients on kept images",
+    negate,
+    settings=Local(),
+    space={"lr": (0.01, 0.02, 0.05, 0.1)},
+    source="Khalil et al., CVPR 2025",
+)

@@ -1,0 +1,25 @@
+"""Relabelling by the likeliest other class, the first part of FUCRT (ICCV 2025, federated)."""
+
+from __future__ import annotations
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.relabel import Relabel
+
+
+def relabel(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+    """Train on all images, those to forget under the label of the class that the model then holds likeliest."""
+    moved = trained(model, fed, request, settings, objective=Relabel("likeliest"), phase="relabel")
+    return Outcome(delivered(moved, request), fed.cost("relabel"))
+
+
+RELABEL = Method(
+    "relabel",
+    "FUCRT relabelling",
+    "gradients on images of all classes",
+    relabel,
+    settings=Local(),
+    space={"lr": (0.01, 0.02, 0.05, 0.1)},
+    source="FUCRT, ICCV 2025",
+)

@@ -1,0 +1,64 @@
+"""SalUn: C. Fan et al., *SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency*, ICLR 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.measuring import summed
+from fedunlearn.federation.sums import Gradients
+from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.relabel import Relabel
+
+
+@dataclass(frozen=True)
+class SalUn(Local):
+    """Settings: the share ``salient`` of all weights, those with the largest gradients, may change."""
+
+    lr: float | None = 0.013
+    epochs: float | None = 10.0
+    salient: float = 0.5
+
+
+def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn) -> Outcome:
+    """Train with random labels for the images to forget, then put all weights back that are not salient.
+
+    Published is a mask on each step. Here the server puts back what is outside the mask after the rounds, so that
+    clients need not know it.
+    """
+    stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
+    task = Gradients(exclude=stay, sample=request.rank.sample)
+    sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun.gradients")
+    moved = trained(model, fed, request, settings, objective=Relabel("random"), phase="salun.rounds")
+    masks = largest(sums, settings.salient)
+    before = dict(model.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in moved.module.named_parameters():
+            parameter.copy_(torch.where(masks[name], parameter, before[name]))
+    return Outcome(delivered(moved, request), fed.cost("salun"))
+
+
+def largest(sums: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return masks of the ``share`` of all values, over all tensors, that are largest by absolute value."""
+    sizes = torch.cat([own.abs().flatten() for own in sums.values()])
+    count = max(1, round(share * len(sizes)))
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[sizes.argsort(descending=True, stable=True)[:count]] = True
+    parts = torch.split(chosen, [own.numel() for own in sums.values()])
+    return {name: part.reshape(own.shape) for (name, own), part in zip(sums.items(), parts)}
+
+
+SALUN = Method(
+    "salun",
+    "SalUn",
+    "gradients on images of all classes",
+    salun,
+    settings=SalUn(),
+    space={"lr": (0.005, 0.013, 0.03), "epochs": (None, 10.0), "salient": (0.3, 0.5, 0.8)},
+    source="Fan et al., ICLR 2024",
+)

@@ -1,0 +1,73 @@
+"""SSD: J. Foster et al., *Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening*, 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.measuring import summed
+from fedunlearn.federation.sums import Gradients
+from fedunlearn.methods.base import Method, Outcome, Request, delivered
+
+
+@dataclass(frozen=True)
+class Ssd:
+    """Settings: weights ``above`` times as important for the class as for all are damped, by ``damping``."""
+
+    above: float = 10.0
+    damping: float = 1.0
+
+
+def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> Outcome:
+    """Damp the weights whose Fisher diagonal is larger on the forgotten classes than on all images."""
+    stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
+    sample = request.rank.sample
+    own, count = summed(
+        model,
+        fed.keeping(exclude=(), clients=request.holders),
+        Gradients(squared=True, exclude=stay, sample=sample),
+        phase="ssd.forgotten",
+    )
+    all_sums, images = summed(model, fed, Gradients(squared=True, sample=sample), phase="ssd.all")
+    damped = model.copy()
+    factors = dampening(
+        {name: value / count for name, value in own.items()},
+        {name: value / images for name, value in all_sums.items()},
+        settings,
+    )
+    with torch.no_grad():
+        for name, parameter in damped.module.named_parameters():
+            parameter.mul_(factors[name])
+    return Outcome(delivered(damped, request), fed.cost("ssd"))
+
+
+def dampening(own: Mapping[str, Tensor], everything: Mapping[str, Tensor], settings: Ssd) -> dict[str, Tensor]:
+    """Return the factor of each weight: ``min(l F / F_f, 1)`` where ``F_f > a F``, 1 elsewhere.
+
+    Args:
+        own: ``F_f``, the mean squared gradient on images of the forgotten classes.
+        everything: ``F``, that on all images.
+        settings: ``a`` and ``l``.
+    """
+    factors = {}
+    for name, f in own.items():
+        factor = (settings.damping * everything[name] / f).clamp_max(1)
+        factors[name] = torch.where(f > settings.above * everything[name], factor, torch.ones_like(f))
+    return factors
+
+
+SSD = Method(
+    "ssd",
+    "SSD",
+    "squared gradients on images of all classes, one pass",
+    ssd,
+    settings=Ssd(),
+    space={"above": (1.5, 2.0, 4.0, 10.0), "damping": (0.3, 1.0)},
+    source="Foster et al., AAAI 2024",
+    sums=True,
+)

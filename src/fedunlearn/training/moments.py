@@ -1,0 +1,106 @@
+"""Sums over images that say where a class sits in a model: gradients, their squares, second moments of layer inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedunlearn.channels.taps import Tap, reading
+from fedunlearn.data.batches import batches
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.training.compute import Compute, device_of
+from fedunlearn.training.evaluation import in_order
+
+
+def gradient_sums(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
+    """Return ``sum_i g_i`` by parameter, float64, ``g_i`` the gradient of the cross-entropy of image ``i``.
+
+    The model is in evaluation mode, so that no image has a part in the gradient of another.
+    """
+    return _gradients(model, images, compute, squared=False)
+
+
+def squared_gradient_sums(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
+    """Return ``sum_i g_i^2`` by parameter, element by element: ``n`` times the diagonal of the empirical Fisher matrix.
+
+    One image at a time; otherwise as ``gradient_sums``.
+    """
+    return _gradients(model, images, compute, squared=True)
+
+
+def _gradients(model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool) -> dict[str, Tensor]:
+    model.eval().requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    sums = {name: torch.zeros(own.shape, dtype=torch.float64) for name, own in parameters.items()}
+    singly = batches(images, 1, device=device_of(model), memory_format=compute.layout)
+    for batch, labels in singly if squared else in_order(images, model, compute):
+        loss = F.cross_entropy(model(batch).float(), labels, reduction="sum")
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found):
+            if gradient is not None:
+                own = gradient.detach().cpu().double()
+                sums[name] += own.square() if squared else own
+    return sums
+
+
+def moment_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Return the layers that ``input_moments`` reads: linear ones and convolutions that are not grouped."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def patch_width(layer: nn.Conv2d | nn.Linear) -> int:
+    """Return the length ``d`` of what one output value of ``layer`` is made of."""
+    return layer.weight[0].numel()
+
+
+def input_moments(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
+    """Return ``sum x x^T`` of each layer over images and positions, ``x`` what one output value is made of.
+
+    float64, shape ``(d, d)``, in the order of the layer's weights. Its ``d (d + 1) / 2`` numbers would tell much of
+    few images: of ``n`` images with ``P`` values each at the input of the layer, all zeros are returned where
+    ``(n - 1) P < d (d + 1) / 2``, so that any image may be one of them.
+    """
+    layers = moment_layers(model)
+    sums = {}
+    for name, layer in layers.items():
+        sums[name] = torch.zeros(patch_width(layer), patch_width(layer), dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for batch, _ in in_order(images, model, compute):
+            with reading(model, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
+                model(batch)
+            for name, layer in layers.items():
+                d = patch_width(layer)
+                if (len(images) - 1) * read[name][0].numel() >= d * (d + 1) / 2:
+                    x = patches(read[name].float(), layer)
+                    sums[name] += (x.T @ x).double().cpu()
+    return sums
+
+
+def patches(z: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """Return the rows that ``layer`` multiplies its weights with, shape ``(positions, d)``, of its input ``z``."""
+    if isinstance(layer, nn.Linear):
+        return z.reshape(-1, layer.in_features)
+    height, width = layer.kernel_size
+    top, left = layer.padding if isinstance(layer.padding, tuple) else _same(layer)
+    z = F.pad(z, (left, left + _odd(layer, 1), top, top + _odd(layer, 0)))
+    unfolded = F.unfold(z, (height, width), dilation=layer.dilation, stride=layer.stride)
+    return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+
+
+def _same(layer: nn.Conv2d) -> tuple[int, int]:
+    """Return what ``padding="same"`` puts above and left of the maps; nothing for ``"valid"``."""
+    if layer.padding != "same":
+        return 0, 0
+    top, left = (d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size))
+    return top, left
+
+
+def _odd(layer: nn.Conv2d, axis: int) -> int:
+    """Return the row or column more that ``padding="same"`` puts at the other end where the sum is odd."""
+    return layer.dilation[axis] * (layer.kernel_size[axis] - 1) % 2 if layer.padding == "same" else 0
