@@ -1,4 +1,4 @@
-"""The command line: fedunlearn run | train | unlearn | evaluate | audit | report | keygen | verify | recipes."""
+"""The command line, a function for each command: from ``run`` and ``compare`` to ``verify``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fedunlearn.console import RunProgress, audit_table, describe, notes, print_table, result_table, verdict_line
+from fedunlearn.console import (
+    RunProgress,
+    audit_table,
+    comparison_table,
+    describe,
+    methods_table,
+    notes,
+    print_table,
+    result_table,
+    verdict_line,
+)
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
@@ -54,6 +64,9 @@ class Options:
     client: str | None = None
     quiet: bool = False
     as_json: bool = False
+    methods: str = "all"
+    seeds: int = 3
+    tune: int = 0
     debug: bool = False
 
     def recipe_set(self) -> Recipe:
@@ -109,6 +122,9 @@ OPTIONS = {
         _option("ca", Path | None, "With --superlink: the certificate that its HTTPS certificate is checked by."),
         _option("key", Path | None, "Your private key (fedunlearn keygen): sign a dossier of the run."),
         _option("oracle", list[Path] | None, "A model retrained without the class; at least three."),
+        _option("methods", str, "all, or names with commas between them.", default="all"),
+        _option("seeds", int, "How many seeds each method is done with.", default=3),
+        _option("tune", int, "Settings to try for each method, on validation images of one seed.", default=0),
         _option("client", str | None, "Audit with this client's images alone."),
         _option("quiet", bool, "Print nothing but errors.", default=False),
         _option("as_json", bool, "Print the result as JSON on standard output.", flag="--json", default=False),
@@ -167,6 +183,46 @@ def train(options: Options) -> None:
 def unlearn(options: Options) -> None:
     """Make a model forget, without comparisons; it is trained first where --weights names none."""
     _work("unlearn", options)
+
+
+@_command(
+    _argument("recipe", str, _RECIPE),
+    *("methods", "seeds", "tune", "out", "data", "overrides", "precision", "engine", "weights", "models", *_SHOWN),
+)
+def compare(options: Options) -> None:
+    """Make a model forget by many methods, on the same clients, and audit each by the same bands."""
+    from fedunlearn.engines import Order, carry_out  # slow to import
+    from fedunlearn.run.comparison import Plan
+
+    named = () if options.methods == "all" else tuple(name.strip() for name in options.methods.split(","))
+    plan, recipe = Plan(named, options.seeds, options.tune), options.recipe_set()
+    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-compare"
+    with _progress(options.quiet) as (console, observe):
+        result = carry_out(
+            Order(
+                command="compare",
+                recipe=recipe,
+                out=folder,
+                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+                observe=observe,
+                tell=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+                compared=plan,
+            )
+        )
+    assert result is not None  # it was made in this process
+    if options.as_json:
+        typer.echo(json.dumps(result, indent=2))
+    elif not options.quiet:
+        print_table(Console(), comparison_table(result))
+        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each asks of the clients, its settings, its source."""
+    from fedunlearn.methods.table import METHODS  # slow to import
+
+    print_table(Console(), methods_table(METHODS.values()))
 
 
 @_command("recipe", OPTIONS["weights"].replace(default=Parameter.empty), "data", "overrides", *_SHOWN)

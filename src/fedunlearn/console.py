@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -13,7 +14,9 @@ from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
+from fedunlearn.evidence.comparison import summary
 from fedunlearn.evidence.words import MODELS, clipped
+from fedunlearn.methods.base import Method
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.result import knew
 
@@ -120,6 +123,40 @@ def describe(experiment: Experiment) -> str:
 
 def _from_to(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"
+
+
+def methods_table(methods: Iterable[Method]) -> Table:
+    """Return what each method asks of the clients, and by which settings it is done."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("method", "needs", "settings", "source"):
+        table.add_column(column)
+    for method in methods:
+        values = {} if method.settings is None else asdict(method.settings)
+        shown = ", ".join(f"{key} {own:g}" for key, own in values.items() if own is not None)
+        needs = method.needs + ("; replies are sums" if method.sums else "")
+        table.add_row(method.name, needs, shown or "as the recipe", method.source or "-")
+    return table
+
+
+def comparison_table(value: Mapping[str, Any]) -> Table:
+    """Return the table of a comparison: a row per method, means over seeds in percent."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for column in ("U", "R", "probe", "speed-\nup"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for row in summary(value):
+        figures = (row["u"], row["r"], row["figures"].get("probe"))
+        speed = row["speedup"]
+        table.add_row(
+            row["name"],
+            *("-" if own is None else f"{100 * own[0]:.1f}" for own in figures),
+            "-" if speed is None else f"{speed[0]:.1f}",
+            ", ".join(f"{verdict} ({count})" for verdict, count in row["verdicts"].items()),
+        )
+    for name in value["failed"]:
+        table.add_row(escape(name), "-", "-", "-", "-", "failed")
+    return table
 
 
 def result_table(result: Mapping[str, Any]) -> Table:

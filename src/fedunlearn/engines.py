@@ -10,6 +10,7 @@ from typing import Any
 
 from fedunlearn.errors import RecipeError
 from fedunlearn.run.commands import run
+from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.work import Observe
@@ -29,6 +30,7 @@ class Order:
         prepared: called once data, clients and model are there.
         observe: told of each step.
         tell: shown each line that a server elsewhere has to say.
+        compared: where set, compares these methods in the place of ``command``.
     """
 
     command: str
@@ -40,6 +42,7 @@ class Order:
     prepared: Callable[[Experiment], None] = lambda experiment: None
     observe: Observe = lambda phase, done, planned: None
     tell: Callable[[str], object] = print
+    compared: Plan | None = None
 
 
 def known(recipe: Recipe) -> Recipe:
@@ -88,6 +91,8 @@ def flower_simulation(order: Order) -> dict[str, Any]:
 
 def flower(order: Order) -> dict[str, Any] | None:
     """Have a Flower deployment run server and clients."""
+    if order.compared is not None:
+        raise RecipeError("compare runs its clients in this process, or with --engine flower-simulation")
     try:
         from fedunlearn.flower.launch import SuperLink, run_on
     except ImportError as error:
@@ -111,6 +116,16 @@ ENGINES: dict[str, Callable[[Order], dict[str, Any] | None]] = {
 
 
 def _here(order: Order) -> Callable[..., dict[str, Any]]:
+    if order.compared is not None:
+        return partial(
+            compare,
+            order.recipe,
+            order.out,
+            order.compared,
+            prepared=order.prepared,
+            observe=order.observe,
+            tell=order.tell,
+        )
     return partial(
         run,
         order.recipe,

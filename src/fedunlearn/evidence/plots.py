@@ -50,6 +50,35 @@ _GONE = LinearSegmentedColormap.from_list("gone", ["#fbe9d8", _ORANGE])
 
 
 @mpl.rc_context(_STYLE)
+def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) -> str:
+    """Return R and the linear probe of each method against the operations of its clients, beside retrained models.
+
+    Args:
+        rows: of ``evidence.comparison.summary``; a point has the number of its row.
+        retrained: that block of compare.json.
+    """
+    figure = Figure(figsize=(_WIDTH, 6.4), layout="constrained")
+    panels = figure.subplots(2, sharex=True)
+    for panel, name, label in zip(panels, ("retain", "probe"), ("R, %", "linear probe on the class, %")):
+        for row in rows:
+            value = row["r"] if name == "retain" else row["figures"].get(name)
+            if value is not None and row["flops"] > 0:
+                at, (middle, low, high) = row["flops"] / 1e12, value
+                colour = _ORANGE if row["tuned"] else _BLUE
+                panel.plot([at, at], [100 * low, 100 * high], "-", color=_GREY, linewidth=1)
+                panel.plot(at, 100 * middle, "o", color=colour, markersize=4)
+                place = (at, 100 * middle)
+                panel.annotate(str(row["number"]), place, (3, 3), textcoords="offset points", fontsize=7.5)
+        for own in retrained.values():
+            value = own["retain"] if name == "retain" else own["figures"].get(name)
+            if value is not None:
+                panel.axhline(100 * value, color=_GREEN, linewidth=0.8)
+        panel.set(xscale="log", ylabel=label)
+    panels[-1].set(xlabel="operations of all clients, 10^12")
+    return _svg(figure, "compared")
+
+
+@mpl.rc_context(_STYLE)
 def per_class(before: Mapping[str, float], after: Mapping[str, float], retrained: Mapping[str, float]) -> str:
     """Return bars of the accuracy per class before and after, with a mark for retrained models."""
     names = list(before)

@@ -30,8 +30,8 @@ class Request:
         clients: clients that hold images of the classes that stay.
         holders: clients that hold images of the classes to forget.
         images: images of the kept classes that the clients of one round hold, on average.
-        unlearned: what pruning and repair made of the model: a control of equal cost stops at its cost. None where a
-            method stands alone.
+        spent: what pruning and repair cost: fine-tuning beside them stops there. None where a method stands alone.
+        unlearned: what they made of the model, for the controls of a run.
     """
 
     forget: tuple[int, ...]
@@ -42,6 +42,7 @@ class Request:
     clients: tuple[str, ...]
     holders: tuple[str, ...]
     images: float
+    spent: Cost | None = None
     unlearned: Unlearned | None = None
 
 

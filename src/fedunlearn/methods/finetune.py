@@ -17,10 +17,10 @@ def finetune(model: Classifier, fed: Federation, request: Request, settings: Loc
     Statistics and re-estimation count. With ``F`` the operations of unlearning, ``f`` those of training on one image,
     ``n`` the images of a round and ``r`` rounds, the local epochs of each round are then ``F / (f r n)``.
     """
-    if request.unlearned is None or settings.epochs is not None:
+    if request.spent is None or settings.epochs is not None:
         tuned = trained(model, fed, request, settings, objective=None, phase="finetune")
         return Outcome(delivered(tuned, request), fed.cost("finetune"))
-    cost = request.unlearned.cost
+    cost = request.spent
     rounds = max(1, cost.rounds)
     _, per_image = flops_per_image(model.module, model.shape)
     epochs = cost.client_flops / per_image / (rounds * int(request.images))

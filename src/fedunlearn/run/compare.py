@@ -19,6 +19,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import RunError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Step
+from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import cache_folder, write_tensors
 from fedunlearn.methods.base import Outcome, Request
 from fedunlearn.methods.retrain import retrain
@@ -144,7 +145,7 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned,
         unlearned: what the controls stand beside.
         fed: the clients and the record of the run.
     """
-    asked = request(experiment, fed, clients=unlearned.clients, unlearned=unlearned)
+    asked = replace(request(experiment, fed, clients=unlearned.clients, spent=unlearned.cost), unlearned=unlearned)
     return {
         control.name: control.run(original, fed, asked, control.settings)
         for control in CONTROLS
@@ -152,16 +153,14 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned,
     }
 
 
-def request(
-    experiment: Experiment, fed: Federation, *, clients: Sequence[str], unlearned: Unlearned | None = None
-) -> Request:
+def request(experiment: Experiment, fed: Federation, *, clients: Sequence[str], spent: Cost | None = None) -> Request:
     """Return what methods are asked for.
 
     Args:
         experiment: the run.
         fed: its clients.
         clients: those that take part in training.
-        unlearned: what methods of equal cost stand beside.
+        spent: what pruning and repair cost, for a method of equal cost.
     """
     forget = list(experiment.forget)
     rows = [experiment.engine.clients.index(name) for name in clients]
@@ -177,7 +176,7 @@ def request(
         tuple(clients),
         tuple(name for name, own in zip(experiment.clients, holds) if own),
         float(kept) * fed.participation,
-        unlearned,
+        spent,
     )
 
 

@@ -40,7 +40,7 @@ def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Un
     return {
         "original": evaluate(original, test, forget=forget),
         "pruned": evaluate(unlearned.pruned, test, forget=forget),
-        "unlearned": shipped | {"validation": _validation(experiment, unlearned)},
+        "unlearned": shipped | {"validation": validation_block(experiment, unlearned.model, unlearned.repaired)},
         "cost": {"unlearn": asdict(unlearned.cost)},
         "privacy": privacy_block(experiment),
     }
@@ -94,7 +94,7 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
     retraining = cost_until(first.steps, reached) | {
         "validation_unseen": experiment.weights is None or bool(experiment.recipe.audit.models)
     }
-    costs = result["cost"] | {"retrain": retraining, "retrain_whole": _of_training(first.steps)}
+    costs = result["cost"] | {"retrain": retraining, "retrain_whole": whole_cost(first.steps)}
     blocks: dict[str, Any] = {"cost": costs}
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):
         blocks[name] = speedup(costs["unlearn"], costs[retrained])
@@ -103,12 +103,13 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
     return blocks
 
 
-def _validation(experiment: Experiment, unlearned: Unlearned) -> dict[str, float | None]:
+def validation_block(experiment: Experiment, model: Classifier, row_kept: Classifier | None) -> dict[str, float | None]:
     """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
     fed = experiment.federation(Journal())
-    forgotten, kept = fed.keeping(exclude=unlearned.model.labels or ()), fed.keeping(exclude=unlearned.forget)
-    u, _ = validation_accuracy(unlearned.repaired, forgotten, phase="compare")
-    r, _ = validation_accuracy(unlearned.model, kept, phase="compare")
+    forget = experiment.forget
+    stay = [label for label in range(fed.engine.classes) if label not in forget]
+    u = None if row_kept is None else validation_accuracy(row_kept, fed.keeping(exclude=stay), phase="compare")[0]
+    r, _ = validation_accuracy(model, fed.keeping(exclude=forget), phase="compare")
     return {"forget_row_kept": u, "retain": r}
 
 
@@ -145,10 +146,11 @@ def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
     Its evaluations are not counted, which is in favour of retraining.
     """
     first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
-    return _of_training(steps[:first]) | {"reached": first is not None}
+    return whole_cost(steps[:first]) | {"reached": first is not None}
 
 
-def _of_training(steps: Sequence[Step]) -> dict[str, Any]:
+def whole_cost(steps: Sequence[Step]) -> dict[str, Any]:
+    """Return what all ``steps`` of training cost; their evaluations are not counted."""
     return asdict(Cost.of([entry for step in steps for entry in step.entries if entry.job == "train"]))
 
 

@@ -1,0 +1,369 @@
+"""``fedunlearn compare``: methods on the same clients, each audited by the same bands, cell by cell.
+
+A cell is a method with its settings and a seed. It has a folder of its own in ``cells``, from which it goes on after a
+kill, and a file that says what came of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from time import monotonic
+from typing import Any
+
+import torch
+
+from fedunlearn.audits.audit import Calibrated, Record, calibration
+from fedunlearn.audits.base import Subject
+from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import FedUnlearnError, RecipeError
+from fedunlearn.evidence.comparison import COMPARISON, write_comparison
+from fedunlearn.evidence.folder import check_folder
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import Engine
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.files import write_text
+from fedunlearn.methods.base import Method, Outcome
+from fedunlearn.methods.table import METHODS
+from fedunlearn.run.compare import Oracle, request, retrained_models
+from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
+from fedunlearn.run.machine import settled
+from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.result import cost_until, evaluate, judged, validation_block, whole_cost
+from fedunlearn.run.work import Observe, Work, opened
+from fedunlearn.seeding import generator
+from fedunlearn.version import __version__
+
+_SCHEMA = 1
+_TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        methods: names of ``METHODS``; all of them where empty.
+        seeds: how many seeds each method is done with.
+        tune: settings that are tried for each method that has any, on validation images, with the first seed; none at
+            0. The first of them are those that were published.
+
+    Raises:
+        RecipeError: there is no such method, or a number is too small.
+    """
+
+    methods: tuple[str, ...] = ()
+    seeds: int = 3
+    tune: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise RecipeError(f"there is no method {name!r}; known are {', '.join(METHODS)}, or all")
+        if self.seeds < 1:
+            raise RecipeError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.tune < 0:
+            raise RecipeError(f"--tune must be at least 0, got {self.tune}")
+
+    @property
+    def chosen(self) -> list[Method]:
+        """The methods, in the order of the table."""
+        return [method for name, method in METHODS.items() if name in self.methods or not self.methods]
+
+
+def compare(
+    recipe: Recipe,
+    out: Path,
+    plan: Plan,
+    *,
+    engine: Callable[[Experiment], Engine] | None = None,
+    prepared: Callable[[Experiment], None] = lambda experiment: None,
+    observe: Observe = lambda phase, done, planned: None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Do every method of ``plan`` on the clients of ``recipe``; write compare.json and its page, and return the former.
+
+    Args:
+        recipe: the clients, the original, the retrained models, and the settings that methods share.
+        out: folder; the same recipe goes on with it, and methods and seeds may be added.
+        plan: what is compared.
+        engine: makes the engine that runs the clients; those of this process where None.
+        prepared: called once data, clients and model are there.
+        observe: called with phase, steps done and steps planned.
+        tell: shown a line for each finished cell.
+
+    Raises:
+        FedUnlearnError: something cannot be used. A method that fails costs its cell, which is named in the result.
+    """
+    check_folder(out)
+    experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
+    work = opened("compare", experiment, out, about={}, rates=rates, observe=observe)
+    prepared(work.experiment)
+    if engine is not None:
+        work = work.on(replace(work.experiment, engine=engine(work.experiment)))
+    bench = _Bench(work, plan, tell)
+    value = bench.value()
+    write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
+    write_comparison(out)
+    work.fed.journal.leave()
+    return value
+
+
+class _Bench:
+    """The original, the retrained models and the bands, and the cells that are measured by them."""
+
+    def __init__(self, work: Work, plan: Plan, tell: Callable[[str], object]) -> None:
+        self._work = work
+        self._plan = plan
+        self._tell = tell
+        self._done = 0
+        self._planned = len(plan.chosen) * plan.seeds + sum(
+            min(plan.tune, _count(method)) + plan.seeds for method in plan.chosen if plan.tune and method.space
+        )
+        self._began = monotonic()
+        self._failed: dict[str, str] = {}
+
+    @cached_property
+    def original(self) -> Classifier:
+        """The original, trained or loaded."""
+        model = original_model(self._work.experiment, self._work.fed)
+        save_model(self._work.out / "original.safetensors", model, self._work.experiment)
+        return model
+
+    @cached_property
+    def oracles(self) -> Mapping[str, Oracle]:
+        """The retrained models."""
+        work = self._work
+        return retrained_models(work.experiment, work.fed, data=work.data, count=work.experiment.recipe.audit.oracles)
+
+    @cached_property
+    def bands(self) -> Calibrated:
+        """The bands, fixed before the first candidate is there."""
+        forget = self._work.experiment.forget
+        subjects = {name: Subject.without_rows(own.model, forget) for name, own in self.oracles.items()}
+        record = Record(self._work.out, observe=self._work.fed.journal.report)
+        return calibration(self._work.experiment.audit_images(), subjects, record, planned=len(subjects))
+
+    def value(self) -> dict[str, Any]:
+        """Do all cells and return the content of compare.json: no time, no date, nothing of this machine."""
+        work, experiment = self._work, self._work.experiment
+        original, forget, test = self.original, experiment.forget, experiment.splits.test
+        measured = self.bands.measured(
+            "original", Subject(original, original).checked("original", self._classes, forget)
+        )
+        cells: dict[str, Any] = {}
+        methods: dict[str, Any] = {}
+        for method in self._plan.chosen:
+            methods[method.name] = _about(method)
+            cells |= self._cells(method, method.name, method.settings)
+            if self._plan.tune and method.space:
+                best, trials = self._tuned(method)
+                methods[method.name] |= {"trials": trials, "tuned": best}
+                if best is not None:
+                    cells |= self._cells(method, f"{method.name}-{_TUNED}", _made(method, best))
+        portable = {key: value for key, value in work.recipe.items() if key != "compute"}
+        return {
+            "schema": _SCHEMA,
+            "version": __version__,
+            "recipe": json.loads(json.dumps(portable)) | {"compute": experiment.recipe.compute.precision},
+            "forget": list(forget),
+            "classes": list(test.classes),
+            "seeds": self._seeds,
+            "original": evaluate(original, test, forget=forget)["accuracy"]
+            | {"figures": {name: own.value for name, own in measured.figures.items()}},
+            "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
+            "bands": {name: [band.low, band.high] for name, band in self.bands.bands.items()},
+            "methods": methods,
+            "cells": cells,
+            "failed": self._failed,
+        }
+
+    @property
+    def _classes(self) -> int:
+        return len(self._work.experiment.splits.test.classes)
+
+    @property
+    def _seeds(self) -> list[int]:
+        recipe = self._work.experiment.recipe
+        first = recipe.federation.seed if recipe.unlearn.seed is None else recipe.unlearn.seed
+        return [first + k for k in range(self._plan.seeds)]
+
+    def _of_oracle(self, name: str, oracle: Oracle) -> dict[str, Any]:
+        experiment = self._work.experiment
+        delivered = oracle.model.without_rows(experiment.forget)
+        accuracy = evaluate(delivered, experiment.splits.test, forget=experiment.forget, row_kept=oracle.model)
+        figures = {figure: own.value for figure, own in self.bands.models[name].figures.items()}
+        cost = {key: value for key, value in whole_cost(oracle.steps).items() if key != "client_seconds"}
+        block: dict[str, Any] = accuracy["accuracy"] | {"figures": figures, "cost": cost}
+        return block
+
+    def _cells(self, method: Method, name: str, settings: Any) -> dict[str, Any]:
+        """Do a method with each seed; what fails is named, and is tried again by the next call."""
+        cells = {}
+        for seed in self._seeds:
+            cell = f"{name}-seed{seed}"
+            value = self._kept(cell, settings)
+            try:
+                value = value or self._cell(method, cell, settings, seed)
+                cells[cell] = value
+                said = f"U {_percent(value['accuracy']['forget_row_kept'])}, R {_percent(value['accuracy']['retain'])}"
+                self._step(f"{cell}: {said}, {value['verdict']}")
+            except FedUnlearnError as error:
+                self._failed[cell] = str(error)
+                self._step(f"{cell} failed: {error}")
+        return cells
+
+    def _cell(self, method: Method, cell: str, settings: Any, seed: int) -> dict[str, Any]:
+        experiment, forget = self._work.experiment, self._work.experiment.forget
+        with self._federation(cell, settings, seed) as fed:
+            outcome = self._outcome(method, fed, settings, seed)
+            subject = outcome.subject
+            save_model(self._folder(cell) / "model.safetensors", subject.model, experiment)
+            block = evaluate(subject.model, experiment.splits.test, forget=forget, row_kept=subject.row_kept)
+            found = self.bands.measured(cell, subject.checked(cell, self._classes, forget))
+            value = {
+                "method": method.name,
+                "seed": seed,
+                "settings": None if settings is None else asdict(settings),
+                **block,
+                "validation": validation_block(experiment, subject.model, subject.row_kept),
+                "figures": {name: own.value for name, own in found.figures.items()},
+                **judged(self.bands.judged(cell)),
+                **self._costs(outcome, subject),
+            }
+            write_text(self._file(cell), json.dumps(value, indent=1) + "\n")
+            fed.journal.close()
+        return value
+
+    def _costs(self, outcome: Outcome, subject: Subject) -> dict[str, Any]:
+        """Return what the method cost, and how many times that retraining costs; seconds differ from run to run."""
+        cost = asdict(outcome.cost or Cost())
+        del cost["client_seconds"]
+        if not self.oracles or not cost["client_flops"]:
+            return {"cost": cost}
+        reached = validation_block(self._work.experiment, subject.model, None)["retain"]
+        first = next(iter(self.oracles.values()))
+        blocks = {"speedup_whole": whole_cost(first.steps)}
+        if reached is not None:
+            blocks["speedup"] = cost_until(first.steps, reached)
+        return {"cost": cost, **{name: own["client_flops"] / cost["client_flops"] for name, own in blocks.items()}}
+
+    def _outcome(self, method: Method, fed: Federation, settings: Any, seed: int) -> Outcome:
+        experiment = self._work.experiment
+        asked = request(experiment, fed, clients=experiment.holders(), spent=self._spent(seed))
+        return method.run(self.original, fed, asked, settings)
+
+    def _spent(self, seed: int) -> Cost | None:
+        """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
+        name = self._work.experiment.recipe.unlearn.criterion
+        kept = self._kept(f"{name}-seed{seed}", METHODS[name].settings) if name in METHODS else None
+        return None if kept is None else Cost(**kept["cost"])
+
+    def _tuned(self, method: Method) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Return the best of the tried settings, and all trials: settings, U and R on validation images, their score.
+
+        The score is ``U + max(0, R of the retrained models - R)``; no test image has a part in it. None is the best
+        where no trial came to an end.
+        """
+        reached = [own.steps[-1].validation or 0.0 for own in self.oracles.values() if own.steps]
+        wanted = mean(reached) if reached else 0.0
+        trials: list[dict[str, Any]] = []
+        for number, settings in enumerate(_tried(method, self._plan.tune)):
+            name = f"{method.name}-trial{number}"
+            values = asdict(_made(method, settings))
+            try:
+                u, r = self._trial(method, name, _made(method, settings))
+                trials.append({"settings": values, "u": u, "r": r, "score": u + max(0.0, wanted - r)})
+                self._step(f"{name}: U {_percent(u)}, R {_percent(r)} on validation images")
+            except FedUnlearnError as error:
+                trials.append({"settings": values, "failed": str(error)})
+                self._step(f"{name} failed: {error}")
+        ended = [trial for trial in trials if "score" in trial]
+        best: dict[str, Any] | None = min(ended, key=lambda trial: trial["score"])["settings"] if ended else None
+        return best, trials
+
+    def _trial(self, method: Method, name: str, settings: Any) -> tuple[float, float]:
+        kept = self._kept(name, settings)
+        if kept is None:
+            with self._federation(name, settings, self._seeds[0]) as fed:
+                subject = self._outcome(method, fed, settings, self._seeds[0]).subject
+                found = validation_block(self._work.experiment, subject.model, subject.row_kept)
+                if found["retain"] is None:
+                    raise RecipeError("--tune needs validation images: set data.validation above 0")
+                kept = {"settings": asdict(settings), **found}
+                write_text(self._file(name), json.dumps(kept, indent=1) + "\n")
+                fed.journal.close()
+        return kept["forget_row_kept"] or 0.0, kept["retain"]
+
+    @contextmanager
+    def _federation(self, cell: str, settings: Any, seed: int) -> Iterator[Federation]:
+        """Give the clients with the journal of a cell, which is left however the cell ends."""
+
+        def report(phase: str, done: int, planned: int) -> None:
+            self._work.fed.journal.report(f"{cell}.{phase}", done, planned)
+
+        header = {"cell": cell, "settings": None if settings is None else asdict(settings), "seed": seed}
+        journal = Journal(self._folder(cell), header=header, observe=report)
+        try:
+            yield replace(self._work.fed, journal=journal, seed=seed)
+        finally:
+            journal.leave()
+
+    def _folder(self, cell: str) -> Path:
+        return self._work.out / "cells" / cell
+
+    def _file(self, cell: str) -> Path:
+        return self._work.out / "cells" / f"{cell}.json"
+
+    def _kept(self, cell: str, settings: Any) -> dict[str, Any] | None:
+        """Return what came of a finished cell with the same settings; it is done again where they changed."""
+        if not self._file(cell).exists():
+            return None
+        value: dict[str, Any] = json.loads(self._file(cell).read_text("utf-8"))
+        wanted = None if settings is None else asdict(settings)
+        return value if value["settings"] == wanted else None
+
+    def _step(self, line: str) -> None:
+        self._done += 1
+        left = (monotonic() - self._began) / self._done * (self._planned - self._done) / 60
+        self._tell(f"{line} ({self._done} of {self._planned}, about {left:.0f} min left)")
+
+
+def _about(method: Method) -> dict[str, Any]:
+    """Return what the table of methods says of one."""
+    settings = None if method.settings is None else asdict(method.settings)
+    about = {"label": method.label, "needs": method.needs, "sums": method.sums, "source": method.source}
+    return about | {"settings": settings}
+
+
+def _made(method: Method, values: Mapping[str, Any]) -> Any:
+    return replace(method.settings, **values)
+
+
+def _count(method: Method) -> int:
+    """Return how many settings there are to try."""
+    return 1 + len(_others(method))
+
+
+def _others(method: Method) -> list[dict[str, Any]]:
+    published = asdict(method.settings)
+    combined = [published | dict(zip(method.space, own)) for own in itertools.product(*method.space.values())]
+    return [values for values in combined if values != published]
+
+
+def _tried(method: Method, count: int) -> list[dict[str, Any]]:
+    """Return the published settings, and others of the space, drawn without return: the same ones each time."""
+    others = _others(method)
+    order = torch.randperm(len(others), generator=generator(0, "tune", method.name)).tolist()
+    return [asdict(method.settings), *(others[k] for k in order)][:count]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
