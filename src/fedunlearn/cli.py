@@ -64,6 +64,7 @@ class Options:
     client: str | None = None
     quiet: bool = False
     as_json: bool = False
+    method: str | None = None
     methods: str = "all"
     seeds: int = 3
     tune: int = 0
@@ -77,6 +78,7 @@ class Options:
             "audit.models": None if self.models is None else str(self.models),
             "federation.engine": self.engine,
             "compute.precision": self.precision,
+            "unlearn.method": self.method,
         }
         given = {key: value for key, value in named.items() if value is not None}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
@@ -122,6 +124,7 @@ OPTIONS = {
         _option("ca", Path | None, "With --superlink: the certificate that its HTTPS certificate is checked by."),
         _option("key", Path | None, "Your private key (fedunlearn keygen): sign a dossier of the run."),
         _option("oracle", list[Path] | None, "A model retrained without the class; at least three."),
+        _option("method", str | None, "How to forget (fedunlearn methods lists them); sets unlearn.method."),
         _option("methods", str, "all, or names with commas between them.", default="all"),
         _option("seeds", int, "How many seeds each method is done with.", default=3),
         _option("tune", int, "Settings to try for each method, on validation images of one seed.", default=0),
@@ -167,7 +170,7 @@ def _version(
         raise typer.Exit
 
 
-@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "models", "key", *_SHOWN)
+@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "models", "method", "key", *_SHOWN)
 def run(options: Options) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
     _work("run", options)
@@ -179,7 +182,7 @@ def train(options: Options) -> None:
     _work("train", options)
 
 
-@_command("recipe", *_WORK, "weights", *_SHOWN)
+@_command("recipe", *_WORK, "weights", "method", *_SHOWN)
 def unlearn(options: Options) -> None:
     """Make a model forget, without comparisons; it is trained first where --weights names none."""
     _work("unlearn", options)
@@ -220,9 +223,9 @@ def compare(options: Options) -> None:
 @app.command()
 def methods() -> None:
     """List the methods: what each asks of the clients, its settings, its source."""
-    from fedunlearn.methods.table import METHODS  # slow to import
+    from fedunlearn.methods.table import COMPARED  # slow to import
 
-    print_table(Console(), methods_table(METHODS.values()))
+    print_table(Console(), methods_table(COMPARED.values()))
 
 
 @_command("recipe", OPTIONS["weights"].replace(default=Parameter.empty), "data", "overrides", *_SHOWN)

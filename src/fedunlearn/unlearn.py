@@ -19,29 +19,38 @@ from fedunlearn.federation.rounds import Repair
 from fedunlearn.federation.tasks import channels_of
 
 
-@dataclass(frozen=True, eq=False)
-class Unlearned:
-    """The result of ``unlearn``, every stage kept.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Forgotten:
+    """What any method made of a model.
 
     Attributes:
         forget: the forgotten classes.
-        stats: what the clients measured (of the last class, where several went one after another).
-        scores: what the criterion made of it.
-        pruned: the model right after pruning.
-        repaired: after repair, the output rows of the forgotten classes still in place.
-        model: the unlearned model: smaller, without those rows; its ``plan`` is all that was removed.
-        clients: ids of the clients that take part in the repair: all but those left with nothing.
+        repaired: the result, the output rows of the forgotten classes still in place.
+        model: the unlearned model, without those rows; its ``plan`` is all that was removed.
+        clients: ids of the clients that take part in training: all but those left with nothing.
         cost: what it cost the clients, statistics and evaluations included.
     """
 
     forget: tuple[int, ...]
-    stats: ChannelStats
-    scores: ChannelScores
-    pruned: Classifier
     repaired: Classifier
     model: Classifier
     clients: tuple[str, ...]
     cost: Cost
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unlearned(Forgotten):
+    """The result of ``unlearn``, every stage kept.
+
+    Attributes:
+        stats: what the clients measured (of the last class, where several went one after another).
+        scores: what the criterion made of it.
+        pruned: the model right after pruning.
+    """
+
+    stats: ChannelStats
+    scores: ChannelScores
+    pruned: Classifier
 
 
 def unlearn(
@@ -104,4 +113,13 @@ def unlearn(
     repaired = repair.of(refitted, kept)
     unlearned = repaired.without_rows(wanted)
     cost = kept.cost("measure", "reestimate", "repair")
-    return Unlearned(wanted, stats, scores, pruned, repaired, unlearned, kept.clients or (), cost)
+    return Unlearned(
+        forget=wanted,
+        stats=stats,
+        scores=scores,
+        pruned=pruned,
+        repaired=repaired,
+        model=unlearned,
+        clients=kept.clients or (),
+        cost=cost,
+    )

@@ -14,7 +14,7 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.training.objectives.table import Objective
-from fedunlearn.unlearn import Unlearned
+from fedunlearn.unlearn import Forgotten, Unlearned
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Request:
         holders: clients that hold images of the classes to forget.
         images: images of the kept classes that the clients of one round hold, on average.
         spent: what pruning and repair cost: fine-tuning beside them stops there. None where a method stands alone.
-        unlearned: what they made of the model, for the controls of a run.
+        unlearned: what came of it, for the controls of a run.
     """
 
     forget: tuple[int, ...]
@@ -43,7 +43,7 @@ class Request:
     holders: tuple[str, ...]
     images: float
     spent: Cost | None = None
-    unlearned: Unlearned | None = None
+    unlearned: Forgotten | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +104,8 @@ class Local:
 
 
 def prunes(request: Request) -> bool:
-    """Return whether any channel is to go."""
-    return request.cut.fraction > 0
+    """Return whether the run that controls stand beside takes any channel out."""
+    return isinstance(request.unlearned, Unlearned) and request.cut.fraction > 0
 
 
 def delivered(model: Classifier, request: Request) -> Subject:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, prunes, trained
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 
@@ -48,7 +48,7 @@ ERASE_ONLY = Method(
     "erase step, nothing pruned",
     "gradients on images of all classes",
     erase_only,
-    applies=lambda request: request.repair.training.objective is not None and request.cut.fraction > 0,
+    applies=lambda request: request.repair.training.objective is not None and prunes(request),
     settings=Erase(),
     space={"lr": (0.01, 0.02, 0.05), **ERASE_SPACE},
 )

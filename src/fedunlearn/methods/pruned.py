@@ -3,11 +3,12 @@
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request, delivered, prunes
+from fedunlearn.unlearn import Unlearned
 
 
 def pruned(model: Classifier, fed: Federation, request: Request, settings: None = None) -> Outcome:
     """Return the model that unlearning had right after pruning."""
-    assert request.unlearned is not None  # it is a control of unlearning
+    assert isinstance(request.unlearned, Unlearned)  # it does not apply to others
     return Outcome(delivered(request.unlearned.pruned, request))
 
 

@@ -20,7 +20,7 @@ from fedunlearn.methods.svd import SVD
 
 # What a run compares its own unlearning with.
 CONTROLS: tuple[Method, ...] = (ORIGINAL, HEAD_ONLY, PRUNED, RANDOM, FINETUNE, ERASE_ONLY)
-# What a model can be made to forget by. RANDOM and HEAD_ONLY are there to be compared with.
+# What a recipe can name in unlearn.method.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
         SVD,
         RELABEL,
         SCRUB,
-        RANDOM,
-        HEAD_ONLY,
     )
 }
+# What a comparison does: also what only seems to forget.
+COMPARED = METHODS | {method.name: method for method in (RANDOM, HEAD_ONLY)}

@@ -19,7 +19,7 @@ from fedunlearn.evidence.maps import save_feature_maps
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
-from fedunlearn.run.compare import Oracle, controls, retrained_models
+from fedunlearn.run.compare import Oracle, controls, forgotten_model, retrained_models
 from fedunlearn.run.experiment import (
     Experiment,
     class_numbers,
@@ -29,13 +29,12 @@ from fedunlearn.run.experiment import (
     prepare,
     read_data,
     save_model,
-    unlearned_model,
 )
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import audit_blocks, cost_blocks, engine_block, evaluate, privacy_block, unlearned_blocks
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
-from fedunlearn.unlearn import Unlearned
+from fedunlearn.unlearn import Forgotten, Unlearned
 from fedunlearn.version import __version__
 
 
@@ -106,7 +105,7 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     result = {"forget": list(experiment.forget), "classes": list(test.classes), "engine": engine_block(experiment)}
     if command == "train":
         return result | {"original": evaluate(original, test, forget=experiment.forget)}
-    unlearned = unlearned_model(experiment, original, experiment.unlearning(work.fed))
+    unlearned = forgotten_model(experiment, original, experiment.unlearning(work.fed))
     _save_unlearned(out, experiment, original, unlearned)
     events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))
     if command == "unlearn":
@@ -135,7 +134,7 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
 def _audited(
     work: Work,
     original: Classifier,
-    unlearned: Unlearned,
+    unlearned: Forgotten,
     oracles: Mapping[str, Oracle],
     beside: Mapping[str, Outcome],
 ) -> Findings:
@@ -163,12 +162,17 @@ def _audited(
     return findings
 
 
-def _save_unlearned(out: Path, experiment: Experiment, original: Classifier, unlearned: Unlearned) -> None:
-    unlearned.stats.save(out / "stats.safetensors")
+def _save_unlearned(out: Path, experiment: Experiment, original: Classifier, unlearned: Forgotten) -> None:
     write_text(out / "plan.json", unlearned.model.plan.to_json() + "\n")
+    if isinstance(unlearned, Unlearned):
+        _save_scores(out, experiment, original, unlearned)
+    save_model(out / "model.safetensors", unlearned.model, experiment)
+
+
+def _save_scores(out: Path, experiment: Experiment, original: Classifier, unlearned: Unlearned) -> None:
+    unlearned.stats.save(out / "stats.safetensors")
     if len(experiment.forget) == 1 or experiment.recipe.unlearn.jointly:  # otherwise the scores are of the last class
         write_tensors(out / "scores.safetensors", unlearned.scores, {})
         if experiment.recipe.evidence.feature_maps:
             maps, test = out / "maps.safetensors", experiment.splits.test
             save_feature_maps(maps, original.module, test, unlearned.scores, forget=experiment.forget)
-    save_model(out / "model.safetensors", unlearned.model, experiment)

@@ -23,10 +23,10 @@ from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import cache_folder, write_tensors
 from fedunlearn.methods.base import Outcome, Request
 from fedunlearn.methods.retrain import retrain
-from fedunlearn.methods.table import CONTROLS
-from fedunlearn.run.experiment import Experiment, new_model
-from fedunlearn.run.recipe import Recipe
-from fedunlearn.unlearn import Unlearned
+from fedunlearn.methods.table import CONTROLS, METHODS
+from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
+from fedunlearn.run.recipe import PRUNE, Recipe
+from fedunlearn.unlearn import Forgotten
 from fedunlearn.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -136,7 +136,26 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def controls(experiment: Experiment, original: Classifier, unlearned: Unlearned, fed: Federation) -> dict[str, Outcome]:
+def forgotten_model(experiment: Experiment, original: Classifier, fed: Federation) -> Forgotten:
+    """Return what the recipe's method makes of ``original``."""
+    u = experiment.recipe.unlearn
+    if u.method == PRUNE:
+        return unlearned_model(experiment, original, fed)
+    method, part = METHODS[u.method], fed.part("method")  # a control may have phases of the same names
+    settings = replace(method.settings, **u.settings)
+    outcome = method.run(original, part, request(experiment, part, clients=experiment.holders()), settings)
+    subject = outcome.subject
+    assert subject.row_kept is not None  # controls alone lack the rows
+    return Forgotten(
+        forget=experiment.forget,
+        repaired=subject.row_kept,
+        model=subject.model,
+        clients=experiment.holders(),
+        cost=outcome.cost or Cost(),
+    )
+
+
+def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten, fed: Federation) -> dict[str, Outcome]:
     """Return what each control makes of ``original``, by name.
 
     Args:

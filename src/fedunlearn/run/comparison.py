@@ -31,7 +31,7 @@ from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, Outcome
-from fedunlearn.methods.table import METHODS
+from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.compare import Oracle, request, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
 from fedunlearn.run.machine import settled
@@ -50,7 +50,7 @@ class Plan:
     """What is compared.
 
     Attributes:
-        methods: names of ``METHODS``; all of them where empty.
+        methods: names of ``COMPARED``; all of them where empty.
         seeds: how many seeds each method is done with.
         tune: settings that are tried for each method that has any, on validation images, with the first seed; none at
             0. The first of them are those that were published.
@@ -65,8 +65,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            if name not in METHODS:
-                raise RecipeError(f"there is no method {name!r}; known are {', '.join(METHODS)}, or all")
+            if name not in COMPARED:
+                raise RecipeError(f"there is no method {name!r}; known are {', '.join(COMPARED)}, or all")
         if self.seeds < 1:
             raise RecipeError(f"--seeds must be at least 1, got {self.seeds}")
         if self.tune < 0:
@@ -75,7 +75,7 @@ class Plan:
     @property
     def chosen(self) -> list[Method]:
         """The methods, in the order of the table."""
-        return [method for name, method in METHODS.items() if name in self.methods or not self.methods]
+        return [method for name, method in COMPARED.items() if name in self.methods or not self.methods]
 
 
 def compare(
@@ -263,7 +263,7 @@ class _Bench:
     def _spent(self, seed: int) -> Cost | None:
         """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
         name = self._work.experiment.recipe.unlearn.criterion
-        kept = self._kept(f"{name}-seed{seed}", METHODS[name].settings) if name in METHODS else None
+        kept = self._kept(f"{name}-seed{seed}", COMPARED[name].settings) if name in COMPARED else None
         return None if kept is None else Cost(**kept["cost"])
 
     def _tuned(self, method: Method) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:

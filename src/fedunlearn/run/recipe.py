@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.privacy import Privacy
+from fedunlearn.methods.table import METHODS
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import SCHEDULES, Training
 from fedunlearn.version import __version__
@@ -30,6 +31,7 @@ from fedunlearn.version import __version__
 _RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
 _VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
 PATHS = (("data", "path"), ("model", "weights"), ("audit", "models"))  # keys that name places on disk
+PRUNE = "prune"  # the method of this project, by all keys of [unlearn] and [erase]
 # name -> (file in recipes/, model.name where the file leaves it open)
 SHIPPED: dict[str, tuple[str, str | None]] = {
     "digits": ("digits", None),
@@ -114,6 +116,8 @@ class UnlearnTable(_Table):
     """Forgetting: what, by which ranking, and the repair after it."""
 
     forget: tuple[int | str, ...]
+    method: Annotated[str, _among((PRUNE, *METHODS))] = PRUNE
+    settings: dict[str, float] = Field(default_factory=dict)  # of the method
     criterion: Annotated[str, _among(CRITERIA)] = "tf_idf"
     reference: Literal["class", "channel"] = "class"
     smoothing: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -274,6 +278,7 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
     if recipe.erase.erasing() is not None and recipe.unlearn.repair != "finetune":
         raise RecipeError('[erase] is a part of the repair\'s rounds: set unlearn.repair to "finetune"')
+    _check_method(recipe.unlearn)
     recipe.rules()
     compute = recipe.compute
     if compute.precision == "auto" and compute != ComputeTable():
@@ -291,6 +296,14 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("privacy.secure hides what unlearn.mean_of_clients and unlearn.influence need")
     if recipe.privacy.noise and recipe.unlearn.sample:
         raise RecipeError("privacy.noise needs unlearn.sample = 0: clients measure all their images under noise")
+
+
+def _check_method(table: UnlearnTable) -> None:
+    known = [] if table.method == PRUNE else [own.name for own in fields(METHODS[table.method].settings)]
+    for name in table.settings:
+        if name not in known:
+            has = f"has {', '.join(known)}" if known else "is set by the other keys of [unlearn]"
+            raise RecipeError(f"unlearn.settings: there is no {name!r}; the method {table.method} {has}")
 
 
 def run_header(command: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:

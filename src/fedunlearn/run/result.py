@@ -30,16 +30,17 @@ from fedunlearn.run.compare import Oracle
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.training.compute import cores, one_torch_thread
 from fedunlearn.training.evaluation import count_correct
-from fedunlearn.unlearn import Unlearned
+from fedunlearn.unlearn import Forgotten, Unlearned
 
 
-def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Unlearned) -> dict[str, Any]:
-    """Return the blocks ``original``, ``pruned``, ``unlearned``, ``cost`` and ``privacy``."""
+def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Forgotten) -> dict[str, Any]:
+    """Return the blocks ``original``, ``pruned`` (where channels are), ``unlearned``, ``cost`` and ``privacy``."""
     test, forget = experiment.splits.test, experiment.forget
     shipped = evaluate(unlearned.model, test, forget=forget, row_kept=unlearned.repaired)
-    return {
-        "original": evaluate(original, test, forget=forget),
-        "pruned": evaluate(unlearned.pruned, test, forget=forget),
+    blocks = {"original": evaluate(original, test, forget=forget)}
+    if isinstance(unlearned, Unlearned):
+        blocks["pruned"] = evaluate(unlearned.pruned, test, forget=forget)
+    return blocks | {
         "unlearned": shipped | {"validation": validation_block(experiment, unlearned.model, unlearned.repaired)},
         "cost": {"unlearn": asdict(unlearned.cost)},
         "privacy": privacy_block(experiment),
