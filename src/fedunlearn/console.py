@@ -94,7 +94,7 @@ def _phase_text(phase: str) -> str:
     part, _, own = phase.rpartition(".")
     name, _, number = own.partition("-")
     text = _PHASES.get(name, name) + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
-    return text + (f" ({MODELS.get(part, part)})" if part else "")
+    return text + (f" ({MODELS.get(part, part)})" if part not in ("", "method") else "")
 
 
 def describe(experiment: Experiment) -> str:

@@ -166,9 +166,10 @@ class Train:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
-        images = enough(self._to_forget(data) if alone else kept_images(data, self.exclude), rules)
+        images = self._to_forget(data) if alone else kept_images(data, self.exclude)
         if len(images) == 0:
             raise FederationError(f"the client holds no image of the classes {list(self.exclude)}")
+        enough(images, rules)
         # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
         if self._images(images) < rules.min_images:
             raise FederationError(

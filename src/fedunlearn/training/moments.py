@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedunlearn.channels.taps import Tap, reading
-from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.training.compute import Compute, device_of
+from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import in_order
 
 
@@ -33,14 +32,15 @@ def _gradients(model: nn.Module, images: LabelledImages, compute: Compute, *, sq
     model.eval().requires_grad_(True)
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros(own.shape, dtype=torch.float64) for name, own in parameters.items()}
-    singly = batches(images, 1, device=device_of(model), memory_format=compute.layout)
-    for batch, labels in singly if squared else in_order(images, model, compute):
-        loss = F.cross_entropy(model(batch).float(), labels, reduction="sum")
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found):
-            if gradient is not None:
-                own = gradient.detach().cpu().double()
-                sums[name] += own.square() if squared else own
+    for batch, labels in in_order(images, model, compute):
+        size = 1 if squared else len(labels)
+        for part, truth in zip(torch.split(batch, size), torch.split(labels, size)):
+            loss = F.cross_entropy(model(part).float(), truth, reduction="sum")
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, found):
+                if gradient is not None:
+                    own = gradient.detach().cpu().double()
+                    sums[name] += own.square() if squared else own
     return sums
 
 

@@ -33,4 +33,4 @@ class Distil:
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch, all of it of the forgotten classes."""
-        return kl(seen.teacher(seen.forgotten, without_forgotten=True), seen.logits)
+        return kl(seen.teacher(seen.forgotten, without_forgotten=True), seen.logits[seen.forgotten])

@@ -1,0 +1,248 @@
+"""Methods: what each does to a model, by hand or by a slow version, on clients of one process and on Flower."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from conftest import classifier, make_images, make_net
+from fedunlearn.audits.base import Subject
+from fedunlearn.channels.plan import Cut
+from fedunlearn.channels.scores import Ranking, contrast, tf_idf
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.federation.averaging import Server
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.flower.engine import FlowerEngine
+from fedunlearn.methods.base import Local, Request
+from fedunlearn.methods.negate import negate
+from fedunlearn.methods.salun import SalUn, largest, salun
+from fedunlearn.methods.ssd import Ssd, dampening, ssd
+from fedunlearn.methods.svd import Svd, projection, svd
+from fedunlearn.methods.table import COMPARED, METHODS
+from fedunlearn.run.result import evaluate
+from fedunlearn.training.objectives.erase import Erasing
+from fedunlearn.training.sgd import Training, one_cycle
+from fedunlearn.unlearn import unlearn
+
+CLIENTS = partition(make_images(120), by="iid", clients=3)
+TEST = make_images(90, seed=5)
+NAMES = tuple(CLIENTS)
+REPAIR = Repair(Training(0.05, 8), rounds=2)
+REQUEST = Request(
+    forget=(2,),
+    rank=Ranking(contrast),
+    cut=Cut(0.3),
+    repair=REPAIR,
+    jointly=False,
+    clients=NAMES,
+    holders=NAMES,
+    images=80.0,
+)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """A model that knows its three classes."""
+    fed = Federation(LocalEngine(CLIENTS))
+    return train_rounds(make_net(), fed, Training(0.1, 8), rounds=8, server=Server(one_cycle))
+
+
+def federation():
+    return Federation(LocalEngine(CLIENTS))
+
+
+def done(name, model, fed=None, request=REQUEST, **settings):
+    method = COMPARED[name]
+    own = method.settings if not settings else replace(method.settings, **settings)
+    return method.run(model, fed or federation(), request, own)
+
+
+def figures(subject):
+    accuracy = evaluate(subject.model, TEST, forget=2, row_kept=subject.row_kept)["accuracy"]
+    return accuracy["forget_row_kept"], accuracy["retain"]
+
+
+def same(one, other):
+    states = one.module.state_dict(), other.module.state_dict()
+    return all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_method_delivers_a_model_without_the_row_and_leaves_the_original_as_it_was(name, known):
+    before = known.copy()
+    outcome = done(name, known)
+    assert same(known, before)
+    assert isinstance(outcome.subject, Subject)
+    assert outcome.subject.model.labels == (0, 1)
+    if name != "head_only":
+        assert outcome.subject.row_kept.rows == 3
+        assert outcome.cost.client_samples > 0
+        assert outcome.cost.client_flops > 0
+        assert (name == "ssd") == same(outcome.subject.row_kept, known)  # no weight here is ten times as important
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "tf_idf"])
+def test_on_flower_a_method_gives_the_same_weights(name, known):
+    from loopback import Loopback, nodes
+
+    def of(engine):
+        request = replace(REQUEST, clients=tuple(engine.clients), holders=tuple(engine.clients))
+        return METHODS[name].run(known, Federation(engine), request, _short(METHODS[name].settings))
+
+    from loopback import CLIENTS as HELD
+    from loopback import VALIDATION
+
+    ours = of(LocalEngine(HELD, validation=VALIDATION))
+    theirs = of(FlowerEngine(Loopback(nodes()), clients=4, deadline=2.0, patience=0.1))
+    assert same(ours.subject.model, theirs.subject.model)
+    assert ours.cost.client_flops == theirs.cost.client_flops
+
+
+def _short(settings):
+    """Return settings of fewer epochs: what is compared is the same for any number."""
+    return replace(settings, epochs=1.0) if getattr(settings, "epochs", None) else settings
+
+
+def test_what_retraining_would_do_is_done_by_some_and_not_by_fine_tuning(known):
+    assert figures(Subject(known, known))[0] > 0.9
+    assert figures(done("finetune", known).subject)[0] > 0.9
+    for name, settings in (
+        ("relabel", {}),
+        ("erase_only", {"until": 1.0, "complement": 5.0}),
+        ("delete", {"lr": 0.05, "epochs": 5.0}),
+        ("salun", {"lr": 0.1, "epochs": 8.0, "salient": 0.9}),
+        ("scrub", {"lr": 0.02, "temperature": 1.0, "epochs": 6.0}),
+        ("neg_grad", {"kept": 0.5, "epochs": 4.0}),
+    ):
+        u, r = figures(done(name, known, **settings).subject)
+        assert u < 0.4, name
+        assert r > 0.8, name
+
+
+def test_negation_turns_the_first_convolution_round_and_nothing_else(known):
+    request = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, lr=1e-12, weight_decay=0.0)))
+    kept = negate(known, federation(), request, Local()).subject.row_kept
+    before, after = dict(known.module.named_parameters()), dict(kept.module.named_parameters())
+    for name, own in before.items():
+        torch.testing.assert_close(after[name], -own if name.startswith("0.") else own)
+
+
+def test_masks_hold_the_largest_values_of_all_tensors_together():
+    masks = largest({"a": torch.tensor([[0.1, -5.0]]), "b": torch.tensor([3.0, 0.2])}, 0.5)
+    assert masks["a"].tolist() == [[False, True]]
+    assert masks["b"].tolist() == [True, False]
+
+
+def test_salun_changes_salient_weights_alone(known):
+    kept = salun(known, federation(), REQUEST, SalUn(0.05, 1.0, 0.25)).subject.row_kept
+    changed = total = 0
+    for name, own in kept.module.named_parameters():
+        changed += int((own != dict(known.module.named_parameters())[name]).sum())
+        total += own.numel()
+    assert 0.2 < changed / total <= 0.25 + 1 / total
+
+
+def test_damping_by_hand():
+    own, everything = {"w": torch.tensor([1.0, 8.0, 40.0, 0.0])}, {"w": torch.tensor([1.0, 1.0, 2.0, 0.0])}
+    assert dampening(own, everything, Ssd(10.0, 1.0))["w"].tolist() == pytest.approx([1, 1, 0.05, 1])
+    assert dampening(own, everything, Ssd(4.0, 2.0))["w"].tolist() == pytest.approx([1, 0.25, 0.1, 1])
+    assert dampening(own, everything, Ssd(4.0, 100.0))["w"].tolist() == [1, 1, 1, 1]  # nothing grows
+
+
+def test_ssd_damps_by_the_means_over_images_of_the_class_and_of_all(known):
+    """A slow version: a gradient an image, over all clients' images."""
+    x = make_images(120)
+    pixels = (x.images.float() / 255 - x.mean[0]) / x.std[0]
+    net = known.copy().module.eval()
+    squares = {name: torch.zeros(2, *own.shape, dtype=torch.float64) for name, own in net.named_parameters()}
+    for image, label in zip(pixels, x.labels):
+        loss = torch.nn.functional.cross_entropy(net(image[None]), label[None])
+        for name, gradient in zip(squares, torch.autograd.grad(loss, list(net.parameters()))):
+            squares[name][0] += gradient.double() ** 2 / 120
+            squares[name][1] += (gradient.double() ** 2 if label == 2 else 0 * gradient.double()) / 40
+    kept = ssd(known, federation(), REQUEST, Ssd(1.5, 1.0)).subject.row_kept
+    for name, own in kept.module.named_parameters():
+        all_images, of_class = squares[name]
+        factor = torch.where(of_class > 1.5 * all_images, (all_images / of_class).clamp_max(1), torch.tensor(1.0))
+        expected = dict(known.module.named_parameters())[name].detach().double() * factor
+        assert float((own.detach() - expected).norm()) <= 0.02 * float(expected.norm())
+
+
+def test_a_projection_by_hand():
+    # Eigenvalues 3 and 1 are shares of 3/4 and 1/4: with a scale of 2, 2 s / (s + 1) is 6/7 and 2/5.
+    moments = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(projection(moments, 2.0), torch.diag(torch.tensor([6 / 7, 2 / 5], dtype=torch.float64)))
+    assert not projection(torch.zeros(2, 2, dtype=torch.float64), 100.0).any()
+
+
+def test_the_edit_takes_out_what_only_the_class_spans(known, monkeypatch):
+    """With inputs of the class along one axis and of the others along another, the weights lose the first."""
+    from fedunlearn.methods import svd as module
+
+    def sums(model, fed, task, *, phase):
+        axis = 0 if phase == "svd.forgotten" else 1
+        found = {}
+        for name, layer in module.moment_layers(model.module).items():
+            d = layer.weight[0].numel()
+            found[name] = torch.zeros(d, d, dtype=torch.float64)
+            found[name][axis, axis] = 5.0
+        return found, 10
+
+    monkeypatch.setattr(module, "summed", sums)
+    kept = svd(known, federation(), REQUEST, Svd(1e9, 1e9)).subject.row_kept
+    for name, layer in module.moment_layers(kept.module).items():
+        before = module.moment_layers(known.module)[name].weight.flatten(1).clone()
+        before[:, 0] = 0
+        torch.testing.assert_close(layer.weight.flatten(1), before)
+
+
+def test_pruning_by_each_ranking_is_what_unlearning_by_it_is(known):
+    for name, criterion in (("tf_idf", tf_idf), ("contrast", contrast)):
+        ours = done(name, known).subject.model
+        theirs = unlearn(known, federation(), forget=2, cut=Cut(0.3), repair=REPAIR, rank=Ranking(criterion)).model
+        assert same(ours, theirs)
+        assert ours.plan == theirs.plan
+
+
+def test_the_erase_step_of_the_recipe_stands_where_no_setting_says_otherwise(known):
+    own = COMPARED["erase_only"].settings
+    assert own.objective(REQUEST) == Erasing(1.0, 0.1, until=0.3)
+    erasing = Erasing(0.5, 0.0, 0.4, 0.9)
+    asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, objective=erasing)))
+    assert own.objective(asked) == erasing
+    assert replace(own, until=0.1).objective(asked) == Erasing(0.5, 0.0, 0.4, 0.1)
+
+
+def test_fine_tuning_stops_at_the_cost_of_pruning_where_that_is_known(known):
+    spent = done("contrast", known).cost
+    fed = federation()
+    cost = done("finetune", known, fed, replace(REQUEST, spent=spent)).cost
+    assert cost.client_flops == pytest.approx(spent.client_flops, rel=0.1)
+
+
+def test_epochs_are_of_all_rounds_together(known):
+    for rounds in (1, 2, 4):
+        request = replace(REQUEST, repair=replace(REPAIR, rounds=rounds))
+        cost = done("l1_sparse", known, request=request, epochs=2.0).cost
+        assert (cost.rounds, cost.client_samples) == (rounds, 160)
+
+
+def test_a_method_says_what_it_needs_and_tunes_settings_that_it_has():
+    for name, method in COMPARED.items():
+        assert method.name == name
+        assert method.label
+        assert method.needs
+        known = set() if method.settings is None else {own.name for own in fields(method.settings)}
+        assert set(method.space) <= known
+        assert all(len(values) > 1 for values in method.space.values())
+
+
+def test_validation_images_are_never_trained_on(known):
+    """The clients of a method are given apart from their validation images: nothing changes where those do."""
+    held = hold_out(CLIENTS, 0.2)
+    fed = Federation(LocalEngine(held[0], validation=held[1]))
+    other = Federation(LocalEngine(held[0], validation={name: make_images(9, seed=9) for name in held[1]}))
+    assert same(done("scrub", known, fed).subject.model, done("scrub", known, other).subject.model)
+    assert classifier(make_net()).labels is None

@@ -1,0 +1,164 @@
+"""Sums over images for methods that edit weights: against loops, by hand, and from client to server."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from conftest import classifier, collected, job, make_images, make_net
+from fedunlearn.data.partition import partition
+from fedunlearn.errors import RunError
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.measuring import summed
+from fedunlearn.federation.sums import Gradients, Moments
+from fedunlearn.training.compute import FLOAT32
+from fedunlearn.training.moments import (
+    gradient_sums,
+    input_moments,
+    moment_layers,
+    patches,
+    squared_gradient_sums,
+)
+
+IMAGES = make_images(24)
+
+
+def one_by_one(net):
+    """Yield the gradients of each image."""
+    x = (IMAGES.images.float() / 255 - IMAGES.mean[0]) / IMAGES.std[0]
+    for image, label in zip(x, IMAGES.labels):
+        loss = F.cross_entropy(net.eval()(image[None]), label[None])
+        yield torch.autograd.grad(loss, list(net.parameters()))
+
+
+def near(found, expected, apart=1e-4):
+    """Values of either sign cancel in these sums, so that one of them alone may be far off in proportion."""
+    return float((found - expected).norm()) <= apart * float(expected.norm())
+
+
+def test_gradients_and_their_squares_are_those_of_single_images_added_up():
+    net = make_net()
+    sums = [torch.zeros_like(own, dtype=torch.float64) for own in net.parameters()]
+    squares = copy.deepcopy(sums)
+    for gradients in one_by_one(net):
+        for k, own in enumerate(gradients):
+            sums[k] += own.double()
+            squares[k] += own.double() ** 2
+    for found, expected in zip(gradient_sums(make_net(), IMAGES, FLOAT32).values(), sums):
+        assert near(found, expected)
+    for found, expected in zip(squared_gradient_sums(make_net(), IMAGES, FLOAT32).values(), squares):
+        assert near(found, expected)
+
+
+def test_a_frozen_model_has_gradients_and_a_weight_that_is_not_used_has_none():
+    net = make_net().requires_grad_(False)
+    net.register_parameter("spare", nn.Parameter(torch.ones(2)))
+    found = gradient_sums(net, IMAGES, FLOAT32)
+    assert bool(found["0.weight"].any())
+    assert found["spare"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Conv2d(2, 3, (3, 2), stride=2, padding=(0, 1), dilation=(1, 2)),
+        pytest.param(
+            nn.Conv2d(2, 3, 4, padding="same"), marks=pytest.mark.filterwarnings("ignore:Using padding='same'")
+        ),
+        nn.Conv2d(2, 3, 3, padding="valid"),
+        nn.Conv2d(2, 3, 1, bias=False),
+    ],
+)
+def test_patches_are_what_a_convolution_multiplies_its_weights_with(layer):
+    z = torch.randn(2, 2, 7, 6, generator=torch.Generator().manual_seed(0))
+    rows = patches(z, layer)
+    out = layer(z)
+    found = rows @ layer.weight.flatten(1).T
+    if layer.bias is not None:
+        found = found + layer.bias
+    torch.testing.assert_close(found, out.flatten(2).transpose(1, 2).reshape(-1, 3))
+
+
+def test_second_moments_by_hand():
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(64, 3))
+    nn.init.constant_(net[0].weight, 2.0)
+    found = input_moments(net, IMAGES, FLOAT32)
+    x = (IMAGES.images.double() / 255 - IMAGES.mean[0]) / IMAGES.std[0]
+    assert float(found["0"]) == pytest.approx(float((x**2).sum()), rel=1e-5)
+    assert not found["2"].any()  # 24 images of 64 values for 64 x 65 / 2 numbers
+    many = make_images(60)
+    rows = 2 * (many.images.double().flatten(1) / 255 - many.mean[0]) / many.std[0]
+    torch.testing.assert_close(input_moments(net, many, FLOAT32)["2"], rows.T @ rows, rtol=1e-4, atol=1e-2)
+
+
+def test_grouped_convolutions_are_left_out():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(72, 3))
+    assert list(moment_layers(net)) == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("task", "images"),
+    [(Gradients(), 240), (Gradients(squared=True), 240), (Gradients(exclude=(0, 1)), 80), (Moments(), 240)],
+)
+def test_the_server_adds_up_what_clients_of_any_split_sum(task, images):
+    model = classifier(make_net())
+    found = []
+    for clients in (2, 4):
+        fed = Federation(LocalEngine(partition(make_images(240), by="iid", clients=clients)))
+        found.append(summed(model, fed, task, phase="sums"))
+    (one, count), (four, same) = found
+    assert count == same == images
+    assert all(near(four[name], tensor) for name, tensor in one.items())
+
+
+def test_sums_are_read_back_and_not_asked_for_again_nor_taken_for_another_task(tmp_path):
+    engine = LocalEngine(partition(make_images(60), by="iid", clients=3))
+    model = classifier(make_net())
+    first = Federation(engine, Journal(tmp_path))
+    sums, count = summed(model, first, Gradients(), phase="sums")
+    assert first.cost("sums").client_samples == 60
+    assert first.cost("sums").client_flops == 60 * Gradients().operations(*flops(model))
+    first.journal.leave()
+    again = Federation(engine, Journal(tmp_path))
+    read, same = summed(model, again, Gradients(), phase="sums")
+    assert same == count
+    assert all(torch.equal(read[name], tensor) for name, tensor in sums.items())
+    with pytest.raises(
+        RunError, match=r"holds sums, step 1, of another request \(squared is 'false' there, 'true' here"
+    ):
+        summed(model, again, Gradients(squared=True), phase="sums")
+
+
+def flops(model):
+    from fedunlearn.federation.ledger import flops_per_image
+
+    return flops_per_image(model.module, model.shape)
+
+
+@pytest.mark.parametrize(
+    ("task", "tensors", "images", "flaw"),
+    [
+        (Gradients(squared=True), {"w": torch.tensor([-1.0])}, 5, "w has negative values"),
+        (Gradients(), {"w": torch.tensor([-1.0])}, 5, None),
+        (Gradients(), {"w": torch.tensor([1.0])}, 0, "it reports 0 images"),
+        (Moments(), {"l": torch.tensor([[1.0, -9], [-9, -1]])}, 5, "l has negative squares"),
+        (Moments(), {"l": torch.tensor([[1.0, -9], [-9, 1]])}, 5, None),
+        (Moments(), {"l": torch.eye(2)}, 0, "it reports 0 images"),
+    ],
+)
+def test_what_no_honest_client_sums_is_refused(task, tensors, images, flaw):
+    assert task.flaw(Reply("a", tensors, images)) == flaw
+
+
+def test_replies_have_the_layout_that_is_asked_for():
+    engine = LocalEngine(partition(make_images(240), by="iid", clients=2))
+    for task in (Gradients(), Gradients(squared=True), Moments()):
+        replies, entry = collected(engine, job(task, make_net()))
+        assert len(replies) == 2
+        assert entry.refused == {}
