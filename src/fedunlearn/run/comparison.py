@@ -148,7 +148,8 @@ class _Bench:
         """The bands, fixed before the first candidate is there."""
         forget = self._work.experiment.forget
         subjects = {name: Subject.without_rows(own.model, forget) for name, own in self.oracles.items()}
-        record = Record(self._work.out, observe=self._work.fed.journal.report)
+        events, report = self._work.events, self._work.fed.journal.report
+        record = Record(self._work.out, lambda digest: events.once("thresholds fixed", sha256=digest), report)
         return calibration(self._work.experiment.audit_images(), subjects, record, planned=len(subjects))
 
     def value(self) -> dict[str, Any]:

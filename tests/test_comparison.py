@@ -1,0 +1,281 @@
+"""A comparison of methods: its cells, what it chooses by, what is left of it after a kill, and its page."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from conftest import write_set
+from fedunlearn.errors import RecipeError, RunError
+from fedunlearn.evidence.comparison import summary, write_comparison
+from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.verify import problems
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.methods.base import Method, Outcome, delivered
+from fedunlearn.methods.table import COMPARED
+from fedunlearn.run.commands import run
+from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.recipe import load_recipe
+from test_cli import PROGRAM, fedunlearn
+
+SHORT = ("contrast", "finetune", "relabel")
+SETTINGS = ["train.rounds=2", "evidence.feature_maps=false"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of a comparison, and what was told of it."""
+    folder = tmp_path_factory.mktemp("compared")
+    recipe, lines = load_recipe(str(write_set(folder, oracles=3)), SETTINGS), []
+    value = compare(recipe, folder / "out", Plan((*SHORT, "head_only"), seeds=2), tell=lines.append)
+    return folder, value, lines
+
+
+def test_each_method_has_a_cell_for_each_seed_with_figures_verdict_and_cost(compared):
+    folder, value, lines = compared
+    assert list(value["cells"]) == [f"{name}-seed{seed}" for name in (*SHORT, "head_only") for seed in (0, 1)]
+    assert value["failed"] == {}
+    assert value == json.loads((folder / "out" / "compare.json").read_text())
+    for name, cell in value["cells"].items():
+        assert cell["verdict"] in ("suppressed, not erased", "not forgotten", "indistinguishable from retraining")
+        assert {"probe", "cka", "relearn"} <= set(cell["figures"])
+        assert (cell["cost"]["client_flops"] > 0) == ("speedup" in cell) == (not name.startswith("head_only"))
+        assert (folder / "out" / "cells" / name / "model.safetensors").exists()
+    first, second = (value["cells"][f"relabel-seed{seed}"]["figures"] for seed in (0, 1))
+    assert first != second
+    assert len(lines) == 8
+    assert lines[0].startswith("contrast-seed0: U ")
+    assert lines[0].rstrip(")").endswith("left")
+    assert lines[-1].endswith("(8 of 8, about 0 min left)")
+
+
+def test_fine_tuning_stops_at_what_pruning_cost_with_the_same_seed(compared):
+    _, value, _ = compared
+    for seed in (0, 1):
+        pruned, tuned = (value["cells"][f"{name}-seed{seed}"]["cost"] for name in ("contrast", "finetune"))
+        assert tuned["client_flops"] == pytest.approx(pruned["client_flops"], rel=0.1)
+
+
+def test_nothing_of_a_day_or_a_machine_is_in_the_file(compared):
+    folder, _, _ = compared
+    text = (folder / "out" / "compare.json").read_text()
+    assert "seconds" not in text
+    assert str(folder) not in text
+
+
+def test_bands_are_fixed_before_any_method_is_measured(compared):
+    folder, _, _ = compared
+    events = (folder / "out" / "events.jsonl").read_text()
+    assert "thresholds fixed" in events
+    made = (folder / "out" / "thresholds.json").stat().st_mtime_ns
+    first = min(path.stat().st_mtime_ns for path in (folder / "out" / "cells").glob("*/rounds.jsonl"))
+    assert made < first
+
+
+def test_methods_and_seeds_may_be_added_and_what_is_there_is_not_done_again(compared):
+    folder, before, _ = compared
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "out" / "cells").glob("*.json")}
+    recipe = load_recipe(str(folder / "tiny.toml"), ["audit.oracles=3", *SETTINGS])
+    value = compare(recipe, folder / "out", Plan((*SHORT, "head_only", "negate"), seeds=2))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert {name: cell for name, cell in value["cells"].items() if not name.startswith("negate")} == before["cells"]
+    assert len(value["cells"]) == 10
+
+
+def test_the_page_names_each_method_with_its_spread_and_needs_nothing_else(compared):
+    folder, value, _ = compared
+    page = (folder / "out" / "report.html").read_text()
+    for name in (*SHORT, "head_only"):
+        assert value["methods"][name]["label"] in page
+    assert "<script" not in page
+    assert "http" not in page.replace('xmlns="http://www.w3.org', "").replace('"http://www.w3.org', "")
+    assert "One seed: nothing is known of the spread." not in page
+    (relabelled,) = [row for row in summary(value) if row["name"] == "relabel"]
+    rs = [value["cells"][f"relabel-seed{seed}"]["accuracy"]["retain"] for seed in (0, 1)]
+    assert relabelled["r"] == (sum(rs) / 2, min(rs), max(rs))
+    once = value | {
+        "seeds": [0],
+        "cells": {name: cell for name, cell in value["cells"].items() if name.endswith("0")},
+        "failed": {"negate-seed0": "too few <clients>"},
+    }
+    other = folder / "once"
+    other.mkdir()
+    (other / "compare.json").write_text(json.dumps(once))
+    write_comparison(other)
+    page = (other / "report.html").read_text()
+    assert "One seed: nothing is known of the spread." in page
+    assert "negate-seed0: too few &lt;clients&gt;" in page
+    with pytest.raises(RunError, match=r"expected what fedunlearn compare writes, but"):
+        write_comparison(folder)
+
+
+def test_a_killed_comparison_goes_on_to_the_same_file(compared, tmp_path):
+    folder, _, _ = compared
+    given = ["compare", folder / "tiny.toml", "--methods", ",".join((*SHORT, "head_only")), "--seeds", "2"]
+    given += ["--out", tmp_path / "out", *(part for own in ("audit.oracles=3", *SETTINGS) for part in ("--set", own))]
+    child = subprocess.Popen(
+        [PROGRAM, *map(str, given)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while child.poll() is None and not (tmp_path / "out" / "cells" / "finetune-seed0" / "rounds.jsonl").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "out" / "compare.json").exists()
+    done = fedunlearn(*given)
+    assert done.returncode == 0, done.stderr
+    assert "relabel" in done.stdout
+    found, expected = (json.loads((own / "out" / "compare.json").read_text()) for own in (tmp_path, folder))
+    for value in (found, expected):
+        value["cells"] = {name: cell for name, cell in value["cells"].items() if not name.startswith("negate")}
+        value["methods"].pop("negate", None)
+        value["recipe"].pop("data")
+    assert found == expected
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Settings of a made-up method."""
+
+    by: float = 2.0
+
+
+def scaled(model, fed, request, settings):
+    """Scale all weights; by 0 nothing is left, which counts as a failure of the run."""
+    if settings.by == 0:
+        raise RunError("nothing is left")
+    other = model.copy()
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.mul_(settings.by)
+    return Outcome(delivered(other, request), Cost())
+
+
+SCALED = Method("scaled", "made up", "nothing", scaled, settings=Scaled(), space={"by": (0, 1, 3)})
+
+
+def test_a_method_of_ones_own_is_a_row_and_a_failure_costs_its_cell(compared, monkeypatch):
+    folder, _, _ = compared
+    monkeypatch.setitem(COMPARED, "scaled", SCALED)
+    monkeypatch.setitem(COMPARED, "broken", replace(SCALED, name="broken", label="broken", settings=Scaled(0)))
+    recipe = load_recipe(str(folder / "tiny.toml"), ["audit.oracles=3", *SETTINGS])
+    lines = []
+    plan = Plan((*SHORT, "scaled", "broken"), seeds=1, tune=0)
+    value = compare(recipe, folder / "out", plan, tell=lines.append)
+    assert "scaled-seed0" in value["cells"]
+    assert value["failed"] == {"broken-seed0": "nothing is left"}
+    assert any(line.startswith("broken-seed0 failed: nothing is left") for line in lines)
+    page = (folder / "out" / "report.html").read_text()
+    assert "made up" in page
+    assert "broken-seed0: nothing is left" in page
+
+
+def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPARED, "scaled", SCALED)
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), SETTINGS)
+    value = compare(recipe, tmp_path / "out", Plan(("scaled", "relabel", "ssd"), seeds=1, tune=3))
+    trials = value["methods"]["scaled"]["trials"]
+    assert trials[0]["settings"] == {"by": 2.0}
+    assert len(trials) == 3
+    assert {own["settings"]["by"] for own in trials} < {0, 1, 2.0, 3}
+    assert [own["failed"] for own in trials if own["settings"]["by"] == 0] in ([], ["nothing is left"])
+    for name in ("relabel", "ssd"):
+        ended = [own for own in value["methods"][name]["trials"] if "score" in own]
+        assert min(own["score"] for own in ended) == next(
+            own["score"] for own in ended if own["settings"] == value["methods"][name]["tuned"]
+        )
+        assert f"{name}-tuned-seed0" in value["cells"]
+    assert "trial0" not in "".join(value["cells"])
+    again = compare(recipe, tmp_path / "out", Plan(("scaled", "relabel", "ssd"), seeds=1, tune=3))
+    assert again == value
+
+
+def test_tuning_needs_validation_images(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), ["data.validation=0", *SETTINGS])
+    value = compare(recipe, tmp_path / "out", Plan(("relabel",), seeds=1, tune=1))
+    assert value["methods"]["relabel"]["tuned"] is None
+    (trial,) = value["methods"]["relabel"]["trials"]
+    assert trial["failed"] == "--tune needs validation images: set data.validation above 0"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--methods", "finetune,scrubb"], "there is no method 'scrubb'; known are tf_idf, contrast, erase"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--tune", "-1"], "--tune must be at least 0, got -1"),
+        (["--engine", "flower"], "the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, given, text):
+    done = fedunlearn("compare", write_set(tmp_path), "--out", tmp_path / "out", *given)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_deployment_compares_nothing(tmp_path):
+    from fedunlearn.engines import Order, carry_out
+
+    recipe = load_recipe(str(write_set(tmp_path)), ["federation.engine=flower"])
+    order = Order(command="compare", recipe=recipe, out=tmp_path / "out", superlink="a:1", compared=Plan())
+    with pytest.raises(RecipeError, match=r"compare runs its clients in this process, or with --engine flower-simul"):
+        carry_out(order)
+
+
+def test_the_methods_are_listed_with_needs_settings_and_sources():
+    done = fedunlearn("methods")
+    assert done.returncode == 0
+    for name in COMPARED:
+        assert name in done.stdout
+    assert "salient 0.5" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["relabel", "ssd", "contrast", "finetune"])
+def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=1)), [f"unlearn.method={name}", *SETTINGS])
+    make_keys(tmp_path / "operator")
+    result = run(recipe, tmp_path / "out", key=tmp_path / "operator")
+    assert problems(tmp_path / "out", tmp_path / "operator.pub") == []
+    assert result["cost"]["unlearn"]["client_flops"] > 0
+    assert {"original", "head_only", "finetune"} <= set(result["controls"])
+    assert "pruned" not in result["controls"]
+    assert "unlearned" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["unlearn.method=scrubb"], "recipe key unlearn.method: Input should be one of prune, tf_idf, contrast"),
+        (
+            ["unlearn.method=scrub", "unlearn.settings={temperatur = 1.0}"],
+            "unlearn.settings: there is no 'temperatur'; the method scrub has lr, epochs, distil, temperature, ascent",
+        ),
+        (
+            ["unlearn.settings={lr = 1.0}"],
+            "unlearn.settings: there is no 'lr'; the method prune is set by the other keys of [unlearn]",
+        ),
+    ],
+)
+def test_a_method_or_a_setting_that_there_is_not_is_refused(tmp_path, given, text):
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(str(write_set(tmp_path)), given)
+    assert text in str(raised.value)
+
+
+def test_settings_of_a_recipe_reach_the_method(tmp_path):
+    recipe = load_recipe(
+        str(write_set(tmp_path)), ["unlearn.method=l1_sparse", "unlearn.settings={epochs = 1.0}", *SETTINGS]
+    )
+    result = run(recipe, tmp_path / "out", command="unlearn")
+    images = prepare(recipe).table[:, [k for k in range(4) if k not in result["forget"]]].sum()
+    assert result["cost"]["unlearn"]["client_samples"] == pytest.approx(int(images), rel=0.1)
