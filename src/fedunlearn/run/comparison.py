@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from fedunlearn.audits.audit import Calibrated, Record, calibration
-from fedunlearn.audits.base import Subject
+from fedunlearn.audits.base import Found, Subject
+from fedunlearn.audits.table import FIGURES
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
@@ -177,8 +178,7 @@ class _Bench:
             "forget": list(forget),
             "classes": list(test.classes),
             "seeds": self._seeds,
-            "original": evaluate(original, test, forget=forget)["accuracy"]
-            | {"figures": {name: own.value for name, own in measured.figures.items()}},
+            "original": evaluate(original, test, forget=forget)["accuracy"] | {"figures": _figures(measured)},
             "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
             "bands": {name: [band.low, band.high] for name, band in self.bands.bands.items()},
             "methods": methods,
@@ -200,7 +200,7 @@ class _Bench:
         experiment = self._work.experiment
         delivered = oracle.model.without_rows(experiment.forget)
         accuracy = evaluate(delivered, experiment.splits.test, forget=experiment.forget, row_kept=oracle.model)
-        figures = {figure: own.value for figure, own in self.bands.models[name].figures.items()}
+        figures = _figures(self.bands.models[name])
         cost = {key: value for key, value in whole_cost(oracle.steps).items() if key != "client_seconds"}
         block: dict[str, Any] = accuracy["accuracy"] | {"figures": figures, "cost": cost}
         return block
@@ -235,7 +235,7 @@ class _Bench:
                 "settings": None if settings is None else asdict(settings),
                 **block,
                 "validation": validation_block(experiment, subject.model, subject.row_kept),
-                "figures": {name: own.value for name, own in found.figures.items()},
+                "figures": _figures(found),
                 **judged(self.bands.judged(cell)),
                 **self._costs(outcome, subject),
             }
@@ -335,6 +335,11 @@ class _Bench:
         self._done += 1
         left = (monotonic() - self._began) / self._done * (self._planned - self._done) / 60
         self._tell(f"{line} ({self._done} of {self._planned}, about {left:.0f} min left)")
+
+
+def _figures(found: Found) -> dict[str, float]:
+    """Return the figures in the order of their table, whether they were measured now or read back."""
+    return {name: found.figures[name].value for name in FIGURES if name in found.figures}
 
 
 def _about(method: Method) -> dict[str, Any]:
