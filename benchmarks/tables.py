@@ -3,7 +3,7 @@
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- KIND NAME -->`` and ``<!-- end -->``; ``--check``
 only says whether the pages are up to date. Kinds: ``table``, from ``benchmarks/results/NAME-*.json``, one row per file;
 ``audits``, from ``benchmarks/audits/NAME*.json``; ``measured``, from ``benchmarks/NAME.json``; ``cells``, see
-``benchmarks.cell_tables``.
+``benchmarks.cell_tables``; ``methods``, see ``benchmarks.method_tables``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
+from benchmarks.method_tables import method_table, pictures, trial_table
 from benchmarks.verdict_tables import error_table, power_table
 from benchmarks.verdict_tables import picture as power_picture
 from fedunlearn.audits.base import Figure
@@ -27,7 +28,7 @@ from fedunlearn.evidence.words import MODELS, clipped
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (*sorted((DOCS / "results").glob("*.md")), DOCS / "privacy.md", DOCS / "performance.md")
-_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
+_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
 )
@@ -39,7 +40,7 @@ def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
     groups = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
     if tables != groups:
         sys.exit(f"{DOCS} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
-    makers = {"table": table, "audits": audit_table, "measured": measured, "cells": cell_table}
+    makers = {"table": table, "audits": audit_table, "measured": measured, "cells": cell_table, "methods": methods}
     return {
         path: _BLOCK.sub(lambda match: match[1] + makers[match[2]](match[3]) + match[4], text)
         for path, text in pages.items()
@@ -69,6 +70,12 @@ def cell_table(name: str) -> str:
     if recipe:
         return {"settings": settings_table, "depth": depth_table}[kind](recipe)
     return {"headline": headline, "levels": levels}[kind]()
+
+
+def methods(name: str) -> str:
+    """Return a table of a comparison of methods: ``figures`` or ``trials``, and a recipe."""
+    kind, _, recipe = name.partition(" ")
+    return {"figures": method_table, "trials": trial_table}[kind](recipe)
 
 
 def engine_table(rows: list[dict[str, Any]]) -> str:
@@ -234,6 +241,7 @@ def main() -> None:
         if drawn is not None:
             made[DOCS / "results" / f"{recipe}.svg"] = drawn
     made[DOCS / "results" / "verdict.svg"] = power_picture()
+    made |= {DOCS / "results" / f"methods-{name}.svg": drawn for name, drawn in pictures().items()}
     for path, text in made.items():
         if "--check" in sys.argv and not (path.exists() and path.read_text("utf-8") == text):
             sys.exit(f"{path}: run python -m benchmarks.tables")

@@ -1,0 +1,110 @@
+"""The tables and pictures of docs/results/methods.md, from what fedunlearn compare wrote into benchmarks/methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedunlearn.audits.table import FIGURES
+from fedunlearn.evidence.comparison import DEPTH, summary
+from fedunlearn.evidence.plots import compared
+from fedunlearn.evidence.words import clipped
+
+FOLDER = Path(__file__).parent / "methods"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return the comparison of a recipe."""
+    value: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    return value
+
+
+def method_table(name: str) -> str:
+    """Return U, R, depth, speed-up and verdict of each method: the mean, the lowest and the highest over the seeds."""
+    value = read(name)
+    shown = [figure for figure in DEPTH if figure in value["original"]["figures"] or figure in value["bands"]]
+    head = ["method", "U", "R", *(FIGURES[figure].label for figure in shown), "speed-up", "outside the bands"]
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for row in summary(value):
+        outside = [FIGURES[figure].label for figure in row["outside"]]
+        seeds = "" if row["seeds"] == len(value["seeds"]) else f" ({row['seeds']} of {len(value['seeds'])} seeds)"
+        lines.append(
+            _row(
+                [
+                    f"{row['number']} `{row['name']}`{seeds}",
+                    *(_spread(own) for own in (row["u"], row["r"])),
+                    *(_spread(row["figures"].get(figure)) for figure in shown),
+                    _spread(row["speedup"], 1),
+                    f"{len(outside)}: {', '.join(outside)}" if outside else "none",
+                ]
+            )
+        )
+    for failed, why in value["failed"].items():
+        lines.append(_row([f"`{failed}`", f"failed: {why}", *[""] * (len(head) - 2)]))
+    original = value["original"]
+    lines.append(
+        _row(
+            ["original", *(f"{100 * original[key]:.1f}" for key in ("forget", "retain"))]
+            + [f"{100 * original['figures'][figure]:.1f}" if figure in original["figures"] else "" for figure in shown]
+            + ["", ""]
+        )
+    )
+    oracles = list(value["retrained"].values())
+    known = [[own["figures"][figure] for own in oracles] for figure in shown]
+    lines.append(
+        _row(
+            [
+                f"{len(oracles)} retrained",
+                *(_range([own[key] for own in oracles]) for key in ("forget_row_kept", "retain")),
+            ]
+            + [_range(own) for own in known]
+            + ["1", ""]
+        )
+    )
+    bands = [clipped(value["bands"][figure], figure) for figure in ("forget", "retain", *shown)]
+    lines.append(_row(["band", *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in bands), "", ""]))
+    return "\n".join(lines) + "\n"
+
+
+def trial_table(name: str) -> str:
+    """Return the settings that were published and those that tuning chose, with their scores on validation images."""
+    lines = ["| method | published | score | chosen | score | tried |", "|---" * 6 + "|"]
+    for method, about in read(name)["methods"].items():
+        trials = about.get("trials", [])
+        if not trials or about["tuned"] is None:
+            continue
+        best = next(trial for trial in trials if trial["settings"] == about["tuned"])
+        cells = [part for trial in (trials[0], best) for part in (_settings(trial["settings"]), _score(trial))]
+        lines.append(_row([f"`{method}`", *cells, str(len(trials))]))
+    return "\n".join(lines) + "\n"
+
+
+def pictures() -> dict[str, str]:
+    """Return the plot of each comparison by recipe, as SVG."""
+    values = {path.stem: read(path.stem) for path in sorted(FOLDER.glob("*.json"))}
+    return {name: compared(summary(value), value["retrained"]) for name, value in values.items()}
+
+
+def _score(trial: dict[str, Any]) -> str:
+    return f"{100 * trial['score']:.1f}" if "score" in trial else "failed"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {own:.3g}" for key, own in settings.items() if own is not None) or "as the recipe"
+
+
+def _spread(value: tuple[float, float, float] | None, factor: float = 100) -> str:
+    if value is None:
+        return "-"
+    middle, low, high = (f"{factor * own:.1f}" for own in value)
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _range(values: list[float]) -> str:
+    return f"{100 * fmean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
