@@ -90,7 +90,7 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "speedup": _spread([cell.get("speedup") for cell in cells]),
                 "flops": mean(cell["cost"]["client_flops"] for cell in cells),
                 "verdicts": dict(Counter(cell["verdict"] for cell in cells)),
-                "outside": dict(Counter(figure for cell in cells for figure in cell["decided_by"])),
+                "outside": dict(Counter(figure for cell in cells for figure in cell["outside"])),
             }
         )
     return rows

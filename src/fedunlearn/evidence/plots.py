@@ -74,6 +74,8 @@ def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) ->
             if value is not None:
                 panel.axhline(100 * value, color=_GREEN, linewidth=0.8)
         panel.set(xscale="log", ylabel=label)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panels[-1].set(xlabel="operations of all clients, 10^12")
     return _svg(figure, "compared")
 

@@ -229,6 +229,7 @@ class _Bench:
             save_model(self._folder(cell) / "model.safetensors", subject.model, experiment)
             block = evaluate(subject.model, experiment.splits.test, forget=forget, row_kept=subject.row_kept)
             found = self.bands.measured(cell, subject.checked(cell, self._classes, forget))
+            judgement = self.bands.judged(cell)
             value = {
                 "method": method.name,
                 "seed": seed,
@@ -236,7 +237,8 @@ class _Bench:
                 **block,
                 "validation": validation_block(experiment, subject.model, subject.row_kept),
                 "figures": _figures(found),
-                **judged(self.bands.judged(cell)),
+                **judged(judgement),
+                "outside": [name for name, own in judgement["audits"].items() if own["verdict"] in ("above", "below")],
                 **self._costs(outcome, subject),
             }
             write_text(self._file(cell), json.dumps(value, indent=1) + "\n")
