@@ -92,6 +92,7 @@ def test_second_moments_by_hand():
     x = (IMAGES.images.double() / 255 - IMAGES.mean[0]) / IMAGES.std[0]
     assert float(found["0"]) == pytest.approx(float((x**2).sum()), rel=1e-5)
     assert not found["2"].any()  # 24 images of 64 values for 64 x 65 / 2 numbers
+    assert input_moments(net, IMAGES, FLOAT32, hide=False)["2"].any()
     many = make_images(60)
     rows = 2 * (many.images.double().flatten(1) / 255 - many.mean[0]) / many.std[0]
     torch.testing.assert_close(input_moments(net, many, FLOAT32)["2"], rows.T @ rows, rtol=1e-4, atol=1e-2)

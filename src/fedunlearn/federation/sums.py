@@ -95,7 +95,8 @@ class Moments:
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
         images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
-        return Answer(input_moments(model, images, compute), len(images), len(images))
+        found = input_moments(model, images, compute, hide=rules.min_images > 1)
+        return Answer(found, len(images), len(images))
 
     def layout(self, model: Classifier) -> Layout:
         """Return a square matrix of each layer."""

@@ -29,6 +29,6 @@ NEG_GRAD = Method(
     "gradients on images of all classes",
     neg_grad,
     settings=NegGrad(),
-    space={"kept": (0.9, 0.95, 0.99, 0.999), "lr": (0.005, 0.01, None)},
+    space={"kept": (0.5, 0.8, 0.95, 0.99), "epochs": (None, 5.0, 10.0)},
     source="Kurmanji et al., NeurIPS 2023",
 )

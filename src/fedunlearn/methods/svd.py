@@ -60,7 +60,7 @@ SVD = Method(
     "forward passes over images of all classes",
     svd,
     settings=Svd(),
-    space={"kept": (30.0, 100.0, 300.0, 1000.0), "forgotten": (1.0, 3.0, 10.0, 30.0)},
+    space={"kept": (3.0, 10.0, 30.0, 100.0, 1000.0), "forgotten": (3.0, 10.0, 30.0, 100.0)},
     source="Kodge et al., TMLR 2024",
     sums=True,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fedunlearn.audits.audit import Calibrated, Record, calibration
+from fedunlearn.audits.audit import FOLDER, Calibrated, Record, calibration
 from fedunlearn.audits.base import Found, Subject
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.channels.plan import Classifier
@@ -28,7 +29,7 @@ from fedunlearn.evidence.comparison import COMPARISON, write_comparison
 from fedunlearn.evidence.folder import check_folder
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine
-from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.journal import Journal, header_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, Outcome
@@ -313,7 +314,11 @@ class _Bench:
             self._work.fed.journal.report(f"{cell}.{phase}", done, planned)
 
         header = {"cell": cell, "settings": None if settings is None else asdict(settings), "seed": seed}
-        journal = Journal(self._folder(cell), header=header, observe=report)
+        folder = self._folder(cell)
+        if header_of(folder) not in ({}, header):  # of an earlier call that chose other settings under this name
+            shutil.rmtree(folder)
+            (self._work.out / FOLDER / f"{cell}.json").unlink(missing_ok=True)
+        journal = Journal(folder, header=header, observe=report)
         try:
             yield replace(self._work.fed, journal=journal, seed=seed)
         finally:

@@ -58,12 +58,14 @@ def patch_width(layer: nn.Conv2d | nn.Linear) -> int:
     return layer.weight[0].numel()
 
 
-def input_moments(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
+def input_moments(
+    model: nn.Module, images: LabelledImages, compute: Compute, *, hide: bool = True
+) -> dict[str, Tensor]:
     """Return ``sum x x^T`` of each layer over images and positions, ``x`` what one output value is made of.
 
     float64, shape ``(d, d)``, in the order of the layer's weights. Its ``d (d + 1) / 2`` numbers would tell much of
-    few images: of ``n`` images with ``P`` values each at the input of the layer, all zeros are returned where
-    ``(n - 1) P < d (d + 1) / 2``, so that any image may be one of them.
+    few images: with ``hide``, of ``n`` images with ``P`` values each at the input of the layer, all zeros are returned
+    where ``(n - 1) P < d (d + 1) / 2``, so that any image may be one of them.
     """
     layers = moment_layers(model)
     sums = {}
@@ -76,7 +78,7 @@ def input_moments(model: nn.Module, images: LabelledImages, compute: Compute) ->
                 model(batch)
             for name, layer in layers.items():
                 d = patch_width(layer)
-                if (len(images) - 1) * read[name][0].numel() >= d * (d + 1) / 2:
+                if not hide or (len(images) - 1) * read[name][0].numel() >= d * (d + 1) / 2:
                     x = patches(read[name].float(), layer)
                     sums[name] += (x.T @ x).double().cpu()
     return sums
