@@ -46,7 +46,8 @@ def test_each_method_has_a_cell_for_each_seed_with_figures_verdict_and_cost(comp
     assert value["failed"] == {}
     assert value == json.loads((folder / "out" / "compare.json").read_text())
     for name, cell in value["cells"].items():
-        assert cell["verdict"] in ("suppressed, not erased", "not forgotten", "indistinguishable from retraining")
+        assert cell["verdict"] in ("suppressed, not erased", "not forgotten", "no verdict")
+        assert set(cell["used"] or {}) == set(cell["settings"] or {})
         assert {"probe", "cka", "relearn"} <= set(cell["figures"])
         assert (cell["cost"]["client_flops"] > 0) == ("speedup" in cell) == (not name.startswith("head_only"))
         assert (folder / "out" / "cells" / name / "model.safetensors").exists()
@@ -177,7 +178,7 @@ class Scaled:
 def scaled(model, fed, request, settings):
     """Scale all weights; by 0 nothing is left, which counts as a failure of the run."""
     if settings.by == 0:
-        raise RunError("nothing is left")
+        raise ZeroDivisionError("nothing\nis left")
     other = model.copy()
     with torch.no_grad():
         for parameter in other.module.parameters():
@@ -197,11 +198,11 @@ def test_a_method_of_ones_own_is_a_row_and_a_failure_costs_its_cell(compared, mo
     plan = Plan((*SHORT, "scaled", "broken"), seeds=1, tune=0)
     value = compare(recipe, folder / "out", plan, tell=lines.append)
     assert "scaled-seed0" in value["cells"]
-    assert value["failed"] == {"broken-seed0": "nothing is left"}
-    assert any(line.startswith("broken-seed0 failed: nothing is left") for line in lines)
+    assert value["failed"] == {"broken-seed0": "ZeroDivisionError: nothing is left"}
+    assert any(line.startswith("broken-seed0 failed: ZeroDivisionError: nothing is left") for line in lines)
     page = (folder / "out" / "report.html").read_text()
     assert "made up" in page
-    assert "broken-seed0: nothing is left" in page
+    assert "broken-seed0: ZeroDivisionError: nothing is left" in page
 
 
 def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_path, monkeypatch):
@@ -212,7 +213,10 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
     assert trials[0]["settings"] == {"by": 2.0}
     assert len(trials) == 3
     assert {own["settings"]["by"] for own in trials} < {0, 1, 2.0, 3}
-    assert [own["failed"] for own in trials if own["settings"]["by"] == 0] in ([], ["nothing is left"])
+    assert [own["failed"] for own in trials if own["settings"]["by"] == 0] in (
+        [],
+        ["ZeroDivisionError: nothing is left"],
+    )
     for name in ("relabel", "ssd"):
         ended = [own for own in value["methods"][name]["trials"] if "score" in own]
         assert min(own["score"] for own in ended) == next(
@@ -224,12 +228,63 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
     assert again == value
 
 
-def test_tuning_needs_validation_images(tmp_path):
-    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), ["data.validation=0", *SETTINGS])
-    value = compare(recipe, tmp_path / "out", Plan(("relabel",), seeds=1, tune=1))
-    assert value["methods"]["relabel"]["tuned"] is None
-    (trial,) = value["methods"]["relabel"]["trials"]
-    assert trial["failed"] == "--tune needs validation images: set data.validation above 0"
+@pytest.mark.parametrize(
+    ("settings", "plan", "text"),
+    [
+        (
+            ["data.validation=0"],
+            Plan(("relabel",), tune=1),
+            "--tune needs validation images: set data.validation",
+        ),
+        (["audit.oracles=0"], Plan(("relabel",), tune=1), "--tune needs retrained models, whose R it is to reach"),
+        (
+            ["privacy.noise=2", "privacy.clip=1", "unlearn.sample=0"],
+            Plan(("contrast", "ssd", "head_only")),
+            "privacy.noise and privacy.secure protect what clients measure, and other numbers are asked for by ssd",
+        ),
+    ],
+)
+def test_what_would_be_worth_nothing_is_refused_before_any_work(tmp_path, settings, plan, text):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), [*SETTINGS, *settings])
+    with pytest.raises(RecipeError) as raised:
+        compare(recipe, tmp_path / "out", plan)
+    assert text in str(raised.value)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+@pytest.mark.parametrize("oracles", [0, 1])
+def test_with_few_retrained_models_there_are_figures_and_no_verdict(tmp_path, oracles):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=oracles)), SETTINGS)
+    value = compare(recipe, tmp_path / "out", Plan(("ssd",), seeds=1))
+    assert value["cells"]["ssd-seed0"]["verdict"] == "no verdict"
+    assert set(value["bands"]) <= {"artefacts"}
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_nothing_passes_where_the_original_never_knew_the_class(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), ["train.rounds=1", "train.lr=1e-6"])
+    value = compare(recipe, tmp_path / "out", Plan(("relabel",), seeds=1))
+    cell = value["cells"]["relabel-seed0"]
+    assert cell["verdict"] in ("no verdict", "suppressed, not erased")
+    assert ("speedup" in cell) == (value["original"]["forget"] > 0.25)
+    assert set(value["controls"]) == {"original", "head_only"}
+    assert value["calibration"]["models"] == 3
+
+
+def test_a_cell_is_done_again_where_its_settings_or_its_budget_changed(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPARED, "scaled", SCALED)
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), [*SETTINGS, "unlearn.criterion=contrast"])
+    first = compare(recipe, tmp_path / "out", Plan(("scaled", "finetune"), seeds=1))
+    monkeypatch.setitem(COMPARED, "scaled", replace(SCALED, settings=Scaled(1.5)))
+    second = compare(recipe, tmp_path / "out", Plan(("contrast", "scaled", "finetune"), seeds=1))
+    assert second["failed"] == {}
+    assert second["cells"]["scaled-seed0"]["settings"] == {"by": 1.5}
+    assert second["cells"]["scaled-seed0"]["figures"] != first["cells"]["scaled-seed0"]["figures"]
+    assert first["cells"]["finetune-seed0"]["stops_at"] is None
+    budget = second["cells"]["contrast-seed0"]["cost"]["client_flops"]
+    assert second["cells"]["finetune-seed0"]["stops_at"] == budget
+    fresh = compare(recipe, tmp_path / "fresh", Plan(("contrast", "scaled", "finetune"), seeds=1))
+    assert fresh["cells"] == second["cells"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +293,7 @@ def test_tuning_needs_validation_images(tmp_path):
         (["--methods", "finetune,scrubb"], "there is no method 'scrubb'; known are tf_idf, contrast, erase"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--tune", "-1"], "--tune must be at least 0, got -1"),
-        (["--engine", "flower"], "the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it"),
+        (["--engine", "flower"], "compare runs its clients in this process, or with --engine flower-simulation"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, given, text):
@@ -288,6 +343,14 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
         (
             ["unlearn.settings={lr = 1.0}"],
             "unlearn.settings: there is no 'lr'; the method prune is set by the other keys of [unlearn]",
+        ),
+        (
+            ["unlearn.method=scrub", "unlearn.settings={epochs = 0.0}"],
+            "Scrub(epochs=...) is out of range: got 0.0",
+        ),
+        (
+            ["unlearn.method=ssd", "privacy.noise=2", "privacy.clip=1", "unlearn.sample=0"],
+            "protect what clients measure, and the method ssd asks for other numbers: leave them out, or choose one of",
         ),
     ],
 )

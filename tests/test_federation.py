@@ -292,7 +292,7 @@ class Count:
     def layout(self, model):
         return {"images": ((), torch.int64)}
 
-    def operations(self, forward, training):
+    def operations(self, model, forward, training):
         return forward
 
     def flaw(self, reply):

@@ -1,5 +1,6 @@
 """Methods: what each does to a model, by hand or by a slow version, on clients of one process and on Flower."""
 
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -10,12 +11,16 @@ from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Cut
 from fedunlearn.channels.scores import Ranking, contrast, tf_idf
 from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import ModelError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.methods.base import Local, Request
+from fedunlearn.methods.base import LocalSettings, Request, resolved
+from fedunlearn.methods.erase_only import erasing as objective_of
 from fedunlearn.methods.negate import negate
 from fedunlearn.methods.salun import SalUn, largest, salun
 from fedunlearn.methods.ssd import Ssd, dampening, ssd
@@ -123,7 +128,7 @@ def test_what_retraining_would_do_is_done_by_some_and_not_by_fine_tuning(known):
 
 def test_negation_turns_the_first_convolution_round_and_nothing_else(known):
     request = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, lr=1e-12, weight_decay=0.0)))
-    kept = negate(known, federation(), request, Local()).subject.row_kept
+    kept = negate(known, federation(), request, LocalSettings()).subject.row_kept
     before, after = dict(known.module.named_parameters()), dict(kept.module.named_parameters())
     for name, own in before.items():
         torch.testing.assert_close(after[name], -own if name.startswith("0.") else own)
@@ -182,7 +187,7 @@ def test_the_edit_takes_out_what_only_the_class_spans(known, monkeypatch):
     from fedunlearn.methods import svd as module
 
     def sums(model, fed, task, *, phase):
-        axis = 0 if phase == "svd.forgotten" else 1
+        axis = 0 if phase == "svd-forgotten" else 1
         found = {}
         for name, layer in module.moment_layers(model.module).items():
             d = layer.weight[0].numel()
@@ -206,13 +211,65 @@ def test_pruning_by_each_ranking_is_what_unlearning_by_it_is(known):
         assert ours.plan == theirs.plan
 
 
-def test_the_erase_step_of_the_recipe_stands_where_no_setting_says_otherwise(known):
-    own = COMPARED["erase_only"].settings
-    assert own.objective(REQUEST) == Erasing(1.0, 0.1, until=0.3)
+def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own():
     erasing = Erasing(0.5, 0.0, 0.4, 0.9)
     asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, objective=erasing)))
-    assert own.objective(asked) == erasing
-    assert replace(own, until=0.1).objective(asked) == Erasing(0.5, 0.0, 0.4, 0.1)
+    assert objective_of(None, asked) == erasing
+    assert objective_of(COMPARED["erase_only"].settings, asked) == Erasing(1.0, 0.1, until=0.3)
+
+
+def test_settings_are_resolved_to_what_is_done():
+    used = resolved(COMPARED["l1_sparse"].settings, REQUEST)
+    assert used == {"lr": 0.01, "epochs": 10.0, "penalty": 5e-4, "until": 0.4}
+    assert resolved(COMPARED["relabel"].settings, REQUEST) == {"lr": 0.05, "epochs": 2.0}
+    assert resolved(COMPARED["contrast"].settings, REQUEST) == {"fraction": 0.3, "lr": 0.05}
+    assert resolved(COMPARED["head_only"].settings, REQUEST) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text"),
+    [
+        ("l1_sparse", {"penalty": -1}, "L1Sparse(penalty=...) is out of range: got -1"),
+        ("neg_grad", {"kept": 1.0}, "NegGrad(kept=...) is out of range: got 1.0"),
+        ("salun", {"salient": 7}, "SalUn(salient=...) is out of range: got 7"),
+        ("ssd", {"above": -1}, "Ssd(above=...) is out of range: got -1"),
+        ("svd", {"kept": 0}, "Svd(kept=...) is out of range: got 0"),
+        ("delete", {"lr": 0}, "LocalSettings(lr=...) is out of range: got 0"),
+        ("contrast", {"fraction": 1.0}, "Prune(fraction=...) is out of range: got 1.0"),
+        ("erase", {"until": 0}, "Erasing(until=...) is out of range: got 0"),
+        ("erase_only", {"complement": -1}, "Erasing(complement=...) is out of range: got -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, values, text):
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        replace(COMPARED[name].settings, **values)
+
+
+def test_a_model_without_a_convolution_cannot_be_negated():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    with pytest.raises(ModelError, match=r"NoT negates the first convolution, and the model has none: choose another"):
+        negate(classifier(net), federation(), REQUEST, LocalSettings())
+
+
+def test_a_layer_of_which_clients_tell_nothing_is_not_edited(known):
+    """With rules that hide images, eight images of a client, three of the class, do not tell of the second layer."""
+    few = Federation(LocalEngine(partition(make_images(24), by="iid", clients=3), rules=Privacy(min_images=2)))
+    kept = svd(known, few, REQUEST, Svd(1.0, 100.0)).subject.row_kept
+    after, before = (dict(own.module.named_parameters()) for own in (kept, known))
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    assert torch.equal(after["3.weight"], before["3.weight"])
+
+
+def test_moments_cost_their_products_too():
+    # Kernels of 9 and 54 at 64 positions, and 8 inputs: 2 (64 81 + 64 2916 + 64) operations beside the pass.
+    assert Moments().operations(classifier(make_net()), 1000, 3000) == 1000 + 2 * (64 * 81 + 64 * 2916 + 64)
+
+
+def test_a_target_that_the_original_is_at_does_not_end_a_method(known):
+    request = replace(REQUEST, repair=replace(REPAIR, target=0.5))
+    held = hold_out(CLIENTS, 0.2)
+    fed = Federation(LocalEngine(held[0], validation=held[1]))
+    assert done("erase_only", known, fed, request).cost.rounds == 2
 
 
 def test_fine_tuning_stops_at_the_cost_of_pruning_where_that_is_known(known):

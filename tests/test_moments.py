@@ -124,7 +124,7 @@ def test_sums_are_read_back_and_not_asked_for_again_nor_taken_for_another_task(t
     first = Federation(engine, Journal(tmp_path))
     sums, count = summed(model, first, Gradients(), phase="sums")
     assert first.cost("sums").client_samples == 60
-    assert first.cost("sums").client_flops == 60 * Gradients().operations(*flops(model))
+    assert first.cost("sums").client_flops == 60 * Gradients().operations(model, *flops(model))
     first.journal.leave()
     again = Federation(engine, Journal(tmp_path))
     read, same = summed(model, again, Gradients(), phase="sums")

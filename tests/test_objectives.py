@@ -145,6 +145,7 @@ def test_settings_out_of_range_are_refused(make, text):
 
 IMAGES = make_images(60)
 ANY = Privacy(min_images=1)
+MODEL = classifier(make_net())
 
 
 def answer(objective, *, images=IMAGES, epochs=1.0, rules=ANY):
@@ -186,6 +187,6 @@ def test_distillation_sees_the_class_alone_and_weighs_by_its_images():
 
 def test_a_teacher_costs_a_forward_pass_more():
     training = Training(0.1, 8)
-    assert Train(training=training, lr=0.1).operations(2, 6) == 6
-    assert Train(training=replace(training, objective=Distil()), lr=0.1).operations(2, 6) == 8
-    assert Train(training=replace(training, objective=Sparse(0.1)), lr=0.1).operations(2, 6) == 6
+    assert Train(training=training, lr=0.1).operations(MODEL, 2, 6) == 6
+    assert Train(training=replace(training, objective=Distil()), lr=0.1).operations(MODEL, 2, 6) == 8
+    assert Train(training=replace(training, objective=Sparse(0.1)), lr=0.1).operations(MODEL, 2, 6) == 6

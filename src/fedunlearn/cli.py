@@ -105,7 +105,11 @@ OPTIONS = {
     own.name: own
     for own in (
         _option("recipe", str, _RECIPE, default=Parameter.empty),
-        _option("out", Path | None, "Folder of the run, runs/RECIPE by default; the same command goes on with it."),
+        _option(
+            "out",
+            Path | None,
+            "Folder of the run, in runs/ by default; the same command goes on with it.",
+        ),
         _option("data", str | None, "Folder or file of the images; sets data.path."),
         _option("weights", str | None, "The trained model, .safetensors, .npz, .pt or .th; sets model.weights."),
         _option(
@@ -218,6 +222,8 @@ def compare(options: Options) -> None:
     elif not options.quiet:
         print_table(Console(), comparison_table(result))
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
+    if result["failed"]:
+        _fail(f"{len(result['failed'])} cells failed, the first: {next(iter(result['failed'].values()))}", 1)
 
 
 @app.command()

@@ -37,8 +37,17 @@ _PHASES = {
     "measure": "measuring channels",
     "reestimate": "re-estimating batch normalisation",
     "repair": "repairing",
-    "finetune": "fine-tuning only, for comparison",
-    "erase_only": "the erase step with nothing pruned, for comparison",
+    "finetune": "fine-tuning only",
+    "erase_only": "the erase step with nothing pruned",
+    "l1_sparse": "fine-tuning with an L1 penalty",
+    "neg_grad": "NegGrad+",
+    "salun": "SalUn",
+    "negate": "training after negation",
+    "distil": "distilling without the class",
+    "ssd": "summing squared gradients",
+    "svd": "summing second moments",
+    "relabel": "training with other labels",
+    "scrub": "SCRUB",
     "retrain": "retraining",
     "audit": "auditing, a model a step",
 }
@@ -93,7 +102,11 @@ class RunProgress:
 def _phase_text(phase: str) -> str:
     part, _, own = phase.rpartition(".")
     name, _, number = own.partition("-")
-    text = _PHASES.get(name, name) + (f" for class {int(number) + 1} in turn" if number not in ("", "0") else "")
+    text = _PHASES.get(name, name)
+    if number.isdigit() and number != "0":
+        text += f" for class {int(number) + 1} in turn"
+    elif number and not number.isdigit():
+        text += f" ({number})"
     return text + (f" ({MODELS.get(part, part)})" if part not in ("", "method") else "")
 
 
@@ -134,7 +147,8 @@ def methods_table(methods: Iterable[Method]) -> Table:
         values = {} if method.settings is None else asdict(method.settings)
         shown = ", ".join(f"{key} {own:g}" for key, own in values.items() if own is not None)
         needs = method.needs + ("; replies are sums" if method.sums else "")
-        table.add_row(method.name, needs, shown or "as the recipe", method.source or "-")
+        none = "-" if method.settings is None else "as the recipe"
+        table.add_row(method.name, needs, shown or none, method.source or "-")
     return table
 
 

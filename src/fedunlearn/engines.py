@@ -68,6 +68,8 @@ def carry_out(order: Order) -> dict[str, Any] | None:
         FedUnlearnError: something cannot be used; what was finished stays in the folder.
     """
     name = known(order.recipe).federation.engine
+    if order.compared is not None and name == "flower":
+        raise RecipeError("compare runs its clients in this process, or with --engine flower-simulation")
     if (order.superlink is not None) != (name == "flower"):
         raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
     return ENGINES[name](order)
@@ -91,8 +93,6 @@ def flower_simulation(order: Order) -> dict[str, Any]:
 
 def flower(order: Order) -> dict[str, Any] | None:
     """Have a Flower deployment run server and clients."""
-    if order.compared is not None:
-        raise RecipeError("compare runs its clients in this process, or with --engine flower-simulation")
     try:
         from fedunlearn.flower.launch import SuperLink, run_on
     except ImportError as error:

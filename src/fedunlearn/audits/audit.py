@@ -133,11 +133,8 @@ def audit(
     for name in [*controls, CANDIDATE]:
         calibrated.measured(name, checked[name])
     record.observe("audit", len(names), len(names))
-    judgements = {name: calibrated.judged(name) for name in [*controls, CANDIDATE]}
-    for name in _MUST_FAIL:
-        passes = name in judgements and judgements[name]["verdict"] == INDISTINGUISHABLE
-        if passes and judgements[CANDIDATE]["verdict"] == INDISTINGUISHABLE:
-            judgements[CANDIDATE] = powerless(judgements[CANDIDATE], name)
+    judgements = {name: calibrated.judged(name) for name in controls}
+    judgements[CANDIDATE] = calibrated.judged_beside(CANDIDATE)
     return Findings(calibrated.bands, calibrated.models, judgements, calibrated.held_out(controls))
 
 
@@ -195,13 +192,18 @@ class Calibrated:
         return self.models[name]
 
     def judged(self, name: str) -> dict[str, Any]:
-        """Return the verdict on a model that was measured, see ``judge``; on the candidate, beside the original."""
-        figures = self.models[name].figures
-        judgement = judge(figures, self.bands, oracles=len(self._views), chance=self._chance)
-        if name != CANDIDATE:
-            return judgement
+        """Return the verdict on a model that was measured, see ``judge``."""
+        return judge(self.models[name].figures, self.bands, oracles=len(self._views), chance=self._chance)
+
+    def judged_beside(self, name: str) -> dict[str, Any]:
+        """Return the verdict on a candidate: none where the original did not know the class, or a control passes."""
         original = self.models[ORIGINAL].figures if ORIGINAL in self.models else {}
-        return never_known(judgement, original, self.bands, chance=self._chance)
+        judgement = never_known(self.judged(name), original, self.bands, chance=self._chance)
+        for control in _MUST_FAIL:
+            passes = control in self.models and self.judged(control)["verdict"] == INDISTINGUISHABLE
+            if passes and judgement["verdict"] == INDISTINGUISHABLE:
+                judgement = powerless(judgement, control)
+        return judgement
 
     def held_out(self, controls: Iterable[str]) -> dict[str, Any]:
         """Return the verdicts on each retrained model by the bands of the others, see ``leave_one_out``."""

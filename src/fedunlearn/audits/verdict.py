@@ -165,6 +165,13 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
     return {"verdict": verdict, "reason": reason, "decided_by": decided, "audits": audits}
 
 
+def outside(judgement: Mapping[str, Any]) -> list[str]:
+    """Return the figures of a judgement that lie outside their band on a side that speaks against the model."""
+    sides = {name: audit["verdict"] for name, audit in judgement["audits"].items()}
+    beyond = {name: side for name, side in sides.items() if side in ("above", "below")}
+    return [name for name, side in beyond.items() if (KINDS[name], side) not in _HARMLESS]
+
+
 def powerless(judgement: Mapping[str, Any], control: str) -> dict[str, Any]:
     """Return ``judgement`` without a verdict, because by the same bands ``control`` passes, which must not."""
     reason = f"the audits cannot tell {control} from retraining, so a pass means nothing: use more images"

@@ -53,9 +53,6 @@ def write_comparison(folder: Path) -> None:
         labels={name: figure.label for name, figure in FIGURES.items()},
         bands={name: clipped(band, name) for name, band in value["bands"].items() if name in FIGURES},
         original=value["original"]["figures"],
-        retrained={name: mean(own["figures"][name] for own in value["retrained"].values()) for name in shown}
-        if value["retrained"]
-        else {},
         plot=plots.compared(rows, value["retrained"]),
     )
     write_text(folder / REPORT, text)
@@ -81,13 +78,15 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "tuned": name != cells[0]["method"],
                 "method": cells[0]["method"],
                 "label": method["label"] + (", tuned" if name != cells[0]["method"] else ""),
-                "settings": cells[0]["settings"],
+                "used": cells[0]["used"],
+                "same": len(cells) > 1 and all(cell["figures"] == cells[0]["figures"] for cell in cells),
                 "seeds": len(cells),
                 "u": _spread([cell["accuracy"]["forget_row_kept"] for cell in cells]),
                 "r": _spread([cell["accuracy"]["retain"] for cell in cells]),
                 "parameters": cells[0]["parameters"],
                 "figures": {figure: _spread([cell["figures"][figure] for cell in cells]) for figure in names},
                 "speedup": _spread([cell.get("speedup") for cell in cells]),
+                "reached": all(cell.get("speedup_reached", True) for cell in cells),
                 "flops": mean(cell["cost"]["client_flops"] for cell in cells),
                 "verdicts": dict(Counter(cell["verdict"] for cell in cells)),
                 "outside": dict(Counter(figure for cell in cells for figure in cell["outside"])),

@@ -54,7 +54,7 @@ class Task(Protocol):
     def layout(self, model: Classifier) -> Layout:
         """Return shape and type of each tensor that answers."""
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return the operations on an image, of the operations that a forward pass and a step of training take."""
 
     def flaw(self, reply: Reply) -> str | None:

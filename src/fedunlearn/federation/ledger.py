@@ -131,7 +131,7 @@ class Meter:
             clients=tuple(self._clients),
             refused=self._refused,
             samples=self._samples,
-            flops=self._samples * self._job.task.operations(forward, training),
+            flops=self._samples * self._job.task.operations(self._job.model, forward, training),
             seconds=self._seconds,
             bytes_down=self._asked * message,
             bytes_up=self._bytes,

@@ -29,6 +29,7 @@ from fedunlearn.training.moments import (
     gradient_sums,
     input_moments,
     moment_layers,
+    moment_operations,
     patch_width,
     squared_gradient_sums,
 )
@@ -63,7 +64,7 @@ class Gradients:
         """Return the layout of the model's parameters."""
         return {name: (tuple(own.shape), torch.float64) for name, own in model.module.named_parameters()}
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a pass forth and back."""
         return training
 
@@ -103,9 +104,9 @@ class Moments:
         widths = {name: patch_width(layer) for name, layer in moment_layers(model.module).items()}
         return {name: ((width, width), torch.float64) for name, width in widths.items()}
 
-    def operations(self, forward: int, training: int) -> int:
-        """Return those of a forward pass; the products of the patches depend on the layer and are not counted."""
-        return forward
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
+        """Return those of a forward pass and of the products ``x x^T``."""
+        return forward + moment_operations(model.module, model.shape)
 
     def flaw(self, reply: Reply) -> str | None:
         """Refuse what is no sum of squares on its diagonal, and sums over no image."""

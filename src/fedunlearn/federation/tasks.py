@@ -82,7 +82,7 @@ class Measure:
         counts: Layout = {"counts": ((self.classes,), torch.int64), "held": ((self.classes,), torch.int64)}
         return {**counts, **{f"sums.{name}": ((self.classes, width), torch.float64) for name, width in widths.items()}}
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a forward pass."""
         return forward
 
@@ -131,7 +131,7 @@ class Reestimate:
         parts = {f"{kind}:{name}": layer.num_features for name, layer in layers for kind in ("mean", "square")}
         return {"images": ((), torch.float64), **{name: ((width,), torch.float64) for name, width in parts.items()}}
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a forward pass."""
         return forward
 
@@ -218,7 +218,7 @@ class Train:
         """Return the layout of the model's own state."""
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.module.state_dict().items()}
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a step, and of a forward pass where the received model takes part."""
         objective = self.training.objective
         return training + (forward if objective is not None and objective.teacher else 0)
@@ -260,7 +260,7 @@ class Evaluate:
         """Return two whole numbers."""
         return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
 
-    def operations(self, forward: int, training: int) -> int:
+    def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a forward pass."""
         return forward
 

@@ -179,6 +179,11 @@ def _answer(
         tensors, text = sent_job(message)
         received = decode_job(tensors, text)
         if train is not None and isinstance(received.task, Train):
+            if received.task.training.objective is not None:
+                raise FederationError(
+                    "this client trains by a function of its own, which knows the cross-entropy alone: it cannot do "
+                    f"the objective {received.task.training.objective.kind!r} of the job"
+                )
             enough(data.train.without(received.task.exclude), rules)
             reply = _trained(message, context, received, build_model(context), data, train)
         elif secure and isinstance(received.task, Measure):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedunlearn.audits.base import Subject
@@ -13,6 +13,7 @@ from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.training.objectives.base import in_range, is_positive, or_none
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Forgotten, Unlearned
 
@@ -76,7 +77,11 @@ class Method:
             None for a method without.
         space: by setting, the values that tuning tries.
         source: where it was published; empty for ours and for controls.
-        sums: whether the clients' replies are only added up, so that secure aggregation can hide each of them.
+        sums: whether the clients' replies are only added up.
+        measures: whether all that clients say before they train is ``Measure``, which noise and secure aggregation
+            protect.
+        matched: whether it stops at what pruning cost, where that is known.
+        erases: whether it takes an erase step of the recipe for its own.
     """
 
     name: str
@@ -88,10 +93,13 @@ class Method:
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     source: str = ""
     sums: bool = False
+    measures: bool = False
+    matched: bool = False
+    erases: bool = False
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalSettings:
     """Settings of a method that trains.
 
     Attributes:
@@ -101,6 +109,22 @@ class Local:
 
     lr: float | None = None
     epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
+
+
+def resolved(settings: Any, request: Request) -> dict[str, Any] | None:
+    """Return the values that a method uses, those of the recipe in the place of None; None for a method without any."""
+    if settings is None:
+        return None
+    repair = request.repair
+    recipe = {
+        "lr": repair.training.lr,
+        "epochs": repair.training.local_epochs * repair.rounds,
+        "fraction": request.cut.fraction,
+    }
+    return {key: recipe.get(key) if own is None else own for key, own in asdict(settings).items()}
 
 
 def prunes(request: Request) -> bool:
@@ -114,7 +138,13 @@ def delivered(model: Classifier, request: Request) -> Subject:
 
 
 def trained(
-    model: Classifier, fed: Federation, request: Request, settings: Local, *, objective: Objective | None, phase: str
+    model: Classifier,
+    fed: Federation,
+    request: Request,
+    settings: LocalSettings,
+    *,
+    objective: Objective | None,
+    phase: str,
 ) -> Classifier:
     """Return ``model`` after the rounds of the recipe's repair with a method's own objective, rate and epochs.
 
@@ -133,11 +163,13 @@ def trained(
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
     kept = fed.keeping(exclude=request.forget, clients=request.clients)
-    return replace(repair, training=training, rounds=max(1, repair.rounds)).of(model, kept, phase=phase)
+    rounds = max(1, repair.rounds)
+    # No target: a method that starts from the original is at it from the beginning.
+    return replace(repair, training=training, rounds=rounds, target=None).of(model, kept, phase=phase)
 
 
 def trained_once(
-    model: Classifier, fed: Federation, request: Request, settings: Local, *, objective: Objective, phase: str
+    model: Classifier, fed: Federation, request: Request, settings: LocalSettings, *, objective: Objective, phase: str
 ) -> Classifier:
     """Return ``model`` after one round of all clients that the objective needs: their teacher is the original.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained_once
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained_once
 from fedunlearn.training.objectives.distil import Distil
 
 
-def distil(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+def distil(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Distil the original without the forgotten classes into the model, on their images alone, in one round."""
     erased = trained_once(model, fed, request, settings, objective=Distil(), phase="distil")
     return Outcome(delivered(erased, request), fed.cost("distil"))
@@ -19,7 +19,7 @@ DELETE = Method(
     "DELETE",
     "gradients on forgotten images",
     distil,
-    settings=Local(lr=1e-4, epochs=20.0),
+    settings=LocalSettings(lr=1e-4, epochs=20.0),
     space={"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "epochs": (5.0, 20.0)},
     source="Zhou et al., CVPR 2025",
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, prunes, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, prunes, trained
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 
@@ -18,28 +18,31 @@ ERASE_SPACE: dict[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Erase(Local):
-    """Settings: those of the recipe's erase step where None, else a complement of 1, a separation of .1, until .3."""
+class Erase(LocalSettings):
+    """Settings of the erase step, see ``Erasing``."""
 
-    complement: float | None = None
-    separation: float | None = None
-    until: float | None = None
+    complement: float = 1.0
+    separation: float = 0.1
+    until: float = 0.3
 
-    def objective(self, request: Request) -> Objective:
-        """Return what clients minimise."""
-        known = request.repair.training.objective
-        base = known if isinstance(known, Erasing) else Erasing(1.0, 0.1, until=0.3)
-        return Erasing(
-            base.complement if self.complement is None else self.complement,
-            base.separation if self.separation is None else self.separation,
-            base.share,
-            base.until if self.until is None else self.until,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Erasing(self.complement, self.separation, until=self.until)  # refuses what is out of range
 
 
-def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase) -> Outcome:
+def erasing(settings: Erase | None, request: Request) -> Objective:
+    """Return what clients minimise: by ``settings``, by the erase step of the recipe where None."""
+    if settings is not None:
+        return Erasing(settings.complement, settings.separation, until=settings.until)
+    known = request.repair.training.objective
+    assert known is not None  # the control applies where there is one
+    return known
+
+
+def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase | None) -> Outcome:
     """Train ``model`` as the repair does, from its own weights."""
-    erased = trained(model, fed, request, settings, objective=settings.objective(request), phase="erase_only")
+    local, objective = settings or LocalSettings(), erasing(settings, request)
+    erased = trained(model, fed, request, local, objective=objective, phase="erase_only")
     return Outcome(delivered(erased, request), fed.cost("erase_only"))
 
 

@@ -8,10 +8,10 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 
 
-def finetune(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+def finetune(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Train ``model`` on the kept classes; beside unlearning until clients have spent about as many operations.
 
     Statistics and re-estimation count. With ``F`` the operations of unlearning, ``f`` those of training on one image,
@@ -36,6 +36,7 @@ FINETUNE = Method(
     "fine-tuning only",
     "gradients on kept images",
     finetune,
-    settings=Local(),
-    space={"lr": (0.005, 0.01, 0.02, 0.05, 0.1)},
+    settings=LocalSettings(),
+    space={"lr": (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)},
+    matched=True,
 )

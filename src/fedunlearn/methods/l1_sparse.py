@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.base import in_range, is_share, is_weight
 from fedunlearn.training.objectives.sparse import Sparse
 
 
 @dataclass(frozen=True)
-class L1Sparse(Local):
+class L1Sparse(LocalSettings):
     """Settings: ``penalty`` times the L1 norm of all weights, in the share ``until`` of the rounds.
 
     Published: penalties of 1e-4 to 1e-1, 4 of 10 epochs.
@@ -21,6 +22,10 @@ class L1Sparse(Local):
     epochs: float | None = 10.0
     penalty: float = 5e-4
     until: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(self, penalty=is_weight, until=is_share)
 
 
 def l1_sparse(model: Classifier, fed: Federation, request: Request, settings: L1Sparse) -> Outcome:

@@ -6,15 +6,17 @@ import torch
 from torch import nn
 
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import ModelError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 
 
-def negate(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+def negate(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Negate the weights and biases of the first convolution, then train on the images that stay."""
     negated = model.copy()
     first = next((layer for layer in negated.module.modules() if isinstance(layer, nn.Conv2d)), None)
-    assert first is not None  # a classifier that can be pruned has one
+    if first is None:
+        raise ModelError("NoT negates the first convolution, and the model has none: choose another method")
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.neg_()
@@ -27,7 +29,7 @@ NEGATE = Method(
     "NoT",
     "gradients on kept images",
     negate,
-    settings=Local(),
-    space={"lr": (0.01, 0.02, 0.05, 0.1)},
+    settings=LocalSettings(),
+    space={"lr": (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)},
     source="Khalil et al., CVPR 2025",
 )

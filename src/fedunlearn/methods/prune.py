@@ -9,7 +9,9 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Criterion, contrast, tf_idf
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request
-from fedunlearn.methods.erase_only import ERASE_SPACE, Erase
+from fedunlearn.methods.erase_only import ERASE_SPACE
+from fedunlearn.training.objectives.base import in_range, is_positive, is_weight, or_none
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import unlearn
 
@@ -23,15 +25,28 @@ class Prune:
     fraction: float | None = None
     lr: float | None = None
 
+    def __post_init__(self) -> None:
+        in_range(self, fraction=or_none(lambda value: is_weight(value) and value < 1), lr=or_none(is_positive))
+
 
 @dataclass(frozen=True)
-class PruneAndErase(Erase):
-    """Settings: also those of the erase step; ``fraction`` of the recipe where None."""
+class PruneAndErase(Prune):
+    """Settings: also those of the erase step, see ``Erasing``."""
 
-    fraction: float | None = None
+    complement: float = 1.0
+    separation: float = 0.1
+    until: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective()  # refuses what is out of range
+
+    def objective(self) -> Objective:
+        """Return what clients minimise."""
+        return Erasing(self.complement, self.separation, until=self.until)
 
 
-def prune(model: Classifier, fed: Federation, request: Request, settings: Prune | PruneAndErase) -> Outcome:
+def prune(model: Classifier, fed: Federation, request: Request, settings: Prune) -> Outcome:
     """Measure, rank by the request's criterion, prune and repair."""
     training = request.repair.training
     training = replace(training, lr=training.lr if settings.lr is None else settings.lr)
@@ -59,13 +74,15 @@ def by_contrast(model: Classifier, fed: Federation, request: Request, settings: 
 
 def and_erase(model: Classifier, fed: Federation, request: Request, settings: PruneAndErase) -> Outcome:
     """Prune by contrast, and erase in the first rounds of the repair."""
-    return prune(model, fed, _ranked(request, contrast, settings.objective(request)), settings)
+    return prune(model, fed, _ranked(request, contrast, settings.objective()), settings)
 
 
 def _ranked(request: Request, criterion: Criterion, objective: Objective | None) -> Request:
     """Return the request with another criterion and another objective in the repair."""
     training = replace(request.repair.training, objective=objective)
-    rank = replace(request.rank, criterion=criterion)
+    own = request.rank.criterion
+    same = getattr(own, "func", own) is criterion  # with the options that the recipe gives it
+    rank = request.rank if same else replace(request.rank, criterion=criterion)
     return replace(request, rank=rank, repair=replace(request.repair, training=training))
 
 
@@ -78,8 +95,9 @@ TF_IDF = Method(
     settings=Prune(),
     space=_SPACE,
     source="Wang et al., WWW 2022",
+    measures=True,
 )
-CONTRAST = Method("contrast", "contrast pruning", _NEEDS, by_contrast, settings=Prune(), space=_SPACE)
+CONTRAST = Method("contrast", "contrast pruning", _NEEDS, by_contrast, settings=Prune(), space=_SPACE, measures=True)
 ERASE = Method(
     "erase",
     "pruning + erase step",
@@ -87,4 +105,5 @@ ERASE = Method(
     and_erase,
     settings=PruneAndErase(),
     space=_SPACE | ERASE_SPACE,
+    measures=True,
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 from fedunlearn.training.objectives.relabel import Relabel
 
 
-def relabel(model: Classifier, fed: Federation, request: Request, settings: Local) -> Outcome:
+def relabel(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Train on all images, those to forget under the label of the class that the model then holds likeliest."""
     moved = trained(model, fed, request, settings, objective=Relabel("likeliest"), phase="relabel")
     return Outcome(delivered(moved, request), fed.cost("relabel"))
@@ -19,7 +19,7 @@ RELABEL = Method(
     "FUCRT relabelling",
     "gradients on images of all classes",
     relabel,
-    settings=Local(),
-    space={"lr": (0.01, 0.02, 0.05, 0.1)},
+    settings=LocalSettings(),
+    space={"lr": (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)},
     source="FUCRT, ICCV 2025",
 )

@@ -12,17 +12,22 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.base import in_range, is_share
 from fedunlearn.training.objectives.relabel import Relabel
 
 
 @dataclass(frozen=True)
-class SalUn(Local):
+class SalUn(LocalSettings):
     """Settings: the share ``salient`` of all weights, those with the largest gradients, may change."""
 
     lr: float | None = 0.013
     epochs: float | None = 10.0
     salient: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(self, salient=is_share)
 
 
 def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn) -> Outcome:
@@ -33,8 +38,8 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
     """
     stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
     task = Gradients(exclude=stay, sample=request.rank.sample)
-    sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun.gradients")
-    moved = trained(model, fed, request, settings, objective=Relabel("random"), phase="salun.rounds")
+    sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun-gradients")
+    moved = trained(model, fed, request, settings, objective=Relabel("random"), phase="salun")
     masks = largest(sums, settings.salient)
     before = dict(model.module.named_parameters())
     with torch.no_grad():

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Local, Method, Outcome, Request, delivered, trained_once
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained_once
+from fedunlearn.training.objectives.base import in_range, is_positive, is_share, is_weight
 from fedunlearn.training.objectives.scrub import Scrub as Objective
 
 
 @dataclass(frozen=True)
-class Scrub(Local):
+class Scrub(LocalSettings):
     """Settings, see the objective; published: two of three epochs go up, rate 5e-4, weight .5, temperature 4."""
 
     lr: float | None = 5e-4
@@ -19,6 +20,10 @@ class Scrub(Local):
     distil: float = 0.5
     temperature: float = 4.0
     ascent: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share)
 
 
 def scrub(model: Classifier, fed: Federation, request: Request, settings: Scrub) -> Outcome:

@@ -13,6 +13,7 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
+from fedunlearn.training.objectives.base import in_range, is_positive
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Ssd:
 
     above: float = 10.0
     damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        in_range(self, above=is_positive, damping=is_positive)
 
 
 def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> Outcome:
@@ -31,9 +35,9 @@ def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> 
         model,
         fed.keeping(exclude=(), clients=request.holders),
         Gradients(squared=True, exclude=stay, sample=sample),
-        phase="ssd.forgotten",
+        phase="ssd-forgotten",
     )
-    all_sums, images = summed(model, fed, Gradients(squared=True, sample=sample), phase="ssd.all")
+    all_sums, images = summed(model, fed, Gradients(squared=True, sample=sample), phase="ssd-all")
     damped = model.copy()
     factors = dampening(
         {name: value / count for name, value in own.items()},

@@ -13,6 +13,7 @@ from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Moments
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
 from fedunlearn.training.moments import moment_layers
+from fedunlearn.training.objectives.base import in_range, is_positive
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,23 @@ class Svd:
     kept: float = 100.0
     forgotten: float = 3.0
 
+    def __post_init__(self) -> None:
+        in_range(self, kept=is_positive, forgotten=is_positive)
+
 
 def svd(model: Classifier, fed: Federation, request: Request, settings: Svd) -> Outcome:
     """Take out of the weights of each layer what the forgotten classes' inputs span and the others' do not."""
     stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
     sample = request.rank.sample
     holders = fed.keeping(exclude=(), clients=request.holders)
-    gone, _ = summed(model, holders, Moments(exclude=stay, sample=sample), phase="svd.forgotten")
+    gone, _ = summed(model, holders, Moments(exclude=stay, sample=sample), phase="svd-forgotten")
     able = fed.keeping(exclude=(), clients=request.clients)
-    kept, _ = summed(model, able, Moments(exclude=request.forget, sample=sample), phase="svd.kept")
+    kept, _ = summed(model, able, Moments(exclude=request.forget, sample=sample), phase="svd-kept")
     edited = model.copy()
     with torch.no_grad():
         for name, layer in moment_layers(edited.module).items():
+            if not (gone[name].any() and kept[name].any()):
+                continue  # clients told nothing of it, and what is told of one kind alone protects nothing
             w = layer.weight
             p = projection(gone[name], settings.forgotten), projection(kept[name], settings.kept)
             left = w.flatten(1).double() @ (torch.eye(len(p[0]), dtype=torch.float64) - (p[0] - p[0] @ p[1]))

@@ -20,8 +20,10 @@ from fedunlearn.errors import RunError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.files import cache_folder, write_tensors
 from fedunlearn.methods.base import Outcome, Request
+from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
@@ -166,7 +168,7 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
     """
     asked = replace(request(experiment, fed, clients=unlearned.clients, spent=unlearned.cost), unlearned=unlearned)
     return {
-        control.name: control.run(original, fed, asked, control.settings)
+        control.name: control.run(original, fed, asked, None if control is ERASE_ONLY else control.settings)
         for control in CONTROLS
         if control.applies(asked)
     }
@@ -185,7 +187,11 @@ def request(experiment: Experiment, fed: Federation, *, clients: Sequence[str], 
     rows = [experiment.engine.clients.index(name) for name in clients]
     stay = [label for label in range(len(experiment.splits.train.classes)) if label not in forget]
     kept = experiment.table[rows][:, stay].sum()
-    holds = (experiment.table[:, forget].sum(1) > 0).tolist()
+    # Clients elsewhere have rules of their own: those that hold fewer images than the default lets an answer stand for
+    # would only refuse.
+    local = experiment.recipe.federation.engine == "local"
+    least = (experiment.recipe.rules() if local else DEFAULT_RULES).min_images
+    holds = (experiment.table[:, forget].sum(1) >= max(1, least)).tolist()
     return Request(
         experiment.forget,
         experiment.ranking(),

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from fedunlearn.audits.audit import FOLDER, Calibrated, Record, calibration
+from fedunlearn.audits.audit import FOLDER, ORIGINAL, Calibrated, Record, calibration
 from fedunlearn.audits.base import Found, Subject
 from fedunlearn.audits.table import FIGURES
+from fedunlearn.audits.verdict import outside
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
@@ -32,7 +33,8 @@ from fedunlearn.federation.jobs import Engine
 from fedunlearn.federation.journal import Journal, header_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import write_text
-from fedunlearn.methods.base import Method, Outcome
+from fedunlearn.methods.base import Method, Outcome, Request, resolved
+from fedunlearn.methods.head_only import HEAD_ONLY, head_only
 from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.compare import Oracle, request, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
@@ -45,6 +47,7 @@ from fedunlearn.version import __version__
 
 _SCHEMA = 1
 _TUNED = "tuned"
+_READ = 0.2  # seconds: what takes less was read back
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,33 @@ def compare(
     prepared(work.experiment)
     if engine is not None:
         work = work.on(replace(work.experiment, engine=engine(work.experiment)))
+    _check(work.experiment, plan)
     bench = _Bench(work, plan, tell)
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
     write_comparison(out)
     work.fed.journal.leave()
     return value
+
+
+def _check(experiment: Experiment, plan: Plan) -> None:
+    """Refuse before any work what the cells would be worth nothing without.
+
+    Raises:
+        RecipeError: settings are to be tried without validation images or without retrained models to reach, or the
+            recipe protects what clients measure and a method asks for other numbers.
+    """
+    recipe = experiment.recipe
+    if plan.tune and recipe.data.validation == 0:
+        raise RecipeError("--tune needs validation images: set data.validation above 0")
+    if plan.tune and recipe.audit.oracles == 0:
+        raise RecipeError("--tune needs retrained models, whose R it is to reach: set audit.oracles above 0")
+    bare = [method.name for method in plan.chosen if method.run is not head_only and not method.measures]
+    if bare and (recipe.privacy.noise or recipe.privacy.secure):
+        raise RecipeError(
+            "privacy.noise and privacy.secure protect what clients measure, and other numbers are asked for by "
+            f"{', '.join(bare)}: leave them out, or name other --methods"
+        )
 
 
 class _Bench:
@@ -129,7 +153,8 @@ class _Bench:
         self._planned = len(plan.chosen) * plan.seeds + sum(
             min(plan.tune, _count(method)) + plan.seeds for method in plan.chosen if plan.tune and method.space
         )
-        self._began = monotonic()
+        self._took: list[float] = []  # seconds of the cells that were done now
+        self._last = monotonic()
         self._failed: dict[str, str] = {}
 
     @cached_property
@@ -158,11 +183,14 @@ class _Bench:
         """Do all cells and return the content of compare.json: no time, no date, nothing of this machine."""
         work, experiment = self._work, self._work.experiment
         original, forget, test = self.original, experiment.forget, experiment.splits.test
-        measured = self.bands.measured(
-            "original", Subject(original, original).checked("original", self._classes, forget)
-        )
+        for name, subject in {
+            ORIGINAL: Subject(original, original),
+            HEAD_ONLY.name: Subject(original.without_rows(forget)),
+        }.items():
+            self.bands.measured(name, subject.checked(name, self._classes, forget))
         cells: dict[str, Any] = {}
         methods: dict[str, Any] = {}
+        self._last = monotonic()
         for method in self._plan.chosen:
             methods[method.name] = _about(method)
             cells |= self._cells(method, method.name, method.settings)
@@ -179,9 +207,12 @@ class _Bench:
             "forget": list(forget),
             "classes": list(test.classes),
             "seeds": self._seeds,
-            "original": evaluate(original, test, forget=forget)["accuracy"] | {"figures": _figures(measured)},
+            "original": evaluate(original, test, forget=forget)["accuracy"]
+            | {"figures": _figures(self.bands.models[ORIGINAL])},
             "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
             "bands": {name: [band.low, band.high] for name, band in self.bands.bands.items()},
+            "controls": {name: self.bands.judged(name)["verdict"] for name in (ORIGINAL, HEAD_ONLY.name)},
+            "calibration": self.bands.held_out((ORIGINAL, HEAD_ONLY.name)),
             "methods": methods,
             "cells": cells,
             "failed": self._failed,
@@ -211,64 +242,88 @@ class _Bench:
         cells = {}
         for seed in self._seeds:
             cell = f"{name}-seed{seed}"
-            value = self._kept(cell, settings)
+            value = self._kept(cell, method, settings, seed)
             try:
                 value = value or self._cell(method, cell, settings, seed)
                 cells[cell] = value
                 said = f"U {_percent(value['accuracy']['forget_row_kept'])}, R {_percent(value['accuracy']['retain'])}"
                 self._step(f"{cell}: {said}, {value['verdict']}")
-            except FedUnlearnError as error:
-                self._failed[cell] = str(error)
-                self._step(f"{cell} failed: {error}")
+            except Exception as error:  # of one method, which may be the user's own: the others go on
+                self._failed[cell] = _why(error)
+                self._step(f"{cell} failed: {_why(error)}")
         return cells
 
     def _cell(self, method: Method, cell: str, settings: Any, seed: int) -> dict[str, Any]:
         experiment, forget = self._work.experiment, self._work.experiment.forget
-        with self._federation(cell, settings, seed) as fed:
+        with self._federation(method, cell, settings, seed) as fed:
             outcome = self._outcome(method, fed, settings, seed)
             subject = outcome.subject
             save_model(self._folder(cell) / "model.safetensors", subject.model, experiment)
             block = evaluate(subject.model, experiment.splits.test, forget=forget, row_kept=subject.row_kept)
             found = self.bands.measured(cell, subject.checked(cell, self._classes, forget))
-            judgement = self.bands.judged(cell)
+            judgement = self.bands.judged_beside(cell)
+            validation = validation_block(experiment, subject.model, subject.row_kept)
             value = {
                 "method": method.name,
                 "seed": seed,
-                "settings": None if settings is None else asdict(settings),
+                **self._about(method, settings, seed),
+                "used": resolved(settings, self._request(method, fed, seed)),
                 **block,
-                "validation": validation_block(experiment, subject.model, subject.row_kept),
+                "validation": validation,
                 "figures": _figures(found),
                 **judged(judgement),
-                "outside": [name for name, own in judgement["audits"].items() if own["verdict"] in ("above", "below")],
-                **self._costs(outcome, subject),
+                "outside": outside(judgement),
+                **self._costs(outcome, validation["retain"], judgement),
             }
             write_text(self._file(cell), json.dumps(value, indent=1) + "\n")
             fed.journal.close()
         return value
 
-    def _costs(self, outcome: Outcome, subject: Subject) -> dict[str, Any]:
-        """Return what the method cost, and how many times that retraining costs; seconds differ from run to run."""
+    def _costs(self, outcome: Outcome, reached: float | None, judgement: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the method cost, and how many times that retraining costs; seconds differ from run to run.
+
+        Where the original never knew the class, nothing was forgotten, however fast.
+        """
         cost = asdict(outcome.cost or Cost())
         del cost["client_seconds"]
-        if not self.oracles or not cost["client_flops"]:
+        original = self.bands.models[ORIGINAL].figures
+        knew = "forget" in original and original["forget"].value > 1 / self._classes
+        if not self.oracles or not cost["client_flops"] or reached is None or not knew:
             return {"cost": cost}
-        reached = validation_block(self._work.experiment, subject.model, None)["retain"]
         first = next(iter(self.oracles.values()))
-        blocks = {"speedup_whole": whole_cost(first.steps)}
-        if reached is not None:
-            blocks["speedup"] = cost_until(first.steps, reached)
-        return {"cost": cost, **{name: own["client_flops"] / cost["client_flops"] for name, own in blocks.items()}}
+        until = cost_until(first.steps, reached)
+        return {
+            "cost": cost,
+            "speedup": until["client_flops"] / cost["client_flops"],
+            "speedup_reached": until["reached"],
+            "speedup_whole": whole_cost(first.steps)["client_flops"] / cost["client_flops"],
+        }
 
     def _outcome(self, method: Method, fed: Federation, settings: Any, seed: int) -> Outcome:
+        return method.run(self.original, fed, self._request(method, fed, seed), settings)
+
+    def _request(self, method: Method, fed: Federation, seed: int) -> Request:
+        """Return what a method is asked for; the erase step of the recipe is for those that take one."""
         experiment = self._work.experiment
-        asked = request(experiment, fed, clients=experiment.holders(), spent=self._spent(seed))
-        return method.run(self.original, fed, asked, settings)
+        spent = self._spent(seed) if method.matched else None
+        asked = request(experiment, fed, clients=experiment.holders(), spent=spent)
+        return replace(asked, repair=replace(asked.repair, training=replace(asked.repair.training, objective=None)))
 
     def _spent(self, seed: int) -> Cost | None:
         """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
         name = self._work.experiment.recipe.unlearn.criterion
-        kept = self._kept(f"{name}-seed{seed}", COMPARED[name].settings) if name in COMPARED else None
+        if name not in [method.name for method in self._plan.chosen]:
+            return None
+        kept = self._kept(f"{name}-seed{seed}", COMPARED[name], COMPARED[name].settings, seed)
         return None if kept is None else Cost(**kept["cost"])
+
+    def _about(self, method: Method, settings: Any, seed: int) -> dict[str, Any]:
+        """Return what else a cell depends on: its settings, and the operations at which it stops."""
+        spent = self._spent(seed) if method.matched else None
+        return {
+            "settings": None if settings is None else asdict(settings),
+            "stops_at": None if spent is None else spent.client_flops,
+        }
 
     def _tuned(self, method: Method) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Return the best of the tried settings, and all trials: settings, U and R on validation images, their score.
@@ -286,37 +341,38 @@ class _Bench:
                 u, r = self._trial(method, name, _made(method, settings))
                 trials.append({"settings": values, "u": u, "r": r, "score": u + max(0.0, wanted - r)})
                 self._step(f"{name}: U {_percent(u)}, R {_percent(r)} on validation images")
-            except FedUnlearnError as error:
-                trials.append({"settings": values, "failed": str(error)})
-                self._step(f"{name} failed: {error}")
+            except Exception as error:  # as in a cell
+                trials.append({"settings": values, "failed": _why(error)})
+                self._step(f"{name} failed: {_why(error)}")
         ended = [trial for trial in trials if "score" in trial]
         best: dict[str, Any] | None = min(ended, key=lambda trial: trial["score"])["settings"] if ended else None
         return best, trials
 
     def _trial(self, method: Method, name: str, settings: Any) -> tuple[float, float]:
-        kept = self._kept(name, settings)
+        seed = self._seeds[0]
+        kept = self._kept(name, method, settings, seed)
         if kept is None:
-            with self._federation(name, settings, self._seeds[0]) as fed:
-                subject = self._outcome(method, fed, settings, self._seeds[0]).subject
-                found = validation_block(self._work.experiment, subject.model, subject.row_kept)
-                if found["retain"] is None:
-                    raise RecipeError("--tune needs validation images: set data.validation above 0")
-                kept = {"settings": asdict(settings), **found}
+            with self._federation(method, name, settings, seed) as fed:
+                subject = self._outcome(method, fed, settings, seed).subject
+                kept = self._about(method, settings, seed)
+                kept |= validation_block(self._work.experiment, subject.model, subject.row_kept)
                 write_text(self._file(name), json.dumps(kept, indent=1) + "\n")
                 fed.journal.close()
-        return kept["forget_row_kept"] or 0.0, kept["retain"]
+        if kept["forget_row_kept"] is None or kept["retain"] is None:
+            raise RecipeError("clients count no validation images of the class, or of the others, by their min_images")
+        return kept["forget_row_kept"], kept["retain"]
 
     @contextmanager
-    def _federation(self, cell: str, settings: Any, seed: int) -> Iterator[Federation]:
+    def _federation(self, method: Method, cell: str, settings: Any, seed: int) -> Iterator[Federation]:
         """Give the clients with the journal of a cell, which is left however the cell ends."""
 
         def report(phase: str, done: int, planned: int) -> None:
             self._work.fed.journal.report(f"{cell}.{phase}", done, planned)
 
-        header = {"cell": cell, "settings": None if settings is None else asdict(settings), "seed": seed}
+        header = {"cell": cell, "seed": seed, **self._about(method, settings, seed)}
         folder = self._folder(cell)
-        if header_of(folder) not in ({}, header):  # of an earlier call that chose other settings under this name
-            shutil.rmtree(folder)
+        if header_of(folder) != header:  # of an earlier call with other settings under this name, or of none
+            shutil.rmtree(folder, ignore_errors=True)
             (self._work.out / FOLDER / f"{cell}.json").unlink(missing_ok=True)
         journal = Journal(folder, header=header, observe=report)
         try:
@@ -330,18 +386,28 @@ class _Bench:
     def _file(self, cell: str) -> Path:
         return self._work.out / "cells" / f"{cell}.json"
 
-    def _kept(self, cell: str, settings: Any) -> dict[str, Any] | None:
+    def _kept(self, cell: str, method: Method, settings: Any, seed: int) -> dict[str, Any] | None:
         """Return what came of a finished cell with the same settings; it is done again where they changed."""
         if not self._file(cell).exists():
             return None
         value: dict[str, Any] = json.loads(self._file(cell).read_text("utf-8"))
-        wanted = None if settings is None else asdict(settings)
-        return value if value["settings"] == wanted else None
+        about = self._about(method, settings, seed)
+        return value if {key: value.get(key) for key in about} == about else None
 
     def _step(self, line: str) -> None:
         self._done += 1
-        left = (monotonic() - self._began) / self._done * (self._planned - self._done) / 60
-        self._tell(f"{line} ({self._done} of {self._planned}, about {left:.0f} min left)")
+        now = monotonic()
+        if now - self._last > _READ:
+            self._took.append(now - self._last)
+        self._last = now
+        left = f", about {mean(self._took) * (self._planned - self._done) / 60:.0f} min left" if self._took else ""
+        self._tell(f"{line} ({self._done} of {self._planned}{left})")
+
+
+def _why(error: Exception) -> str:
+    """Return why a cell failed, in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedUnlearnError) else f"{type(error).__name__}: {text}"
 
 
 def _figures(found: Found) -> dict[str, float]:

@@ -278,7 +278,7 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
     if recipe.erase.erasing() is not None and recipe.unlearn.repair != "finetune":
         raise RecipeError('[erase] is a part of the repair\'s rounds: set unlearn.repair to "finetune"')
-    _check_method(recipe.unlearn)
+    _check_method(recipe)
     recipe.rules()
     compute = recipe.compute
     if compute.precision == "auto" and compute != ComputeTable():
@@ -298,12 +298,21 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("privacy.noise needs unlearn.sample = 0: clients measure all their images under noise")
 
 
-def _check_method(table: UnlearnTable) -> None:
+def _check_method(recipe: Recipe) -> None:
+    table = recipe.unlearn
     known = [] if table.method == PRUNE else [own.name for own in fields(METHODS[table.method].settings)]
     for name in table.settings:
         if name not in known:
             has = f"has {', '.join(known)}" if known else "is set by the other keys of [unlearn]"
             raise RecipeError(f"unlearn.settings: there is no {name!r}; the method {table.method} {has}")
+    if table.method != PRUNE:
+        replace(METHODS[table.method].settings, **table.settings)  # refuses what is out of range
+        if (recipe.privacy.noise or recipe.privacy.secure) and not METHODS[table.method].measures:
+            raise RecipeError(
+                "privacy.noise and privacy.secure protect what clients measure, and the method "
+                f"{table.method} asks for other numbers: leave them out, or choose one of "
+                f"{', '.join(name for name, method in METHODS.items() if method.measures)}"
+            )
 
 
 def run_header(command: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.taps import Tap, reading
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import Compute
@@ -63,25 +66,49 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """Return ``sum x x^T`` of each layer over images and positions, ``x`` what one output value is made of.
 
-    float64, shape ``(d, d)``, in the order of the layer's weights. Its ``d (d + 1) / 2`` numbers would tell much of
-    few images: with ``hide``, of ``n`` images with ``P`` values each at the input of the layer, all zeros are returned
-    where ``(n - 1) P < d (d + 1) / 2``, so that any image may be one of them.
+    float64, shape ``(d, d)``, in the order of the layer's weights. With ``hide``, what is told of ``n`` images of ``P``
+    values has at most ``(n - 1) P`` numbers, so that it leaves one image open: layers count in order, each with its
+    ``d (d + 1) / 2``, and one that would exceed the bound is all zeros.
     """
     layers = moment_layers(model)
     sums = {}
     for name, layer in layers.items():
         sums[name] = torch.zeros(patch_width(layer), patch_width(layer), dtype=torch.float64)
+    told = [*layers] if not hide else _told(layers, (len(images) - 1) * images.images[0].numel())
     model.eval()
     with torch.no_grad():
         for batch, _ in in_order(images, model, compute):
             with reading(model, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
                 model(batch)
-            for name, layer in layers.items():
-                d = patch_width(layer)
-                if not hide or (len(images) - 1) * read[name][0].numel() >= d * (d + 1) / 2:
-                    x = patches(read[name].float(), layer)
-                    sums[name] += (x.T @ x).double().cpu()
+            for name in told:
+                x = patches(read[name].float(), layers[name])
+                sums[name] += (x.T @ x).double().cpu()
     return sums
+
+
+def _told(layers: Mapping[str, nn.Conv2d | nn.Linear], most: int) -> list[str]:
+    """Return the layers, in order, whose moments are at most ``most`` numbers together."""
+    told, numbers = [], 0
+    for name, layer in layers.items():
+        d = patch_width(layer)
+        if numbers + d * (d + 1) // 2 <= most:
+            told.append(name)
+            numbers += d * (d + 1) // 2
+    return told
+
+
+def moment_operations(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return the operations of the products of ``input_moments`` on one image: ``2 positions d^2`` of each layer.
+
+    Args:
+        model: the model, which is not changed.
+        shape: of an image.
+    """
+    own = copied(model).cpu().eval()
+    layers = moment_layers(own)
+    with torch.no_grad(), reading(own, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
+        own(torch.zeros(1, *shape))
+    return sum(2 * len(patches(read[name], layer)) * patch_width(layer) ** 2 for name, layer in layers.items())
 
 
 def patches(z: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:

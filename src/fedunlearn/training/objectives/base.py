@@ -122,6 +122,16 @@ def is_weight(value: Any) -> bool:
     return is_number(value) and bool(value >= 0)
 
 
+def is_positive(value: Any) -> bool:
+    """Return whether ``value`` is a number above 0."""
+    return is_number(value) and bool(value > 0)
+
+
+def or_none(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check that lets None pass beside what ``valid`` does."""
+    return lambda value: value is None or valid(value)
+
+
 def is_share(value: Any) -> bool:
     """Return whether ``value`` is a number above 0 and at most 1."""
     return is_number(value) and bool(0 < value <= 1)

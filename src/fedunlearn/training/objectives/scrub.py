@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_share, is_weight, kl
+from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_positive, is_share, is_weight, kl
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Scrub:
     teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive = {"temperature": lambda value: is_weight(value) and value > 0}
-        in_range(self, distil=is_weight, ascent=is_share, share=is_part, until=is_share, **positive)
+        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, share=is_part, until=is_share)
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch."""
