@@ -57,10 +57,10 @@ def pruned(scores=None):
     return whole.cut(plan_pruning(find_channels(whole.module, whole.example), scores, Cut(0.5)))
 
 
-def forget(chosen):
+def forget(chosen, objective=Erasing(1.0, 0.1, 0.5, 0.5)):  # noqa: B008  # it is frozen
     fed = Federation(chosen)
     trained = train_rounds(make_net(), fed, TRAINING, rounds=2, watch=Watch(every=1))
-    repair = Repair(replace(TRAINING, batch_size=16, objective=Erasing(1.0, 0.1, 0.5, 0.5)), rounds=2)
+    repair = Repair(replace(TRAINING, batch_size=16, objective=objective), rounds=2)
     done = unlearn(trained, fed, forget=1, cut=Cut(0.4), repair=repair, rank=Ranking(contrast))
     return fed.journal.steps("train"), done
 
@@ -474,11 +474,16 @@ def test_a_train_function_for_the_whole_model_trains_the_pruned_one():
 
 
 def test_an_app_with_the_mod_forgets_with_its_own_training():
-    steps, done = forget(engine(Loopback(nodes(app_with_mod()))))
+    steps, done = forget(engine(Loopback(nodes(app_with_mod()))), objective=None)
     assert len(steps) == 2
     correct, counts = done_counts(done)
     assert done.model.labels == (0, 2)
     assert float(correct.sum() / counts.sum()) > 0.9
+
+
+def test_an_app_with_the_mod_refuses_an_objective_that_its_training_does_not_know():
+    with pytest.raises(FederationError, match=r"it cannot do the objective 'erase' of the job"):
+        forget(engine(Loopback(nodes(app_with_mod()))))
 
 
 def done_counts(done):
