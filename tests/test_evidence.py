@@ -31,6 +31,7 @@ from fedunlearn.evidence.report import write_card, write_report
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
 from fedunlearn.run.work import finished
+from test_cli import fedunlearn
 
 FLIPS = 6  # in every file
 
@@ -532,3 +533,33 @@ def test_a_table_tells_suppression_with_traces_from_a_model_that_is_merely_unlik
     assert in_short(verdict.SUPPRESSED, verdict.UNLIKE).endswith("(unlike retrained models)")
     assert in_short(verdict.SUPPRESSED, "it knows more").endswith("(traces of the class)")
     assert in_short(verdict.NOT_FORGOTTEN, "it names it") == verdict.NOT_FORGOTTEN
+
+
+def test_a_confirmed_deletion_is_an_event_and_signed_again(signed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(signed / "run", folder)
+    done = fedunlearn(
+        "acknowledge", folder, "--client", "client-1", "--client", "client-0", "--key", signed / "operator"
+    )
+    assert (done.returncode, done.stdout) == (0, f"{folder}: recorded and signed\n")
+    assert json.loads((folder / "dossier.json").read_text())["acknowledged"] == ["client-0", "client-1"]
+    again = fedunlearn("acknowledge", folder, "--client", "client-1", "--key", signed / "operator")
+    assert again.returncode == 0
+    seen = fedunlearn("verify", folder, "--key", signed / "operator.pub")
+    assert seen.returncode == 0
+    assert "deletion confirmed, as the operator says, by: client-0, client-1" in seen.stdout
+    refused = fedunlearn("acknowledge", folder, "--client", "client-7", "--key", signed / "operator")
+    assert refused.returncode == 1
+    assert "no client 'client-7' took part in the run" in refused.stderr
+
+
+def test_who_confirmed_is_held_against_the_events(signed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(signed / "run", folder)
+    value = json.loads((folder / "dossier.json").read_text()) | {"acknowledged": ["client-0"]}
+    data = json.dumps(value).encode()
+    (folder / "dossier.json").write_bytes(data)
+    (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
+    assert "dossier.json and events.jsonl differ in who confirmed a deletion" in problems(
+        folder, signed / "operator.pub"
+    )

@@ -31,7 +31,7 @@ from fedunlearn.console import (
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
-from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
@@ -294,6 +294,21 @@ def keygen(
     with _told(debug):
         make_keys(out)
         typer.echo(f"{out}: private, keep it\n{out}.pub: give it to those who verify")
+
+
+@app.command()
+def acknowledge(
+    folder: Annotated[Path, typer.Argument(help="Folder of an audited run.")],
+    client: Annotated[list[str], typer.Option("--client", help="Id of a client; may be given several times.")],
+    key: Annotated[Path, typer.Option("--key", help="Your private key: the folder is signed again.")],
+    debug: DebugOption = False,
+) -> None:
+    """Record that clients confirmed to have deleted their images of the class, and sign the run again."""
+    with _told(debug):
+        from fedunlearn.evidence import dossier  # slow to import
+
+        dossier.acknowledge(folder, client, read_private_key(key, outside=folder))
+        typer.echo(f"{folder}: recorded and signed")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedunlearn.evidence.events import EVENTS, now
+from fedunlearn.errors import EvidenceError
+from fedunlearn.evidence.events import EVENTS, EventLog, now
 from fedunlearn.evidence.folder import RunFolder
-from fedunlearn.evidence.verify import DOSSIER, SIGNATURE, fingerprint, rounds
+from fedunlearn.evidence.verify import CONFIRMED, DOSSIER, SIGNATURE, acknowledged, fingerprint, rounds
 from fedunlearn.evidence.words import LIMITS
 from fedunlearn.federation.lock import LOCK
 from fedunlearn.files import written
@@ -40,6 +42,35 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     _write(folder / DOSSIER, data)
     _write(folder / SIGNATURE, key.sign(data))
+
+
+def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) -> None:
+    """Record that clients confirmed to have deleted their images of the forgotten classes, and sign the folder again.
+
+    It is the operator's statement: what a client deletes on its own disk, nobody else sees.
+
+    Args:
+        folder: of an audited run.
+        clients: their ids.
+        key: the operator's.
+
+    Raises:
+        RunError: the folder does not hold an audited run.
+        EvidenceError: a client took no part in the run.
+    """
+    run = RunFolder.read(folder)
+    lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
+    known = {name for line in lines for entry in json.loads(line)["entries"] for name in entry["clients"]}
+    for name in clients:
+        if name not in known:
+            raise EvidenceError(
+                f"{folder}: no client {name!r} took part in the run, so none can confirm anything; those that did are "
+                f"{', '.join(sorted(known))}"
+            )
+    log = EventLog(run.path / EVENTS)
+    for name in clients:
+        log.once(f"{CONFIRMED}{name}")
+    write_dossier(folder, key)
 
 
 def _content(run: RunFolder, time: str) -> dict[str, Any]:
@@ -72,6 +103,7 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
             "channels listed in plan.json",
         ],
         "files": hashed,
+        "acknowledged": acknowledged(json.loads(line) for line in events),
         "events": {"count": len(events), "head": hashlib.sha256(events[-1]).hexdigest()},
     } | {name: result.get(name) for name in _RESULTS}
 

@@ -14,7 +14,7 @@ import math
 import stat
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 DOSSIER, SIGNATURE = "dossier.json", "dossier.sig"
+CONFIRMED = "deletion confirmed by "  # an event, with the id of a client behind it
 _OF_THE_SYSTEM = "macOS, Windows or a file manager writes such a file where a folder is looked at"
 _CLOCKS = timedelta(minutes=5)  # how far clocks of two machines may be apart
 # What a figure above its band says, and the one band that does not come from retrained models.
@@ -194,6 +195,8 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if event["event"] in seen:
             yield f"events.jsonl: line {seq + 1} repeats an event"
         seen[event["event"]] = (seq, event["facts"])
+    if dossier.get("acknowledged", []) != acknowledged(json.loads(line) for line in lines):  # older ones have none
+        yield f"{DOSSIER} and events.jsonl differ in who confirmed a deletion"
     if (len(lines), previous) != (dossier["events"]["count"], dossier["events"]["head"]):
         yield "events.jsonl ends elsewhere than the dossier says"
     if last > datetime.fromisoformat(dossier["created"]):
@@ -225,6 +228,11 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "events.jsonl tells of other data or another verdict"
     if set(seen["retrained models ready"][1]["sha256"]) != set(_json(folder / "result.json")["oracles"]):
         yield "events.jsonl tells of other retrained models than result.json"
+
+
+def acknowledged(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the clients that, by the event log, confirmed to have deleted their images of the forgotten classes."""
+    return sorted(own["event"].removeprefix(CONFIRMED) for own in events if own["event"].startswith(CONFIRMED))
 
 
 def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -443,6 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found:
         value = _json(chosen.folder / DOSSIER)
         print(f"verified: signature, {len(value['files'])} files, {value['events']['count']} events, figures and costs")
+        if value.get("acknowledged"):
+            print(f"deletion confirmed, as the operator says, by: {_shown(', '.join(value['acknowledged']))}")
         print(f"verdict: {value['verdict']} (request {value['request'] or 'not named'}, {value['created']})")
     return 1 if found else 0
 
