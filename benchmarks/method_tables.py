@@ -60,7 +60,7 @@ def method_table(name: str) -> str:
                 *(_range([own[key] for own in oracles]) for key in ("forget_row_kept", "retain")),
             ]
             + [_range(own) for own in known]
-            + ["1", ""]
+            + ["", ""]
         )
     )
     bands = [clipped(value["bands"][figure], figure) for figure in ("forget", "retain", *shown)]

@@ -222,7 +222,8 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
         assert min(own["score"] for own in ended) == next(
             own["score"] for own in ended if own["settings"] == value["methods"][name]["tuned"]
         )
-        assert f"{name}-tuned-seed0" in value["cells"]
+        tuned = value["methods"][name]["tuned"]
+        assert (f"{name}-tuned-seed0" in value["cells"]) == (tuned != value["methods"][name]["settings"])
     assert "trial0" not in "".join(value["cells"])
     again = compare(recipe, tmp_path / "out", Plan(("scaled", "relabel", "ssd"), seeds=1, tune=3))
     assert again == value

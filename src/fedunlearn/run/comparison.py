@@ -197,7 +197,7 @@ class _Bench:
             if self._plan.tune and method.space:
                 best, trials = self._tuned(method)
                 methods[method.name] |= {"trials": trials, "tuned": best}
-                if best is not None:
+                if best is not None and best != asdict(method.settings):  # those are done already
                     cells |= self._cells(method, f"{method.name}-{_TUNED}", _made(method, best))
         portable = {key: value for key, value in work.recipe.items() if key != "compute"}
         return {
