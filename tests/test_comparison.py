@@ -269,7 +269,7 @@ def test_nothing_passes_where_the_original_never_knew_the_class(tmp_path):
     assert cell["verdict"] in ("no verdict", "suppressed, not erased")
     assert ("speedup" in cell) == (value["original"]["forget"] > 0.25)
     assert set(value["controls"]) == {"original", "head_only"}
-    assert value["calibration"]["models"] == 3
+    assert len(value["calibration"]["models"]) == 3
 
 
 def test_a_cell_is_done_again_where_its_settings_or_its_budget_changed(tmp_path, monkeypatch):
@@ -321,7 +321,7 @@ def test_the_methods_are_listed_with_needs_settings_and_sources():
     assert "salient 0.5" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["relabel", "ssd", "contrast", "finetune"])
+@pytest.mark.parametrize("name", ["ssd", "finetune"])
 def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name):
     recipe = load_recipe(str(write_set(tmp_path, oracles=1)), [f"unlearn.method={name}", *SETTINGS])
     make_keys(tmp_path / "operator")
