@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.evidence.comparison import DEPTH, summary
+from fedunlearn.evidence.comparison import DEPTH, summary, telling
 from fedunlearn.evidence.plots import compared
 from fedunlearn.evidence.words import clipped
 
@@ -83,8 +83,12 @@ def trial_table(name: str) -> str:
 
 def pictures() -> dict[str, str]:
     """Return the plot of each comparison by recipe, as SVG."""
-    values = {path.stem: read(path.stem) for path in sorted(FOLDER.glob("*.json"))}
-    return {name: compared(summary(value), value["retrained"]) for name, value in values.items()}
+    made = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        value = read(path.stem)
+        told = telling(value)
+        made[path.stem] = compared(summary(value), value["retrained"], told, FIGURES[told].label)
+    return made
 
 
 def _score(trial: dict[str, Any]) -> str:

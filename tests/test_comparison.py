@@ -56,7 +56,7 @@ def test_each_method_has_a_cell_for_each_seed_with_figures_verdict_and_cost(comp
     assert len(lines) == 8
     assert lines[0].startswith("contrast-seed0: U ")
     assert lines[0].rstrip(")").endswith("left")
-    assert lines[-1].endswith("(8 of 8, about 0 min left)")
+    assert lines[-1].endswith("(8 of 8, about 0 s left)")
 
 
 def test_fine_tuning_stops_at_what_pruning_cost_with_the_same_seed(compared):
@@ -90,6 +90,10 @@ def test_methods_and_seeds_may_be_added_and_what_is_there_is_not_done_again(comp
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     assert {name: cell for name, cell in value["cells"].items() if not name.startswith("negate")} == before["cells"]
     assert len(value["cells"]) == 10
+    lines = []
+    compare(recipe, folder / "out", Plan(SHORT, seeds=1), tell=lines.append)
+    assert lines[-1].startswith("done before and not asked for now, so not on the page: contrast-seed1, finetune-seed1")
+    compare(recipe, folder / "out", Plan((*SHORT, "head_only", "negate"), seeds=2))
 
 
 def test_the_page_names_each_method_with_its_spread_and_needs_nothing_else(compared):
@@ -292,6 +296,7 @@ def test_a_cell_is_done_again_where_its_settings_or_its_budget_changed(tmp_path,
     ("given", "text"),
     [
         (["--methods", "finetune,scrubb"], "there is no method 'scrubb'; known are tf_idf, contrast, erase"),
+        (["--methods", "all,finetune", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--tune", "-1"], "--tune must be at least 0, got -1"),
         (["--engine", "flower"], "compare runs its clients in this process, or with --engine flower-simulation"),
@@ -330,7 +335,10 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
     assert result["cost"]["unlearn"]["client_flops"] > 0
     assert {"original", "head_only", "finetune"} <= set(result["controls"])
     assert "pruned" not in result["controls"]
-    assert "unlearned" in (tmp_path / "out" / "report.md").read_text()
+    method = result["method"]
+    for page in ("report.md", "report.html"):
+        assert f"Forgotten by {method['label']}" in (tmp_path / "out" / page).read_text()
+    assert None not in method["settings"].values()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +351,7 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
         ),
         (
             ["unlearn.settings={lr = 1.0}"],
-            "unlearn.settings: there is no 'lr'; the method prune is set by the other keys of [unlearn]",
+            "unlearn.settings: there is no 'lr'; the method prune is set by the other keys of [unlearn] (",
         ),
         (
             ["unlearn.method=scrub", "unlearn.settings={epochs = 0.0}"],

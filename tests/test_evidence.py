@@ -548,6 +548,10 @@ def test_a_confirmed_deletion_is_an_event_and_signed_again(signed, tmp_path):
     seen = fedunlearn("verify", folder, "--key", signed / "operator.pub")
     assert seen.returncode == 0
     assert "deletion confirmed, as the operator says, by: client-0, client-1" in seen.stdout
+    make_keys(tmp_path / "other")
+    stranger = fedunlearn("acknowledge", folder, "--client", "client-2", "--key", tmp_path / "other")
+    assert "is signed by another key, or was changed since: give the key that signed it" in stranger.stderr
+    assert json.loads((folder / "dossier.json").read_text())["acknowledged"] == ["client-0", "client-1"]
     refused = fedunlearn("acknowledge", folder, "--client", "client-7", "--key", signed / "operator")
     assert refused.returncode == 1
     assert "no client 'client-7' took part in the run" in refused.stderr

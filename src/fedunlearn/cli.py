@@ -201,7 +201,8 @@ def compare(options: Options) -> None:
     from fedunlearn.engines import Order, carry_out  # slow to import
     from fedunlearn.run.comparison import Plan
 
-    named = () if options.methods == "all" else tuple(name.strip() for name in options.methods.split(","))
+    given = [name.strip() for name in options.methods.split(",") if name.strip()]
+    named = () if "all" in given else tuple(given)
     plan, recipe = Plan(named, options.seeds, options.tune), options.recipe_set()
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-compare"
     with _progress(options.quiet) as (console, observe):

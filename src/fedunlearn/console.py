@@ -14,9 +14,10 @@ from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
-from fedunlearn.evidence.comparison import summary
+from fedunlearn.evidence.comparison import summary, telling
 from fedunlearn.evidence.words import MODELS, clipped
 from fedunlearn.methods.base import Method
+from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.result import knew
 
@@ -145,10 +146,13 @@ def methods_table(methods: Iterable[Method]) -> Table:
         table.add_column(column)
     for method in methods:
         values = {} if method.settings is None else asdict(method.settings)
-        shown = ", ".join(f"{key} {own:g}" for key, own in values.items() if own is not None)
+        given = [f"{key} {own:g}" for key, own in values.items() if own is not None]
+        open_keys = [key for key, own in values.items() if own is None]
+        shown = ", ".join([*given, *([f"{' and '.join(open_keys)} as the recipe"] if open_keys else [])])
         needs = method.needs + ("; replies are sums" if method.sums else "")
-        none = "-" if method.settings is None else "as the recipe"
-        table.add_row(method.name, needs, shown or none, method.source or "-")
+        name = method.name + ("" if method.name in METHODS else " (compare only)")
+        table.add_row(name, needs, shown or "-", method.source or "-")
+    table.add_row("prune (the default)", "what [unlearn] and [erase] of the recipe say", "all of [unlearn]", "-")
     return table
 
 
@@ -156,17 +160,22 @@ def comparison_table(value: Mapping[str, Any]) -> Table:
     """Return the table of a comparison: a row per method, means over seeds in percent."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for column in ("U", "R", "probe", "speed-\nup"):
+    told = telling(value)
+    for column in ("U", "R", FIGURES[told].label.replace(" ", "\n", 1), "speed-\nup"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict")
     for row in summary(value):
-        figures = (row["u"], row["r"], row["figures"].get("probe"))
+        figures = (row["u"], row["r"], row["figures"].get(told))
         speed = row["speedup"]
         table.add_row(
             row["name"],
             *("-" if own is None else f"{100 * own[0]:.1f}" for own in figures),
             "-" if speed is None else f"{speed[0]:.1f}",
-            ", ".join(f"{verdict} ({count})" for verdict, count in row["verdicts"].items()),
+            ", ".join(
+                verdict + (f" ({count} of {row['seeds']} seeds)" if count < row["seeds"] else "")
+                for verdict, count in row["verdicts"].items()
+            )
+            + ("; R outside its band" if "retain" in row["outside"] else ""),
         )
     for name in value["failed"]:
         table.add_row(escape(name), "-", "-", "-", "-", "failed")

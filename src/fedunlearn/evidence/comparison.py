@@ -12,7 +12,7 @@ from typing import Any
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.errors import RunError
 from fedunlearn.evidence.folder import REPORT
-from fedunlearn.evidence.words import clipped
+from fedunlearn.evidence.words import clipped, in_short, unable
 from fedunlearn.files import write_text
 
 COMPARISON = "compare.json"
@@ -35,7 +35,7 @@ def write_comparison(folder: Path) -> None:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: expected what fedunlearn compare writes, but {error}") from error
-    rows = summary(value)
+    rows, told = summary(value), telling(value)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
         autoescape=True,
@@ -53,9 +53,22 @@ def write_comparison(folder: Path) -> None:
         labels={name: figure.label for name, figure in FIGURES.items()},
         bands={name: clipped(band, name) for name, band in value["bands"].items() if name in FIGURES},
         original=value["original"]["figures"],
-        plot=plots.compared(rows, value["retrained"]),
+        cannot=blind(value),
+        plot=plots.compared(rows, value["retrained"], told, FIGURES[told].label),
+        told=FIGURES[told].label,
     )
     write_text(folder / REPORT, text)
+
+
+def blind(value: Mapping[str, Any]) -> list[str]:
+    """Return the figures that cannot tell here: the original lies in the band, or anything does."""
+    return unable({name: {"band": band} for name, band in value["bands"].items()}, value["original"]["figures"])
+
+
+def telling(value: Mapping[str, Any]) -> str:
+    """Return the first of the figures of depth that finds the class in the original."""
+    cannot = blind(value)
+    return next((name for name in DEPTH if name not in cannot), DEPTH[0])
 
 
 def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -88,7 +101,7 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "speedup": _spread([cell.get("speedup") for cell in cells]),
                 "reached": all(cell.get("speedup_reached", True) for cell in cells),
                 "flops": mean(cell["cost"]["client_flops"] for cell in cells),
-                "verdicts": dict(Counter(cell["verdict"] for cell in cells)),
+                "verdicts": dict(Counter(in_short(cell["verdict"], cell["reason"]) for cell in cells)),
                 "outside": dict(Counter(figure for cell in cells for figure in cell["outside"])),
             }
         )

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedunlearn.errors import EvidenceError
@@ -56,7 +57,7 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
 
     Raises:
         RunError: the folder does not hold an audited run.
-        EvidenceError: a client took no part in the run.
+        EvidenceError: a client took no part in the run, or the folder is signed by another key.
     """
     run = RunFolder.read(folder)
     lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
@@ -67,6 +68,14 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
                 f"{folder}: no client {name!r} took part in the run, so none can confirm anything; those that did are "
                 f"{', '.join(sorted(known))}"
             )
+    if (folder / DOSSIER).exists():
+        try:
+            key.public_key().verify((folder / SIGNATURE).read_bytes(), (folder / DOSSIER).read_bytes())
+        except (InvalidSignature, OSError) as error:
+            raise EvidenceError(
+                f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
+                "fedunlearn verify says"
+            ) from error
     log = EventLog(run.path / EVENTS)
     for name in clients:
         log.once(f"{CONFIRMED}{name}")

@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from fedunlearn.evidence.words import clipped
@@ -50,16 +50,18 @@ _GONE = LinearSegmentedColormap.from_list("gone", ["#fbe9d8", _ORANGE])
 
 
 @mpl.rc_context(_STYLE)
-def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) -> str:
-    """Return R and the linear probe of each method against the operations of its clients, beside retrained models.
+def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any], figure_name: str, label: str) -> str:
+    """Return R and one more figure of each method against the operations of its clients, beside retrained models.
 
     Args:
         rows: of ``evidence.comparison.summary``; a point has the number of its row.
         retrained: that block of compare.json.
+        figure_name: the other figure.
+        label: its name in words.
     """
     figure = Figure(figsize=(_WIDTH, 6.4), layout="constrained")
     panels = figure.subplots(2, sharex=True)
-    for panel, name, label in zip(panels, ("retain", "probe"), ("R, %", "linear probe on the class, %")):
+    for panel, name, text in zip(panels, ("retain", figure_name), ("R, %", f"{label}, %")):
         for row in rows:
             value = row["r"] if name == "retain" else row["figures"].get(name)
             if value is not None and row["flops"] > 0:
@@ -73,9 +75,11 @@ def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) ->
             value = own["retain"] if name == "retain" else own["figures"].get(name)
             if value is not None:
                 panel.axhline(100 * value, color=_GREEN, linewidth=0.8)
-        panel.set(xscale="log", ylabel=label)
+        panel.set(xscale="log", ylabel=text)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_ylim(top=min(panel.get_ylim()[1], 101))
     panels[-1].set(xlabel="operations of all clients, 10^12")
     return _svg(figure, "compared")
 

@@ -19,7 +19,7 @@ from fedunlearn.evidence.maps import save_feature_maps
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
-from fedunlearn.run.compare import Oracle, controls, forgotten_model, retrained_models
+from fedunlearn.run.compare import Oracle, controls, forgotten_model, method_block, retrained_models
 from fedunlearn.run.experiment import (
     Experiment,
     class_numbers,
@@ -105,6 +105,7 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     result = {"forget": list(experiment.forget), "classes": list(test.classes), "engine": engine_block(experiment)}
     if command == "train":
         return result | {"original": evaluate(original, test, forget=experiment.forget)}
+    result |= method_block(experiment, work.fed)
     unlearned = forgotten_model(experiment, original, experiment.unlearning(work.fed))
     _save_unlearned(out, experiment, original, unlearned)
     events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -22,7 +23,7 @@ from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.files import cache_folder, write_tensors
-from fedunlearn.methods.base import Outcome, Request
+from fedunlearn.methods.base import Outcome, Request, resolved
 from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
@@ -155,6 +156,17 @@ def forgotten_model(experiment: Experiment, original: Classifier, fed: Federatio
         clients=experiment.holders(),
         cost=outcome.cost or Cost(),
     )
+
+
+def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
+    """Return the block ``method``: by what the recipe forgets, where that is not the method of this project."""
+    u = experiment.recipe.unlearn
+    if u.method == PRUNE:
+        return {}
+    method = METHODS[u.method]
+    used = resolved(replace(method.settings, **u.settings), request(experiment, fed, clients=experiment.holders()))
+    about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
+    return {"method": about | {"settings": used}}
 
 
 def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten, fed: Federation) -> dict[str, Outcome]:

@@ -47,6 +47,7 @@ from fedunlearn.version import __version__
 
 _SCHEMA = 1
 _TUNED = "tuned"
+_MINUTES = 120.0  # seconds above which the time left is told in minutes
 _READ = 0.2  # seconds: what takes less was read back
 
 
@@ -118,6 +119,9 @@ def compare(
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
     write_comparison(out)
+    done = {path.stem for path in (out / "cells").glob("*-seed*.json")} - set(value["cells"])
+    if done:
+        tell(f"done before and not asked for now, so not on the page: {', '.join(sorted(done))}")
     work.fed.journal.leave()
     return value
 
@@ -197,7 +201,10 @@ class _Bench:
             if self._plan.tune and method.space:
                 best, trials = self._tuned(method)
                 methods[method.name] |= {"trials": trials, "tuned": best}
-                if best is not None and best != asdict(method.settings):  # those are done already
+                if best is None or best == asdict(method.settings):  # those are done already
+                    self._planned -= self._plan.seeds
+                    self._tell(f"{method.name}: {'no trial ended' if best is None else 'its own settings stand'}")
+                else:
                     cells |= self._cells(method, f"{method.name}-{_TUNED}", _made(method, best))
         portable = {key: value for key, value in work.recipe.items() if key != "compute"}
         return {
@@ -340,7 +347,9 @@ class _Bench:
             try:
                 u, r = self._trial(method, name, _made(method, settings))
                 trials.append({"settings": values, "u": u, "r": r, "score": u + max(0.0, wanted - r)})
-                self._step(f"{name}: U {_percent(u)}, R {_percent(r)} on validation images")
+                changed = {key: own for key, own in values.items() if own != trials[0]["settings"][key]}
+                shown = ", ".join(f"{key} {own}" for key, own in changed.items()) or "its own settings"
+                self._step(f"{name} ({shown}): U {_percent(u)}, R {_percent(r)} on validation images")
             except Exception as error:  # as in a cell
                 trials.append({"settings": values, "failed": _why(error)})
                 self._step(f"{name} failed: {_why(error)}")
@@ -400,8 +409,9 @@ class _Bench:
         if now - self._last > _READ:
             self._took.append(now - self._last)
         self._last = now
-        left = f", about {mean(self._took) * (self._planned - self._done) / 60:.0f} min left" if self._took else ""
-        self._tell(f"{line} ({self._done} of {self._planned}{left})")
+        seconds = mean(self._took) * (self._planned - self._done) if self._took else 0.0
+        left = f"{seconds / 60:.0f} min" if seconds > _MINUTES else f"{seconds:.0f} s"
+        self._tell(f"{line} ({self._done} of {self._planned}{f', about {left} left' if self._took else ''})")
 
 
 def _why(error: Exception) -> str:

@@ -303,7 +303,13 @@ def _check_method(recipe: Recipe) -> None:
     known = [] if table.method == PRUNE else [own.name for own in fields(METHODS[table.method].settings)]
     for name in table.settings:
         if name not in known:
-            has = f"has {', '.join(known)}" if known else "is set by the other keys of [unlearn]"
+            has = (
+                f"has {', '.join(known)}"
+                if known
+                else (
+                    "is set by the other keys of [unlearn] (name another with --method; compare takes each one's own)"
+                )
+            )
             raise RecipeError(f"unlearn.settings: there is no {name!r}; the method {table.method} {has}")
     if table.method != PRUNE:
         replace(METHODS[table.method].settings, **table.settings)  # refuses what is out of range
