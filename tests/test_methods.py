@@ -211,6 +211,12 @@ def test_pruning_by_each_ranking_is_what_unlearning_by_it_is(known):
         assert ours.plan == theirs.plan
 
 
+def test_the_random_control_draws_its_channels_by_the_seed(known):
+    plans = [done("random", known, replace(federation(), seed=seed)).subject.model.plan.pruned for seed in range(4)]
+    assert len({str(plan) for plan in plans}) > 1
+    assert {str({name: len(own) for name, own in plan.items()}) for plan in plans} == {"{'0': 1, '3': 2}"}
+
+
 def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own():
     erasing = Erasing(0.5, 0.0, 0.4, 0.9)
     asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, objective=erasing)))
