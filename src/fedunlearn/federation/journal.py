@@ -30,7 +30,7 @@ class Step:
     """One finished step.
 
     Attributes:
-        phase: ``train``, ``measure-0``, ``reestimate``, ``repair``, ``finetune``, ``erase_only`` or ``retrain``.
+        phase: ``train``, ``measure-0``, ``reestimate``, ``repair``, ``retrain``, or that of a method.
         round: number within the phase, from 0.
         entries: the jobs it took.
         validation: accuracy on the clients' validation images of the kept classes, where it was measured.

@@ -25,7 +25,7 @@ class Entry:
     """One job over its clients.
 
     Attributes:
-        job: ``measure``, ``reestimate``, ``train`` or ``evaluate``.
+        job: kind of its task.
         clients: ids of those whose reply was used.
         refused: id to reason of those whose reply was not.
         samples: images processed, repeats counted.
