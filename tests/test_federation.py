@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import threading
 from dataclasses import replace
 
@@ -268,8 +269,22 @@ def test_training_stops_at_the_target_and_counts_the_evaluations(net):
 def test_training_learns_what_can_be_seen(images):
     fed = Federation(make_engine(make_images(200)))
     trained = train_rounds(make_net(seed=3), fed, Training(lr=0.1, batch_size=8), rounds=8, server=Server(one_cycle))
-    correct, counts = count_correct(trained.module, images)
+    correct, counts, _ = count_correct(trained.module, images)
     assert int(correct.sum()) >= 0.95 * int(counts.sum())
+
+
+def test_the_probability_of_a_class_is_that_of_its_row_and_nothing_without_one():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False))
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].weight[1, 0] = math.log(3)  # of an image whose first pixel is 1: 1/4 and 3/4
+    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    pixels[:, :, 0, 0] = 255
+    images = LabelledImages(pixels, torch.tensor([0, 1, 2]), ("a", "b", "c"), (0.0,), (1.0,))
+    counted = count_correct(net, images, labels=(0, 1))
+    assert counted.probability.tolist() == pytest.approx([0.25, 0.75, 0])
+    assert (counted.correct.tolist(), counted.counts.tolist()) == ([0, 1, 0], [1, 1, 1])
+    assert count_correct(net, images, labels=(2, 0)).probability.tolist() == pytest.approx([0.75, 0, 0.25])
 
 
 def test_excluded_classes_are_not_seen(net):
@@ -584,6 +599,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         (Reestimate(), {"mean:1": -torch.ones(6, dtype=torch.float64)}, 3, None),
         (Reestimate(), {}, 0, "it reports 0 images"),
         (Evaluate(), {"correct": torch.tensor(-1)}, 3, "correct has negative values"),
+        (Evaluate(), {"correct": torch.tensor(2)}, 3, "correct is 2 of 1 images"),
+        (
+            Evaluate(probability=True),
+            {"probability": torch.tensor(1.01, dtype=torch.float64)},
+            3,
+            "probability is 1.01 of 1 images",
+        ),
         (Evaluate(), {}, 0, None),
         (
             Train(training=Training(0.1), lr=0.1),

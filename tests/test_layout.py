@@ -12,7 +12,7 @@ FLOORS = (
     ("training", "checkpoint"),
     ("federation", "audits"),
     ("unlearn",),
-    ("methods",),
+    ("methods", "smallest"),
     ("evidence",),
     ("run",),
     ("console", "__init__"),

@@ -72,7 +72,11 @@ HOSTILE = {
         "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2), (-1,), (10**6,)),
         "sample": (1, 2, 4, 5, 19, None),
     },
-    Evaluate: {"exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2)), "labels": (None, (0, 1, 2), (2, 2, 2))},
+    Evaluate: {
+        "exclude": ((), (0,), (0, 1), (0, 2), (0, 1, 2), (1, 2)),
+        "labels": (None, (0, 1, 2), (2, 2, 2)),
+        "probability": (False, True),
+    },
 }
 HONEST = {
     Measure: {"classes": 3},

@@ -40,6 +40,7 @@ from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
+from fedunlearn.smallest import Smallest, unlearn_smallest
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training, one_cycle
@@ -82,6 +83,7 @@ __all__ = [
     "Reply",
     "RunError",
     "Server",
+    "Smallest",
     "Splits",
     "Subject",
     "Train",
@@ -120,4 +122,5 @@ __all__ = [
     "tf_idf",
     "train_rounds",
     "unlearn",
+    "unlearn_smallest",
 ]

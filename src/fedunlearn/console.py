@@ -15,7 +15,7 @@ from rich.table import Table
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.comparison import summary, telling
-from fedunlearn.evidence.words import MODELS, clipped
+from fedunlearn.evidence.words import MODELS, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
@@ -38,6 +38,7 @@ _PHASES = {
     "measure": "measuring channels",
     "reestimate": "re-estimating batch normalisation",
     "repair": "repairing",
+    "check": "counting what is still named",
     "finetune": "fine-tuning only",
     "erase_only": "the erase step with nothing pruned",
     "l1_sparse": "fine-tuning with an L1 penalty",
@@ -108,6 +109,8 @@ def _phase_text(phase: str) -> str:
         text += f" for class {int(number) + 1} in turn"
     elif number and not number.isdigit():
         text += f" ({number})"
+    if part.startswith("attempt-"):
+        return f"{text} ({part.removeprefix('attempt-')} % pruned)"
     return text + (f" ({MODELS.get(part, part)})" if part not in ("", "method") else "")
 
 
@@ -258,6 +261,8 @@ def notes(result: Mapping[str, Any]) -> str:
     lines = ["Accuracy in % on test images: U on the forgotten classes, R on the others."]
     if "unlearned" in result:
         lines.append("Without its output row a class is never named (U = 0): read U with the row kept.")
+    if "fraction" in result:
+        lines.append(chosen(result["fraction"]))
     retraining = result.get("cost", {}).get("retrain")
     if retraining is not None:
         planned = result["recipe"]["train"]["rounds"]

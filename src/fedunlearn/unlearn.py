@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fedunlearn.arguments import must_be
+from fedunlearn.channels.groups import Channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
@@ -14,7 +16,7 @@ from fedunlearn.errors import PlanError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.federation import Federation, whole_model
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.measuring import measure, reestimate
+from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.rounds import Repair
 from fedunlearn.federation.tasks import channels_of
 
@@ -45,11 +47,13 @@ class Unlearned(Forgotten):
     Attributes:
         stats: what the clients measured (of the last class, where several went one after another).
         scores: what the criterion made of it.
+        cut: how many channels went.
         pruned: the model right after pruning.
     """
 
     stats: ChannelStats
     scores: ChannelScores
+    cut: Cut
     pruned: Classifier
 
 
@@ -89,37 +93,86 @@ def unlearn(
         >>> fu.unlearn(net, fed, forget=9, cut=fu.Cut(0.2), repair=repair).model.labels
         (0, 1, 2, 3, 4, 5, 6, 7, 8)
     """
-    original = whole_model(model, federation)
     must_be(Cut, cut, "unlearn(cut=...)", "a Cut, such as Cut(0.2)", PlanError)
-    must_be(Repair, repair, "unlearn(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
-    must_be(Ranking, rank, "unlearn(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
-    must_be(bool, jointly, "unlearn(jointly=...)", "True or False", PlanError)
-    repair.check(original)
-    wanted = forget_classes(forget, federation.engine.classes)
-    request = asked(forget=wanted, **vars(rank), cut=cut, repair=repair, jointly=jointly)
-    federation = replace(federation, request=request)
-
+    original, wanted, federation = accepted(
+        model, federation, "unlearn", forget=forget, cut=cut, repair=repair, rank=rank, jointly=jointly
+    )
     pruned = original
     for index, turn in enumerate([wanted] if jointly else [(label,) for label in wanted]):
-        channels = channels_of(pruned, rank.hook)
-        stats, held = measure(
-            pruned, federation, hook=rank.hook, phase=f"measure-{index}", pooling=rank.pooling, sample=rank.sample
-        )
-        scores = rank.scores(stats, turn, seed=federation.seed)
-        pruned = pruned.cut(plan_pruning(channels, scores, cut))
-
-    kept = federation.keeping(exclude=wanted, clients=held.with_images_besides(wanted))
-    refitted = reestimate(pruned, kept, sample=rank.sample) if repair.batch_norm else pruned
-    repaired = repair.of(refitted, kept)
-    unlearned = repaired.without_rows(wanted)
-    cost = kept.cost("measure", "reestimate", "repair")
+        ranked = rank_channels(pruned, federation, turn, rank=rank, phase=f"measure-{index}")
+        pruned = ranked.without(cut)
+    repaired, kept = repair_pruned(pruned, federation, wanted, ranked.held, repair=repair, rank=rank)
     return Unlearned(
         forget=wanted,
-        stats=stats,
-        scores=scores,
+        stats=ranked.stats,
+        scores=ranked.scores,
+        cut=cut,
         pruned=pruned,
         repaired=repaired,
-        model=unlearned,
+        model=repaired.without_rows(wanted),
         clients=kept.clients or (),
-        cost=cost,
+        cost=kept.cost("measure", "reestimate", "repair"),
     )
+
+
+def accepted(
+    model: nn.Module | Classifier,
+    federation: Federation,
+    caller: str,
+    *,
+    forget: Classes,
+    repair: Repair,
+    rank: Ranking,
+    jointly: bool,
+    **values: object,
+) -> tuple[Classifier, tuple[int, ...], Federation]:
+    """Return the model, the classes as numbers and the federation with this request; refuse what would fail later."""
+    original = whole_model(model, federation)
+    must_be(Repair, repair, f"{caller}(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
+    must_be(Ranking, rank, f"{caller}(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
+    must_be(bool, jointly, f"{caller}(jointly=...)", "True or False", PlanError)
+    repair.check(original)
+    wanted = forget_classes(forget, federation.engine.classes)
+    request = asked(forget=wanted, **vars(rank), **values, repair=repair, jointly=jointly)
+    return original, wanted, replace(federation, request=request)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A model whose channels have scores.
+
+    Attributes:
+        model: the model.
+        channels: its channels that can go.
+        stats: what the clients measured.
+        scores: what the criterion made of it.
+        held: who holds images of which class.
+    """
+
+    model: Classifier
+    channels: Channels
+    stats: ChannelStats
+    scores: ChannelScores
+    held: Holdings
+
+    def without(self, cut: Cut) -> Classifier:
+        """Return the model without the channels that ``cut`` removes by these scores."""
+        return self.model.cut(plan_pruning(self.channels, self.scores, cut))
+
+
+def rank_channels(
+    model: Classifier, fed: Federation, forget: Sequence[int], *, rank: Ranking, phase: str = "measure-0"
+) -> Ranked:
+    """Have the clients measure the channels of ``model`` and return their scores for ``forget``."""
+    channels = channels_of(model, rank.hook)
+    stats, held = measure(model, fed, hook=rank.hook, phase=phase, pooling=rank.pooling, sample=rank.sample)
+    return Ranked(model, channels, stats, rank.scores(stats, forget, seed=fed.seed), held)
+
+
+def repair_pruned(
+    pruned: Classifier, fed: Federation, forget: Sequence[int], held: Holdings, *, repair: Repair, rank: Ranking
+) -> tuple[Classifier, Federation]:
+    """Return ``pruned`` after its repair, and the federation that repaired it: those who hold other images."""
+    kept = fed.keeping(exclude=forget, clients=held.with_images_besides(forget))
+    refitted = reestimate(pruned, kept, sample=rank.sample) if repair.batch_norm else pruned
+    return repair.of(refitted, kept), kept

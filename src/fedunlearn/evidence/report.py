@@ -21,7 +21,7 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import REPORT, RunFolder, write_unsigned
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import LIMITS, MODELS, clipped, in_short, summary, unable
+from fedunlearn.evidence.words import LIMITS, MODELS, chosen, clipped, in_short, summary, unable
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -57,6 +57,7 @@ def write_report(folder: Path) -> None:
         "result": run.result,
         "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
         "summary": summary(run.result),
+        "chosen": chosen(run.result["fraction"]) if "fraction" in run.result else "",
         "rows": _rows(run),
         "audits": [
             (name, figure.label, figure.question, run.result["audits"][name])

@@ -311,7 +311,8 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()[1:]]
     if dossier["rounds"] != rounds(steps):
         yield f"{DOSSIER} and rounds.jsonl differ in the rounds"
-    ours = [step for step in steps if step["phase"].startswith(("measure", "reestimate", "repair", "method."))]
+    phases = ("measure", "attempt-", "reestimate", "repair", "method.")
+    ours = [step for step in steps if step["phase"].startswith(phases)]
     unlearn = dossier["cost"]["unlearn"]
     for key, unit in _COUNTED.items():
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:

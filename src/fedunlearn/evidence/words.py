@@ -57,6 +57,23 @@ def summary(result: Mapping[str, Any]) -> str:
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
 
+def chosen(fraction: Mapping[str, Any]) -> str:
+    """Return which cut was chosen, and by what, of the block ``fraction``."""
+    tried = [
+        f"{_share(own['fraction'])} ({_share(own['probability'])}, U {_share(own['forget'])})"
+        for own in fraction["attempts"]
+    ]
+    return (
+        f"{_share(fraction['chosen'])} of the channels went: of the cuts that were tried, the smallest after which the "
+        "clients' validation images of the class are given little probability for it, 5 % in the mean or less: "
+        f"{', '.join(tried)}. The cost is that of all attempts."
+    )
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
 def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str]:
     """Return the audits that cannot tell here: the original, which knows the class, lies in the band; or anything does.
 

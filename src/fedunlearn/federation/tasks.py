@@ -235,11 +235,13 @@ class Train:
 class Evaluate:
     """Count right answers on validation images, all classes together: more would tell which of them a client holds.
 
-    Answer: ``correct`` and ``counts``, int64 scalars.
+    Answer: ``correct`` and ``counts``, int64 scalars, and ``probability``, a float64 one, where it is asked for.
 
     Attributes:
         exclude: classes whose images are not used.
         labels: the class of each output row; row ``r`` is class ``r`` where None.
+        probability: also add up the probabilities that the model gives to the images' classes: of few images they say
+            more than right answers.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -247,27 +249,40 @@ class Evaluate:
     kind: Literal["evaluate"] = "evaluate"
     exclude: tuple[int, ...] = ()
     labels: tuple[int, ...] | None = None
+    probability: bool = False
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return right answers and images."""
         images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
         if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
             images = images.take(slice(0, 0))
-        correct, counts = count_correct(model, images, labels=self.labels, compute=compute)
-        return Answer({"correct": correct.sum(), "counts": counts.sum()}, len(images), len(images))
+        counted = count_correct(model, images, labels=self.labels, compute=compute)
+        sums = {"correct": counted.correct.sum(), "counts": counted.counts.sum()}
+        if self.probability:
+            sums["probability"] = counted.probability.sum()
+        return Answer(sums, len(images), len(images))
 
     def layout(self, model: Classifier) -> Layout:
-        """Return two whole numbers."""
-        return {"correct": ((), torch.int64), "counts": ((), torch.int64)}
+        """Return two whole numbers, and a sum of probabilities."""
+        whole: Layout = {"correct": ((), torch.int64), "counts": ((), torch.int64)}
+        return {**whole, "probability": ((), torch.float64)} if self.probability else whole
 
     def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a forward pass."""
         return forward
 
     def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative numbers."""
-        return next((f"{name} has negative values" for name, own in reply.tensors.items() if bool(own < 0)), None)
+        """Refuse negative numbers, and more than the images can have."""
+        counts = reply.tensors["counts"]
+        for name, own in reply.tensors.items():
+            if bool(own < 0):
+                return f"{name} has negative values"
+            if bool(own > counts + _ROUNDED):
+                return f"{name} is {float(own):g} of {int(counts)} images"
+        return None
 
+
+_ROUNDED = 1e-6  # by which a sum of probabilities may exceed their number
 
 TASKS = (Measure, Reestimate, Train, Evaluate, Gradients, Moments)  # all that a message can ask for
 

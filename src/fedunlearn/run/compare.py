@@ -16,7 +16,7 @@ import safetensors
 import torch
 from torch import nn
 
-from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.errors import RunError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Step
@@ -29,7 +29,7 @@ from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
 from fedunlearn.run.recipe import PRUNE, Recipe
-from fedunlearn.unlearn import Forgotten
+from fedunlearn.unlearn import Forgotten, Unlearned
 from fedunlearn.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -146,7 +146,8 @@ def forgotten_model(experiment: Experiment, original: Classifier, fed: Federatio
         return unlearned_model(experiment, original, fed)
     method, part = METHODS[u.method], fed.part("method")  # a control may have phases of the same names
     settings = replace(method.settings, **u.settings)
-    outcome = method.run(original, part, request(experiment, part, clients=experiment.holders()), settings)
+    asked = request(experiment, part, cut=experiment.cut(), clients=experiment.holders())
+    outcome = method.run(original, part, asked, settings)
     subject = outcome.subject
     assert subject.row_kept is not None  # controls alone lack the rows
     return Forgotten(
@@ -164,7 +165,8 @@ def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
     if u.method == PRUNE:
         return {}
     method = METHODS[u.method]
-    used = resolved(replace(method.settings, **u.settings), request(experiment, fed, clients=experiment.holders()))
+    asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders())
+    used = resolved(replace(method.settings, **u.settings), asked)
     about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
     return {"method": about | {"settings": used}}
 
@@ -178,7 +180,9 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
         unlearned: what the controls stand beside.
         fed: the clients and the record of the run.
     """
-    asked = replace(request(experiment, fed, clients=unlearned.clients, spent=unlearned.cost), unlearned=unlearned)
+    cut = unlearned.cut if isinstance(unlearned, Unlearned) else experiment.cut()
+    asked = request(experiment, fed, cut=cut, clients=unlearned.clients, spent=unlearned.cost)
+    asked = replace(asked, unlearned=unlearned)
     return {
         control.name: control.run(original, fed, asked, None if control is ERASE_ONLY else control.settings)
         for control in CONTROLS
@@ -186,12 +190,15 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
     }
 
 
-def request(experiment: Experiment, fed: Federation, *, clients: Sequence[str], spent: Cost | None = None) -> Request:
+def request(
+    experiment: Experiment, fed: Federation, *, cut: Cut, clients: Sequence[str], spent: Cost | None = None
+) -> Request:
     """Return what methods are asked for.
 
     Args:
         experiment: the run.
         fed: its clients.
+        cut: how many channels go.
         clients: those that take part in training.
         spent: what pruning and repair cost, for a method of equal cost.
     """
@@ -207,7 +214,7 @@ def request(experiment: Experiment, fed: Federation, *, clients: Sequence[str], 
     return Request(
         experiment.forget,
         experiment.ranking(),
-        experiment.cut(),
+        cut,
         experiment.repair(),
         experiment.recipe.unlearn.jointly,
         tuple(clients),

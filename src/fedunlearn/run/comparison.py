@@ -134,6 +134,7 @@ def _check(experiment: Experiment, plan: Plan) -> None:
             recipe protects what clients measure and a method asks for other numbers.
     """
     recipe = experiment.recipe
+    experiment.cut()  # one for all methods
     if plan.tune and recipe.data.validation == 0:
         raise RecipeError("--tune needs validation images: set data.validation above 0")
     if plan.tune and recipe.audit.oracles == 0:
@@ -313,7 +314,7 @@ class _Bench:
         """Return what a method is asked for; the erase step of the recipe is for those that take one."""
         experiment = self._work.experiment
         spent = self._spent(seed) if method.matched else None
-        asked = request(experiment, fed, clients=experiment.holders(), spent=spent)
+        asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders(), spent=spent)
         return replace(asked, repair=replace(asked.repair, training=replace(asked.repair.training, objective=None)))
 
     def _spent(self, seed: int) -> Cost | None:

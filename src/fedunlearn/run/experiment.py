@@ -30,6 +30,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.recipe import ComputeTable, Recipe
+from fedunlearn.smallest import unlearn_smallest
 from fedunlearn.training.compute import Compute, own_device, workers_on
 from fedunlearn.training.sgd import SCHEDULES, one_cycle
 from fedunlearn.unlearn import Unlearned, unlearn
@@ -100,8 +101,14 @@ class Experiment:
         return Ranking(_criterion(self.recipe), u.hook, pooling, u.sample or None)
 
     def cut(self) -> Cut:
-        """Return how many channels the recipe removes, and which end of the ranking."""
+        """Return how many channels the recipe removes, and which end of the ranking.
+
+        Raises:
+            RecipeError: the recipe leaves the fraction to ``unlearn_smallest``.
+        """
         u = self.recipe.unlearn
+        if u.fraction == "auto":
+            raise RecipeError('unlearn.fraction = "auto" is chosen by unlearn and run only: give a number here')
         return Cut(u.fraction, u.end, u.scope)
 
     def repair(self) -> Repair:
@@ -296,14 +303,14 @@ def original_model(experiment: Experiment, fed: Federation) -> Classifier:
 
 def unlearned_model(experiment: Experiment, original: Classifier, fed: Federation) -> Unlearned:
     """Return what the recipe makes of ``original``."""
+    u = experiment.recipe.unlearn
+    repair, rank = experiment.repair(), experiment.ranking()
+    if u.fraction == "auto":
+        return unlearn_smallest(
+            original, fed, forget=experiment.forget, repair=repair, rank=rank, jointly=u.jointly, scope=u.scope
+        )
     return unlearn(
-        original,
-        fed,
-        forget=experiment.forget,
-        cut=experiment.cut(),
-        repair=experiment.repair(),
-        rank=experiment.ranking(),
-        jointly=experiment.recipe.unlearn.jointly,
+        original, fed, forget=experiment.forget, cut=experiment.cut(), repair=repair, rank=rank, jointly=u.jointly
     )
 
 

@@ -16,8 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from fedunlearn.arguments import is_number
 from fedunlearn.channels.scores import CRITERIA
 from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
@@ -56,8 +57,15 @@ def _among(table: Collection[str]) -> AfterValidator:
     return AfterValidator(known)
 
 
+def _fraction(value: Any) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError('Input should be at least 0 and below 1, or "auto"')
+    return float(value)
+
+
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -124,7 +132,7 @@ class UnlearnTable(_Table):
     hook: Literal["activation", "convolution"] = "activation"
     end: Literal["highest", "lowest"] = "highest"
     scope: Literal["layer", "global"] = "layer"
-    fraction: Fraction
+    fraction: Annotated[float | Literal["auto"], PlainValidator(_fraction)]
     jointly: bool = False
     mean_of_clients: bool = False
     influence: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
@@ -274,6 +282,8 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
+    if recipe.unlearn.fraction == "auto":
+        _check_auto(recipe)
     if recipe.erase.erasing() is None and recipe.erase != EraseTable():
         raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
     if recipe.erase.erasing() is not None and recipe.unlearn.repair != "finetune":
@@ -296,6 +306,22 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("privacy.secure hides what unlearn.mean_of_clients and unlearn.influence need")
     if recipe.privacy.noise and recipe.unlearn.sample:
         raise RecipeError("privacy.noise needs unlearn.sample = 0: clients measure all their images under noise")
+
+
+def _check_auto(recipe: Recipe) -> None:
+    table = recipe.unlearn
+    if recipe.data.validation == 0:
+        raise RecipeError('unlearn.fraction = "auto" is chosen by validation images: set data.validation above 0')
+    if table.method != PRUNE:
+        raise RecipeError(
+            f'unlearn.fraction = "auto" is for the method {PRUNE}, and unlearn.method is {table.method}: give a number'
+        )
+    if len(table.forget) > 1 and not table.jointly:
+        raise RecipeError(
+            'unlearn.fraction = "auto" with several classes needs unlearn.jointly = true: one ranking, one fraction'
+        )
+    if table.end == "lowest":
+        raise RecipeError('unlearn.fraction = "auto" cuts the highest scores: leave unlearn.end out, or give a number')
 
 
 def _check_method(recipe: Recipe) -> None:

@@ -28,18 +28,24 @@ from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.smallest import Smallest
 from fedunlearn.training.compute import cores, one_torch_thread
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.unlearn import Forgotten, Unlearned
 
 
 def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Forgotten) -> dict[str, Any]:
-    """Return the blocks ``original``, ``pruned`` (where channels are), ``unlearned``, ``cost`` and ``privacy``."""
+    """Return the blocks ``original``, ``unlearned``, ``cost``, ``privacy``, and ``pruned``, ``fraction`` if any."""
     test, forget = experiment.splits.test, experiment.forget
     shipped = evaluate(unlearned.model, test, forget=forget, row_kept=unlearned.repaired)
-    blocks = {"original": evaluate(original, test, forget=forget)}
+    blocks: dict[str, Any] = {"original": evaluate(original, test, forget=forget)}
     if isinstance(unlearned, Unlearned):
         blocks["pruned"] = evaluate(unlearned.pruned, test, forget=forget)
+    if isinstance(unlearned, Smallest):
+        blocks["fraction"] = {
+            "chosen": unlearned.cut.fraction,
+            "attempts": [asdict(attempt) for attempt in unlearned.attempts],
+        }
     return blocks | {
         "unlearned": shipped | {"validation": validation_block(experiment, unlearned.model, unlearned.repaired)},
         "cost": {"unlearn": asdict(unlearned.cost)},
@@ -227,7 +233,7 @@ def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, tor
     parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
         counted = list(pool.map(lambda own: count_correct(copied(model.module), own, labels=model.labels), parts))
-    return torch.stack([c for c, _ in counted]).sum(0), torch.stack([n for _, n in counted]).sum(0)
+    return torch.stack([own.correct for own in counted]).sum(0), torch.stack([own.counts for own in counted]).sum(0)
 
 
 def _share(correct: torch.Tensor, counts: torch.Tensor) -> float | None:

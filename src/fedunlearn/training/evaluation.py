@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +14,49 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import FLOAT32, Compute, device_of
 
 
+class Counted(NamedTuple):
+    """What a model makes of images, per class, shape ``(classes,)`` each.
+
+    Attributes:
+        correct: right answers, int64.
+        counts: images, int64.
+        probability: sum of the probabilities that the images' own class is given, float64.
+    """
+
+    correct: Tensor
+    counts: Tensor
+    probability: Tensor
+
+
 def count_correct(
     model: nn.Module,
     images: LabelledImages,
     *,
     labels: Sequence[int] | None = None,
     compute: Compute = FLOAT32,
-) -> tuple[Tensor, Tensor]:
-    """Return right answers and images per class, int64, shape ``(classes,)`` each.
+) -> Counted:
+    """Return right answers, images and probabilities per class.
 
-    Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None.
+    Output row ``r`` names the class ``labels[r]``, or ``r`` where ``labels`` is None; a class without a row is given no
+    probability.
 
     Raises:
         ModelError: outputs of the model are not finite.
     """
     classes = len(images.classes)
     counts = torch.bincount(images.labels, minlength=classes)
-    correct = torch.zeros_like(counts)
+    correct, given = torch.zeros_like(counts), torch.zeros(classes, dtype=torch.float64)
     if len(images) == 0:
-        return correct, counts
+        return Counted(correct, counts, given)
     named = torch.tensor(list(range(classes) if labels is None else labels))
     model.eval()
     with torch.inference_mode(), compute.autocast(device_of(model)):
-        for batch, truth in in_order(images, model, compute):
-            right = truth.cpu()[named[finite(model(batch)).argmax(1).cpu()] == truth.cpu()]
-            correct += torch.bincount(right, minlength=classes)
-    return correct, counts
+        for batch, own_classes in in_order(images, model, compute):
+            logits, truth = finite(model(batch)).cpu(), own_classes.cpu()
+            correct += torch.bincount(truth[named[logits.argmax(1)] == truth], minlength=classes)
+            own = logits.double().softmax(1) * (named == truth[:, None])
+            given.index_add_(0, truth, own.sum(1))
+    return Counted(correct, counts, given)
 
 
 def in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,212 @@
+"""The smallest cut that forgets: which one is chosen, what it costs, and what is refused."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import make_images, make_net, write_set
+from fedunlearn.channels.plan import Cut
+from fedunlearn.channels.scores import Ranking
+from fedunlearn.console import RunProgress, notes
+from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import FederationError, PlanError, RecipeError
+from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.verify import problems
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import Privacy
+from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.run.commands import run
+from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.smallest import FRACTIONS, unlearn_smallest
+from fedunlearn.training.sgd import Training
+from fedunlearn.unlearn import unlearn
+
+REPAIR = Repair(Training(lr=0.05, batch_size=8), rounds=1)
+
+
+@pytest.fixture(scope="module")
+def clients():
+    return hold_out(partition(make_images(320, 4), by="iid", clients=2, seed=0), 0.2)
+
+
+@pytest.fixture(scope="module")
+def net(clients):
+    """A net that knows the classes."""
+    fed = federation(clients)
+    return train_rounds(make_net(classes=4), fed, Training(lr=0.1, batch_size=8), rounds=4)
+
+
+def federation(clients, journal=None, **engine):
+    train, held = clients
+    return Federation(LocalEngine(train, validation=held, **engine), journal or Journal())
+
+
+@pytest.fixture
+def most(monkeypatch):
+    """Set the probability at which an attempt passes."""
+    return lambda value: monkeypatch.setattr("fedunlearn.smallest.MOST", value)
+
+
+def smallest(net, fed, **values):
+    return unlearn_smallest(net, fed, **({"forget": 2, "repair": REPAIR, "rank": Ranking()} | values))
+
+
+def probability(model, held):
+    """Return the mean probability of class 2 on validation images of it, the slow way."""
+    given = []
+    for images in held.values():
+        for pixels, label in zip(images.images, images.labels):
+            if int(label) == 2:
+                x = (pixels.float() / 255 - torch.tensor(images.mean)) / torch.tensor(images.std)
+                with torch.no_grad():
+                    given.append(float(model.module.eval()(x[None]).softmax(1)[0, 2]))
+    return sum(given) / len(given)
+
+
+@pytest.fixture(scope="module")
+def tried(net, clients):
+    """What each cut would have given, the slow way."""
+    models = {f: unlearn(net, federation(clients), forget=2, cut=Cut(f), repair=REPAIR) for f in FRACTIONS}
+    return {f: (done, probability(done.repaired, clients[1])) for f, done in models.items()}
+
+
+@pytest.mark.parametrize("exact", [0.05, 0.15, 0.2, 0.4, None])
+def test_the_cut_is_that_which_a_search_by_halves_finds_and_the_model_that_which_it_gives(
+    net, clients, tried, exact, most
+):
+    limit = 0.01 if exact is None else tried[exact][1] + 1e-6
+    most(limit)
+    low, high, wanted, best = 0, len(FRACTIONS), [], None
+    while low < high:
+        middle = (low + high) // 2
+        wanted.append(FRACTIONS[middle])
+        if tried[FRACTIONS[middle]][1] <= limit:
+            high, best = middle, FRACTIONS[middle]
+        else:
+            low = middle + 1
+    if best is None:
+        with pytest.raises(PlanError, match=rf"no cut up to 0.5 brings the mean probability .* to {limit}"):
+            smallest(net, federation(clients))
+        return
+    fed = federation(clients)
+    done = smallest(net, fed)
+    assert [own.fraction for own in done.attempts] == wanted
+    assert done.cut == Cut(best)
+    for own in done.attempts:
+        assert own.probability == pytest.approx(tried[own.fraction][1], rel=1e-5)
+    for name, tensor in tried[best][0].model.module.state_dict().items():
+        assert torch.equal(done.model.module.state_dict()[name], tensor), name
+    assert done.cost == Cost.of(fed.journal.entries(""))  # every job that was asked
+    assert len(fed.journal.entries("measure")) == 1
+    spent = sum(own.client_flops for own in done.attempts)
+    assert done.cost.client_flops == fed.cost("measure").client_flops + spent
+
+
+def test_a_killed_search_goes_on_with_the_attempts_that_ended(net, clients, tmp_path, most):
+    most(0.3)
+    whole = smallest(net, federation(clients, Journal(tmp_path / "whole", header={})))
+
+    class KilledError(Exception):
+        pass
+
+    def observe(phase, done, planned):
+        if phase == f"attempt-{100 * whole.attempts[1].fraction:g}.repair":
+            raise KilledError
+
+    journal = Journal(tmp_path / "cut", header={}, observe=observe)
+    with pytest.raises(KilledError):
+        smallest(net, federation(clients, journal))
+    journal.leave()
+    phases = []
+    again = Journal(tmp_path / "cut", header={}, observe=lambda phase, done, planned: phases.append((phase, done)))
+    resumed = smallest(net, federation(clients, again))
+    assert resumed.attempts == whole.attempts
+    assert replace(resumed.cost, client_seconds=0) == replace(whole.cost, client_seconds=0)
+    first = f"attempt-{100 * whole.attempts[0].fraction:g}.repair"
+    assert (first, 0) not in phases  # its rounds were read back
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "text"),
+    [
+        ({"scope": "model"}, PlanError, "unlearn.scope must be one of layer, global, got 'model'"),
+        ({"forget": [1, 2]}, PlanError, "classes that go one after another have one each: forget them jointly"),
+        ({}, PlanError, "no cut up to 0.5 brings the mean probability of the classes on validation images"),
+        ({"repair": None}, RecipeError, "unlearn_smallest(repair=...) must be a Repair, such as"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(net, clients, values, error, text, most):
+    most(0.0)
+    with pytest.raises(error, match=re.escape(text)):
+        smallest(net, federation(clients), **values)
+
+
+def test_classes_that_are_scored_as_one_have_one_cut(net, clients, most):
+    most(0.6)
+    done = smallest(net, federation(clients), forget=[1, 2], jointly=True)
+    assert done.model.labels == (0, 3)
+
+
+def test_without_validation_images_of_the_class_nothing_is_chosen(net, clients):
+    with pytest.raises(FederationError, match="no client counts validation images of the classes to forget"):
+        smallest(net, Federation(LocalEngine(clients[0])))
+    with pytest.raises(FederationError, match="no client counts validation images of the classes to forget"):
+        smallest(net, federation(clients, rules=Privacy(min_images=30)))  # of each client's few, none is counted
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["data.validation=0"], "is chosen by validation images: set data.validation above 0"),
+        (["unlearn.method=scrub"], 'unlearn.fraction = "auto" is for the method prune, and unlearn.method is scrub'),
+        (["unlearn.forget=[1, 2]"], "with several classes needs unlearn.jointly = true: one ranking, one fraction"),
+        (["unlearn.end=lowest"], 'unlearn.fraction = "auto" cuts the highest scores'),
+    ],
+)
+def test_a_recipe_that_leaves_nothing_to_choose_by_is_refused(settings, text):
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        load_recipe("digits", ["unlearn.fraction=auto", *settings])
+
+
+def test_a_comparison_needs_one_fraction_for_all_methods(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path)), ["unlearn.fraction=auto"])
+    with pytest.raises(RecipeError, match="is chosen by unlearn and run only: give a number"):
+        compare(recipe, tmp_path / "out", Plan(("contrast",), 1))
+
+
+def test_a_signed_run_says_which_cut_was_chosen_and_counts_what_the_choice_cost(tmp_path, capsys):
+    strong = ["unlearn.fraction=auto", "unlearn.rounds=8", "unlearn.lr=0.2", "erase.complement=3"]
+    small = ["train.rounds=6", "audit.images=10", "evidence.feature_maps=false"]
+    recipe = load_recipe(str(write_set(tmp_path, oracles=1)), strong + small)
+    make_keys(tmp_path / "operator")
+    result = run(recipe, tmp_path / "run", key=tmp_path / "operator")
+    attempts = result["fraction"]["attempts"]
+    assert result["fraction"]["chosen"] in [own["fraction"] for own in attempts if own["probability"] <= 0.05]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[1:]]
+    ours = [step for step in steps if step["phase"].startswith(("measure", "attempt-"))]
+    spent = sum(entry["flops"] for step in ours for entry in step["entries"])
+    assert result["cost"]["unlearn"]["client_flops"] == spent
+    assert list(problems(tmp_path / "run", tmp_path / "operator.pub")) == []
+    said = " ".join(notes(result).split())
+    assert f"{100 * result['fraction']['chosen']:g} % of the channels went: of the cuts that were tried" in said
+    assert said.count(" %, U ") == len(attempts)
+    for name in ("report.html", "report.md"):
+        assert "% of the channels went" in (tmp_path / "run" / name).read_text("utf-8")
+
+
+def test_the_phases_of_an_attempt_say_how_much_was_pruned():
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    with RunProgress(Console(file=text, width=100)) as progress:
+        progress.observe("attempt-20.repair", 2, 2)
+    assert text.getvalue() == "repairing (20 % pruned): done\n"
