@@ -59,6 +59,7 @@ def measured(name: str) -> str:
         "private": private_table,
         "verdict": error_table,
         "power": power_table,
+        "networks": network_table,
     }
     file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(name, name)
     return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
@@ -137,6 +138,24 @@ def poisoning_table(rows: list[dict[str, Any]]) -> str:
         {"lie": "attack", "times": "factor", "cap": "cap"},
         {"same channels": "overlap", "U": "forget", "R": "retain", "accuracy on threes": "victim"},
     )
+
+
+def network_table(value: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the Markdown table of what can be pruned of each network."""
+    lines = [
+        "| network | layers that lose channels | left out | parameters | sliced from masked |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in value.items():
+        if "refused" in own:
+            lines.append(f"| {name} | refused: {own['refused']} | | | |")
+            continue
+        left = "; ".join(f"{count}: {reason.partition(',')[0]}" for reason, count in own["left_out"].items())
+        before, after = own["parameters"]
+        lines.append(
+            f"| {name} | {own['layers']} | {left} | {-100 * (1 - after / before):.0f} % | {own['apart']:.0e} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def private_table(value: dict[str, Any]) -> str:

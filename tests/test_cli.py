@@ -34,7 +34,7 @@ UNPRUNABLE = """
 from torch import nn
 
 def grouped(classes, colours):
-    return nn.Sequential(nn.Conv2d(colours, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, classes))
+    return nn.Sequential(nn.Conv2d(colours, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, classes))
 """
 MINE = """
 from fedunlearn.models import SmallCNN
@@ -246,7 +246,11 @@ BAD = [
     (("run", "{recipe}", "--data", "{tmp}/truncated.npz"), 1, "truncated.npz: expected an .npz of plain arrays"),
     (("run", "{recipe}", "--data", "{tmp}/absent.npz"), 2, "no client holds an image of class 2 (c)"),
     (("run", "{recipe}", "--weights", "{tmp}/other.pt"), 1, "linear.bias: the model has (4,), the file (9,)"),
-    (("run", "{recipe}", "--set", "model.name=unprunable:grouped"), 1, "'1' is a grouped convolution (groups=2)"),
+    (
+        ("run", "{recipe}", "--set", "model.name=unprunable:grouped"),
+        1,
+        "1 is a grouped convolution with 4 inputs and 8 outputs",
+    ),
     (("run", "{recipe}", "--out", "{tmp}/set.npz/out"), 1, "expected a folder that can be written, but"),
     (("run", "digits", "--key", "{tmp}/none"), 1, "none: expected a private key in PEM"),
     (("audit", "{tmp}/none.pt", "--recipe", "digits"), 1, "none.pt: expected a file of weights, found none"),

@@ -27,15 +27,54 @@ def plan_for(net, scores=None, *, fraction, example=EXAMPLE, seed=0, **cut):
     return plan_pruning(channels, drawn if scores is None else scores, Cut(fraction, **cut))
 
 
+class Seeing(nn.Module):
+    """A norm over channels that sees those that stay, by hand; the others are 0."""
+
+    def __init__(self, norm, kept):
+        super().__init__()
+        self.norm, self.kept = norm, kept
+
+    def forward(self, maps):
+        norm, kept = self.norm, list(self.kept)
+        axis = 1 if isinstance(norm, (nn.GroupNorm, LastNorm)) else -1
+        x, out = maps.movedim(axis, 1), torch.zeros_like(maps.movedim(axis, 1))
+        parts = [kept]
+        if isinstance(norm, nn.GroupNorm):
+            size = norm.num_channels // norm.num_groups
+            parts = [[c for c in kept if c // size == group] for group in range(norm.num_groups)]
+        for part in filter(None, parts):
+            for n in range(len(x)):
+                pixels = [x[n, part]] if isinstance(norm, nn.GroupNorm) else x[n, part].flatten(1).T
+                values = out[n, part].flatten(1)
+                for place, own in enumerate(pixels):
+                    mean = 0 if isinstance(norm, nn.RMSNorm) else own.mean()
+                    eps = torch.finfo(own.dtype).eps if norm.eps is None else norm.eps
+                    scaled = (own - mean) / ((own - mean).square().mean() + eps).sqrt()
+                    if isinstance(norm, nn.GroupNorm):
+                        values = scaled.flatten(1)
+                    else:
+                        values[:, place] = scaled
+                values = values.view(x[n, part].shape)
+                bias = norm.bias[part] if getattr(norm, "bias", None) is not None else torch.zeros(len(part))
+                shape = (-1, *[1] * (values.ndim - 1))
+                out[n, part] = values * norm.weight[part].view(shape) + bias.view(shape)
+        return out.movedim(1, axis)
+
+
 def masked(net, plan):
     """Return a copy in which nothing is cut away, but the layers that read a removed channel ignore it."""
     copied = copy.deepcopy(net)
     state = copied.state_dict()
     for name, axes in plan.kept.items():
-        if 1 in axes:
+        path = name.rpartition(".")[0]
+        if isinstance(net.get_submodule(path), (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+            if name.endswith("weight"):
+                parent, _, own = path.rpartition(".")
+                setattr(copied.get_submodule(parent), own, Seeing(net.get_submodule(path), axes[0]))
+        elif 1 in axes and isinstance(net.get_submodule(path), (nn.Conv2d, nn.Linear)):
             gone = [c for c in range(plan.shapes[name][1]) if c not in axes[1]]
             state[name][:, gone] = 0
-    copied.load_state_dict(state)
+    copied.load_state_dict(state, strict=False)
     return copied
 
 
@@ -249,6 +288,42 @@ class Between(nn.Module):
         return self.fc(self.tail(F.relu(self.c2(self.mix(F.relu(self.norm(self.c1(x))))))))
 
 
+class LastNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of maps, as image networks have it."""
+
+    def forward(self, maps):
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Last(nn.Sequential):
+    """Modules that take the channels last."""
+
+    def forward(self, maps):
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Doubled(nn.Module):
+    """A module that takes maps beside other maps of theirs."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.other = norm, nn.Conv2d(8, 8, 1)
+
+    def forward(self, maps):
+        return self.norm(torch.cat([maps, self.other(maps)], 1))
+
+
+class Scale(nn.Module):
+    """A weight per channel."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(shape) + 0.1)
+
+    def forward(self, maps):
+        return maps * self.gamma
+
+
 class Excited(nn.Module):
     """Squeeze and excitation: each channel times a weight that is made of all of them."""
 
@@ -275,9 +350,52 @@ def unfolded(maps):
     return F.fold(F.unfold(maps, 3, padding=1), (8, 8), 3, padding=1)
 
 
+def drawn(module):
+    """Return ``module`` with weights that tell its channels apart."""
+    with torch.no_grad():
+        for own in module.parameters():
+            own.uniform_(0.3, 1.7)
+    return module
+
+
 BETWEEN = {  # what is between, its channels, whether the first convolution can lose some
     "squeeze and excitation": (Excited(), 8, True),
     "dropout": (nn.Dropout2d(), 8, True),
+    "depthwise convolution": (nn.Conv2d(8, 8, 3, padding=1, groups=8), 8, True),
+    "depthwise and pointwise": (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 12, 1)), 12, True),
+    "convolution of four groups": (nn.Conv2d(8, 8, 3, groups=4), 8, True),
+    "convolutions of four and of two groups": (
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 8, 1, groups=2)),
+        8,
+        True,
+    ),
+    "convolution of two groups that widens": (nn.Conv2d(8, 12, 3, groups=2), 12, False),
+    "depthwise convolution that widens": (nn.Conv2d(8, 16, 3, groups=8), 16, False),
+    "group norm of two": (drawn(nn.GroupNorm(2, 8)), 8, True),
+    "group norm of four": (drawn(nn.GroupNorm(4, 8)), 8, True),
+    "group norm of one": (drawn(nn.GroupNorm(1, 8)), 8, True),
+    "group norm of eight": (drawn(nn.GroupNorm(8, 8)), 8, True),
+    "group norm after a convolution of four groups": (
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), drawn(nn.GroupNorm(2, 8))),
+        8,
+        True,
+    ),
+    "group norms of two and of four": (nn.Sequential(drawn(nn.GroupNorm(2, 8)), drawn(nn.GroupNorm(4, 8))), 8, True),
+    "group norm of concatenated maps": (
+        Doubled(drawn(nn.GroupNorm(2, 16))),
+        16,
+        False,
+    ),
+    "layer norm over channels": (drawn(LastNorm(8)), 8, True),
+    "layer norm of channels last": (Last(drawn(nn.LayerNorm(8))), 8, True),
+    "root mean square norm of channels last": (Last(drawn(nn.RMSNorm(8))), 8, True),
+    "layer norm over pixels": (drawn(nn.LayerNorm((8, 8))), 8, False),
+    "linear layers of channels last": (Last(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), 8, True),
+    "slopes": (drawn(nn.PReLU(8)), 8, True),
+    "one slope": (nn.PReLU(), 8, True),
+    "layer scale": (Scale(8, 1, 1), 8, True),
+    "layer scale of channels last": (Last(Scale(8)), 8, True),
+    "a weight per pixel": (Scale(1, 8, 8), 8, False),
     "instance norm": (F.instance_norm, 8, True),
     "unfold": (unfolded, 8, True),
     "spatial attention": (Attending(), 8, False),
@@ -304,6 +422,99 @@ def test_what_is_between_convolutions_is_followed_or_its_channels_stay(mix, widt
     torch.testing.assert_close(
         logits(prune(net, plan), EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-4, atol=1e-6
     )
+
+
+class Halves(nn.Module):
+    """The channels of one convolution go with those of two others, half of them with each."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole, self.one, self.two = nn.Conv2d(1, 8, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+        self.read, self.fc = nn.Conv2d(8, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        maps = F.relu(self.whole(x) + torch.cat([self.one(x), self.two(x)], 1))
+        return self.fc(F.relu(self.read(maps)).mean((2, 3)))
+
+
+def test_a_convolution_that_goes_with_two_others_is_cut_with_each_and_scored_by_neither():
+    torch.manual_seed(0)
+    net = Halves()
+    channels = find_channels(net, EXAMPLE)
+    assert [group.layers for group in channels.groups] == [("one",), ("two",), ("read",)]
+    assert channels.left_out == {}
+    scores = {"one": torch.tensor([0, 0, 1.0, 0]), "two": torch.tensor([2.0, 0, 0, 0])}
+    plan = plan_for(net, scores, fraction=0.25)
+    assert plan.kept["whole.weight"] == {0: (0, 1, 3, 5, 6, 7)}
+    torch.testing.assert_close(
+        logits(prune(net, plan), EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "went", "left"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=4), [(4, 5, 6, 7)], (2, 4, 4)),  # blocks of two: those with the highest mean
+        (drawn(nn.GroupNorm(2, 8)), [(2, 3, 6, 7)], (2, 4)),  # as many of each half
+        (drawn(nn.GroupNorm(4, 8)), [(4, 5, 6, 7)], (2, 4)),  # whole groups
+        (nn.Conv2d(8, 8, 3, groups=8), [(4, 5, 6, 7)], (4, 4, 4)),
+    ],
+    ids=["convolution of four groups", "group norm of two", "group norm of four", "depthwise convolution"],
+)
+def test_of_grouped_layers_whole_blocks_go_or_as_many_channels_of_each(layer, went, left):
+    net = Between(layer)
+    settle(net, 1)
+    scores = dict.fromkeys(find_channels(net, EXAMPLE).taps, torch.arange(1.0, 9))
+    plan = plan_for(net, {name: own for name, own in scores.items() if name != "c2"}, fraction=0.5)
+    assert [plan.pruned["c1"]] == went
+    cut = prune(net, plan).mix
+    sizes = (cut.num_groups, cut.num_channels) if isinstance(cut, nn.GroupNorm) else None
+    assert left == (sizes or (cut.groups, cut.in_channels, cut.out_channels))
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept", "text"),
+    [
+        (
+            nn.Conv2d(8, 8, 3, groups=4),
+            (0, 2, 3),
+            r"keeps \[1, 2, 0, 0\] of the 2 channels in each of the 4 blocks of mix",
+        ),
+        (
+            drawn(nn.GroupNorm(2, 8)),
+            (0, 1, 4),
+            r"keeps \[2, 1\] of the 4 channels in each of the 2 blocks of mix.*or as many",
+        ),
+        (drawn(nn.GroupNorm(4, 8)), (0, 2), r"keeps \[1, 1, 0, 0\] of the 2 channels in each of the 4 blocks of mix"),
+    ],
+)
+def test_a_plan_that_leaves_blocks_of_several_sizes_is_refused(layer, kept, text):
+    plan = PruningPlan({"mix.weight": tuple(layer.weight.shape)}, {"mix.weight": {0: kept}})
+    with pytest.raises(PlanError, match=text):
+        prune(Between(layer), plan)
+
+
+class Pooled(nn.Module):
+    """A network that ends in a convolution with a row per class, which is pooled, as SqueezeNet does."""
+
+    def __init__(self, end=lambda logits: logits):
+        super().__init__()
+        self.conv, self.head, self.end = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 1), end
+
+    def forward(self, x):
+        return self.end(F.relu(self.head(F.relu(self.conv(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("end", [lambda logits: logits, lambda logits: logits.log_softmax(1)], ids=["pooled", "log"])
+def test_the_row_of_a_class_goes_from_a_convolution_that_is_pooled_and_before_a_log_softmax(end):
+    torch.manual_seed(0)
+    net = Pooled(end)
+    assert head_layer(net, EXAMPLE) == "head"
+    whole = classifier(net)
+    smaller = whole.without_rows([1])
+    assert smaller.labels == (0, 2)
+    expected, found = logits(net, EXAMPLE)[:, [0, 2]], logits(smaller.module, EXAMPLE)
+    torch.testing.assert_close(found.softmax(1), expected.softmax(1))
 
 
 @pytest.mark.parametrize(
@@ -335,9 +546,9 @@ class Normed(nn.Module):
         return self.linear(self.norm(self.conv(x)).mean((2, 3)))
 
 
-class Scaled(Normed):
+class Softened(Normed):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return super().forward(x).softmax(1)
 
 
 @pytest.mark.parametrize(
@@ -345,10 +556,10 @@ class Scaled(Normed):
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "no Conv2d layer.*use a CNN"),
         (
-            nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 3)),
-            r"'1' is a grouped convolution \(groups=2\).*groups=1",
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 3)),
+            r"can lose channels \(0: 1 is a grouped convolution with 4 inputs and 8 outputs",
         ),
-        (Normed(), "'norm' is a LayerNorm with weights of its own.*BatchNorm2d in place of LayerNorm"),
+        (Normed(), "no convolution of the model can lose channels.*conv: its channels cross an operation"),
         (nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), "no convolution of the model can lose channels.*output"),
     ],
 )
@@ -359,7 +570,7 @@ def test_unprunable_models_are_refused_with_module_reason_and_remedy(model, text
 
 def test_a_model_whose_output_is_not_a_linear_layer_is_refused():
     with pytest.raises(ModelError, match="must come straight from a Linear layer"):
-        head_layer(Scaled(), EXAMPLE)
+        head_layer(Softened(), EXAMPLE)
 
 
 def test_images_that_the_model_cannot_take_are_refused():

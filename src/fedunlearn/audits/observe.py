@@ -14,7 +14,7 @@ from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.channels.taps import Tap, channel_means, reading
+from fedunlearn.channels.taps import Tap, channel_means, head_input, reading
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import cores, one_torch_thread
@@ -28,7 +28,7 @@ class Observed:
 
     Attributes:
         logits: shape ``(images, rows)``.
-        features: what the last linear layer receives, shape ``(images, width)``.
+        features: what the last layer receives, shape ``(images, width)``, see ``head_input``.
         layers: per layer, the mean positive activation of its channels, shape ``(images, channels)``.
     """
 
@@ -46,7 +46,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
         layers: also read the activations of every layer that can be pruned.
 
     Raises:
-        ModelError: the model does not end in a linear layer, or its outputs are not finite.
+        ModelError: the model has no layer with a row per class, or its outputs are not finite.
     """
     classifier = Classifier.of(model, images.shape)
     module, example = classifier.module, classifier.example
@@ -74,7 +74,8 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
                 for name, tap in taps.items()
                 if name != _HEAD
             }
-            seen.append(Observed(logits, maps[_HEAD].float().cpu(), {name: m.cpu() for name, m in means.items()}))
+            features = head_input(maps[_HEAD]).float().cpu()
+            seen.append(Observed(logits, features, {name: m.cpu() for name, m in means.items()}))
     return _joined(seen)
 
 

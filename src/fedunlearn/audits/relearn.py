@@ -14,6 +14,7 @@ from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.groups import head_layer
+from fedunlearn.channels.kinds import resize
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
@@ -106,14 +107,14 @@ def with_all_rows(model: Classifier, classes: int) -> Classifier:
     if not missing:
         return grown
     path, _, attribute = head_layer(module, model.example).rpartition(".")
-    head: nn.Linear = getattr(module.get_submodule(path), attribute)
-    larger = nn.Linear(head.in_features, head.out_features + len(missing), bias=head.bias is not None).to(head.weight)
-    with torch.no_grad():
-        larger.weight.zero_()[: head.out_features] = head.weight
-        if head.bias is not None:
-            # Level with the others: a bias of 0 beside a trained -5 or +5 would be a head start or a handicap.
-            larger.bias.fill_(float(head.bias.mean()))[: head.out_features] = head.bias
-    setattr(module.get_submodule(path), attribute, larger)
+    head: nn.Linear | nn.Conv2d = getattr(module.get_submodule(path), attribute)
+    new = head.weight.new_zeros((len(missing), *head.weight.shape[1:]))
+    head.weight = nn.Parameter(torch.cat([head.weight.detach(), new]))
+    if head.bias is not None:
+        # Level with the others: a bias of 0 beside a trained -5 or +5 would be a head start or a handicap.
+        level = head.bias.detach().mean().expand(len(missing))
+        head.bias = nn.Parameter(torch.cat([head.bias.detach(), level]))
+    resize(head, attribute, None)
     return grown
 
 

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize
 
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_module
+from fedunlearn.channels.kinds import FOLLOWED
 from fedunlearn.errors import ModelError
 from fedunlearn.seeding import generator
 
-FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _OWN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 # What else a layer has where its weight is computed, and how it becomes a tensor again.
 _REMEDIES = {

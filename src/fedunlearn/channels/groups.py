@@ -6,8 +6,9 @@ a sign, on zero-padded shortcuts for one, so every group is tried out before it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,20 +16,24 @@ from torch import Tensor, nn
 
 from fedunlearn.arguments import must_be
 from fedunlearn.channels.checks import (
-    FOLLOWED,
     check_evaluation,
     check_parts,
     check_weights,
     example_images,
+    forward,
     passed,
     placed,
     tied_tensors,
 )
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.kinds import FOLLOWED, block_size, blocks_of, channel_axis, passes_on
+from fedunlearn.channels.slicing import parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group, Member
 from fedunlearn.channels.taps import HOOKS, Tap, rectified
 from fedunlearn.channels.trial import try_out
 from fedunlearn.errors import ModelError
+
+_SAME = 1e-4  # of the largest logit: how far what follows the head may move the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +91,7 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
     traced, unseen = trace(trial, example)
     left_out |= unseen
     for group in traced:
-        if all(member.axis == 0 for member in group.members):
+        if not any(member.reads for member in group.members):
             left_out |= dict.fromkeys(
                 group.layers,
                 "no layer is seen to consume its channels: they are the model's output, or autograd does not record "
@@ -94,7 +99,9 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
             )
         else:
             found.append(group)
-    followed, refused = try_out(trial, found, tuple(example.shape[1:]))
+    joined, apart = _in_blocks(trial, found)
+    left_out |= apart
+    followed, refused = try_out(trial, joined, tuple(example.shape[1:]))
     left_out |= refused
     tied, usable = tied_tensors(trial), []
     times = {name: len(outputs) for name, outputs in calls.items()}
@@ -112,6 +119,8 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
             "example by a plain or 1x1 shortcut, or by a module of its own for each call"
         )
     read = {layer for group in usable for layer in group.layers}
+    in_part = {member.module for group in usable for member in group.members if not member.reads}
+    left_out = {layer: reason for layer, reason in left_out.items() if layer not in in_part}
     taps = rectified(trial, {name: tap for name, tap in taps.items() if name in read}, example)
     return Channels(model, tuple(usable), taps, left_out)
 
@@ -142,11 +151,13 @@ def _taps(model: nn.Module, groups: Sequence[Group], called: Sequence[str], hook
         later = [
             (order[member.module], member)
             for member in group_of[name].members
-            if member.axis == 1 and order.get(member.module, -1) > order[name]
+            if order.get(member.module, -1) > order[name]
+            and (member.reads or isinstance(model.get_submodule(member.module), nn.Conv2d))
         ]
         if later:
             _, member = min(later, key=lambda pair: pair[0])
-            taps[name] = Tap(member.module, "input", min(member.positions), max(member.positions) + 1)
+            start, stop = min(member.positions), max(member.positions) + 1
+            taps[name] = Tap(member.module, "input", start, stop, channel_axis(model.get_submodule(member.module)))
         else:
             taps[name] = Tap("", "output", 0, group_of[name].width)
     return taps
@@ -156,44 +167,66 @@ def check_prunable(model: nn.Module) -> None:
     """Refuse a model whose channels cannot be followed, before any data is touched.
 
     Raises:
-        ModelError: it has no convolution, a grouped convolution, or a module with weights of an unknown kind.
+        ModelError: it has no convolution.
     """
     check_weights(model)
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ModelError("the model has no Conv2d layer: pruning removes channels of convolutions; use a CNN")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
-            raise ModelError(
-                f"{name!r} is a grouped convolution (groups={module.groups}), whose channels cannot be removed "
-                "one by one: replace it by a Conv2d with groups=1"
-            )
-        if not isinstance(module, FOLLOWED) and next(module.parameters(recurse=False), None) is not None:
-            raise ModelError(
-                f"{name or 'the model itself'!r} is a {type(module).__name__} with weights of its own, which pruning "
-                "cannot follow: use Conv2d, Linear and BatchNorm, for example BatchNorm2d in place of LayerNorm"
-            )
 
 
 def head_layer(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the linear layer whose output is the model's, one row per class.
+    """Return the name of the layer whose output has one row per class: the one to cut when a class is removed.
+
+    Either the logits are what a ``Linear`` layer makes. Or they lose a class with the row of a ``Linear`` or ``Conv2d``
+    layer, as a trial shows, and change by no more than a number per image: those of a convolution that is pooled, or
+    of a log-softmax.
 
     Raises:
-        ModelError: the model's output does not come straight from a ``Linear`` layer, or that is used twice.
+        ModelError: the model has no such layer, or it is used twice.
     """
     check_weights(model)
-    seen = passed(model, placed(example, model))
-    for name, outputs in seen.outputs.items():
-        if any(output is seen.logits for output in outputs) and isinstance(model.get_submodule(name), nn.Linear):
-            used = tied_tensors(model).get(name)
-            if len(outputs) > 1:
-                used = f"{name} is called {len(outputs)} times in a pass"
-            if used:
-                raise ModelError(f"the row of a class cannot be removed alone, {used}: give the output its own Linear")
-            return name
+    example = placed(example, model)
+    seen = passed(model, example)
+    rows = seen.logits.shape[1]
+    layers = {name: model.get_submodule(name) for name in [*seen.outputs][::-1]}
+    heads = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear) and any(output is seen.logits for output in seen.outputs[name])
+    ]
+    shown = (name for name, layer in layers.items() if _has_rows(layer, rows) and _names_classes(model, name, example))
+    for name in (*heads, *([] if heads else shown)):
+        used = tied_tensors(model).get(name)
+        if len(seen.outputs[name]) > 1:
+            used = f"{name} is called {len(seen.outputs[name])} times in a pass"
+        if used:
+            raise ModelError(f"the row of a class cannot be removed alone, {used}: give the output its own Linear")
+        return name
     raise ModelError(
-        "the model's output must come straight from a Linear layer, whose row of the class is removed at the end; "
-        "end the model with nn.Linear and return its output"
+        "the model's output must come straight from a Linear layer, whose row of the class is removed at the end, or "
+        "from a convolution that is pooled, a log-softmax after it or not: end the model with nn.Linear and return its "
+        "output"
     )
+
+
+def _has_rows(layer: nn.Module, rows: int) -> bool:
+    plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    return plain and layer.get_parameter("weight").shape[0] == rows > 1
+
+
+def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
+    """Return whether without the first row of a layer the logits are those of the others, up to a number per image."""
+    smaller = copied(model)
+    try:
+        rows = parameter_layers(model, name, 0)
+        slice_tensors(smaller, {own: {0: tuple(range(1, size))} for own, size in rows})
+        found, expected = forward(smaller, example), forward(model, example)[:, 1:]
+    except ModelError:  # something reads that row
+        return False
+    if found.shape != expected.shape:
+        return False
+    apart = found - expected
+    return bool((apart - apart.mean(1, keepdim=True)).abs().max() <= _SAME * expected.abs().max())
 
 
 def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:
@@ -211,7 +244,9 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
     seen: set[str] = set()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example.clone())
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs=example.clone(), verbose=False
+            )
             for module, name in names.items():
                 if name not in called or name in seen or not isinstance(module, nn.Conv2d):
                     continue
@@ -223,8 +258,8 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
                 groups.append(group)
     except Exception as error:  # it fails in many ways on what it does not know
         raise ModelError(
-            f"the model cannot be followed from layer to layer ({type(error).__name__}): take no_grad, detach and "
-            "activation checkpointing out of its forward pass"
+            f"the model cannot be followed from layer to layer ({type(error).__name__}): take no_grad, detach, "
+            "activation checkpointing and channel shuffles out of its forward pass"
         ) from error
     return groups, unseen
 
@@ -234,22 +269,94 @@ def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Gro
 
     width = int(module.weight.shape[0])
     items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
+    owners = {id(own): layer for layer in names for own in layer.parameters(recurse=False)}
     members = {}
     for dependency, positions in items:
         target = dependency.target.module
-        if not isinstance(target, FOLLOWED):
+        if isinstance(target, nn.Parameter):  # read by the code of a module: that of a layer scale, say
+            owner = owners[id(target)]
+            if not isinstance(owner, FOLLOWED):
+                (name,) = (own for own, parameter in owner.named_parameters(recurse=False) if parameter is target)
+                place = f"{names[owner]}.{name}".removeprefix("."), int(dependency.target.pruning_dim)
+            else:
+                place = names[owner], 0
+        elif isinstance(target, nn.PReLU) and target.num_parameters == 1:
             continue
-        axis = 1 if dependency.handler.__name__ == "prune_in_channels" and not _is_norm(target) else 0
-        member = Member(names[target], axis, tuple(sorted(int(i) for i in positions)))
+        elif isinstance(target, FOLLOWED):
+            reads = dependency.handler.__name__ == "prune_in_channels" and isinstance(target, (nn.Conv2d, nn.Linear))
+            place = names[target], int(reads)
+        else:
+            continue
+        reads = place[1] == 1 and isinstance(target, (nn.Conv2d, nn.Linear))
+        member = Member(*place, tuple(sorted(int(i) for i in positions)), reads)
         members[member.module, member.axis, member.positions] = member
-    kinds = {name: own for own, name in names.items()}
+    # All channels of a convolution, or it has no scores of its own here: parts of it may go with several groups.
+    whole = {name for own, name in names.items() if isinstance(own, nn.Conv2d) and own.out_channels == width}
     layers = {
         member.module
         for member in members.values()
-        if member.axis == 0 and len(member.positions) == width and isinstance(kinds[member.module], nn.Conv2d)
+        if member.axis == 0 and len(member.positions) == width and member.module in whole
     }
     return Group(tuple(name for name in names.values() if name in layers), width, tuple(members.values()))
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+def _in_blocks(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], dict[str, str]]:
+    """Return the groups with what is on both sides of a grouped convolution joined, and which channels go together.
+
+    Also layer to the reason why a group that grouped layers divide in several ways is left out.
+    """
+    joined = list(groups)
+    for name, module in model.named_modules():
+        if not passes_on(module):
+            continue
+        sides = [group for group in joined if any(member.module == name for member in group.members)]
+        if len(sides) > 1 and all(_all_of(group, name) for group in sides):
+            layers = [own for own, _ in model.named_modules() if any(own in group.layers for group in sides)]
+            members = {
+                (member.module, member.axis, member.positions): member
+                for group in sides
+                for member in group.members
+                if not (member.module == name and member.reads)  # it hands them on
+            }
+            whole = Group(tuple(layers), sides[0].width, tuple(members.values()))
+            joined = [whole if group is sides[0] else group for group in joined if group not in sides[1:]]
+    found: list[Group] = []
+    reasons: dict[str, str] = {}
+    for group in joined:
+        divided = _divided(model, group)
+        if isinstance(divided, str):
+            reasons |= dict.fromkeys(group.layers, divided)
+        else:
+            found.append(divided)
+    return found, reasons
+
+
+def _all_of(group: Group, name: str) -> bool:
+    """Return whether the channels of ``group`` are all that the module ``name`` has, in order."""
+    return any(member.module == name and member.positions == tuple(range(group.width)) for member in group.members)
+
+
+def _divided(model: nn.Module, group: Group) -> Group | str:
+    """Return ``group`` with the channels that only go together, or why none can go.
+
+    Of a grouped convolution whole blocks go. Of a group normalisation whole blocks, or as many channels of each: what
+    takes fewer channels at a time. Either way what is left are blocks of one size.
+    """
+    modules = dict(model.named_modules())
+    blocks, shares = [1], [1]
+    for name in {member.module for member in group.members}:
+        module = modules.get(name)
+        number = 1 if module is None else blocks_of(module)
+        if module is None or number == 1 or block_size(module) == 1:
+            continue
+        if not _all_of(group, name):
+            return f"{name} divides them among others' channels"
+        if isinstance(module, nn.Conv2d) and not passes_on(module):
+            return f"{name} is a grouped convolution with {module.in_channels} inputs and {module.out_channels} outputs"
+        blocks.append(group.width // number)
+        shares.append(group.width if isinstance(module, nn.Conv2d) else number)
+    block, share = math.lcm(*blocks), math.lcm(*shares)
+    block, share = (block, 1) if block <= share else (1, share)
+    if group.width > 1 and max(block, share) >= group.width:
+        return "blocks of its grouped layers leave no part of the channels that could go alone"
+    return replace(group, block=block, shares=share)

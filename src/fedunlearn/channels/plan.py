@@ -264,7 +264,8 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
     Of a group of ``C`` channels the ``floor(fraction * C)`` best-scored go (``scope="layer"``), or the best-scored
     ``floor(fraction * all channels)`` of all groups together (``"global"``). Layers tied by a residual addition form
     one group, scored by the mean of its layers. A score of 0 or less is never pruned, a group never loses its last
-    channel, ties break by layer, then index.
+    channel, ties break by layer, then index. Channels that can only go together (``Group.units``) have the mean of
+    their scores, and stay where they are more than the share.
 
     Args:
         channels: of the model, see ``find_channels``.
@@ -301,7 +302,7 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
             ranking.append(torch.stack(own).mean(0))
         else:
             left_out |= dict.fromkeys(group.layers, "it was not scored")
-    chosen = _choose(ranking, cut)
+    chosen = _choose(ranked, ranking, cut)
     pruned = {layer: tuple(gone) for group, gone in zip(ranked, chosen) for layer in group.layers}
     kept = combine(group.kept(channels.model, gone) for group, gone in zip(ranked, chosen) if gone)
     state = channels.model.state_dict()
@@ -326,24 +327,23 @@ def _checked(scores: Tensor, layer: str, width: int) -> Tensor:
     return scores.double()
 
 
-def _choose(ranking: Sequence[Tensor], cut: Cut) -> list[list[int]]:
+def _choose(groups: Sequence[Group], ranking: Sequence[Tensor], cut: Cut) -> list[list[int]]:
     """Return, per group, the channels to remove, ascending."""
     sign = 1 if cut.end == "highest" else -1
     entries = [
-        (-sign * float(score), index, channel)
-        for index, scores in enumerate(ranking)
-        for channel, score in enumerate(scores)
-        if cut.end == "lowest" or float(score) > 0
+        (-score, index, channels)
+        for index, (group, scores) in enumerate(zip(groups, ranking))
+        for score, channels in group.units((sign * scores).tolist())
+        if cut.end == "lowest" or score > 0
     ]
-    widths = [len(scores) for scores in ranking]
-    room = [_quota(cut.fraction, width) if cut.scope == "layer" else width - 1 for width in widths]
-    total = sum(room) if cut.scope == "layer" else _quota(cut.fraction, sum(widths))
-    chosen: list[list[int]] = [[] for _ in ranking]
-    for _, index, channel in sorted(entries):
-        if total > 0 and room[index] > 0:
-            chosen[index].append(channel)
-            room[index] -= 1
-            total -= 1
+    room = [_quota(cut.fraction, group.width) if cut.scope == "layer" else group.width - group.unit for group in groups]
+    total = sum(room) if cut.scope == "layer" else _quota(cut.fraction, sum(group.width for group in groups))
+    chosen: list[list[int]] = [[] for _ in groups]
+    for _, index, channels in sorted(entries):
+        if total >= len(channels) and room[index] >= len(channels):
+            chosen[index].extend(channels)
+            room[index] -= len(channels)
+            total -= len(channels)
     return [sorted(channels) for channels in chosen]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fedunlearn.channels.kinds import resize
 
 # tensor name -> axis -> the positions that stay
 Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -14,8 +16,12 @@ Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
 def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str, int]]:
     """Return name and length of the tensors of ``module`` that carry channels on ``axis`` (0 output, 1 input).
 
-    A module under two names has its tensors under both, as in the state of the model.
+    A module under two names has its tensors under both, as in the state of the model. ``module`` may also name a
+    parameter that belongs to no layer of a known kind.
     """
+    alone = dict(model.named_parameters()).get(module)
+    if alone is not None:
+        return [(module, alone.shape[axis])] if alone.ndim > axis else []
     owner = model.get_submodule(module)
     tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
     names = [name for name, own in model.named_modules(remove_duplicate=False) if own is owner]
@@ -34,8 +40,12 @@ def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:
 
 
 def slice_tensors(model: nn.Module, kept: Kept) -> None:
-    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line."""
-    owners = set()
+    """Keep only the named positions of each tensor of ``model`` and bring its modules' sizes in line.
+
+    Raises:
+        PlanError: blocks of a grouped layer would be left that differ in size.
+    """
+    owners: dict[nn.Module, tuple[str, Sequence[int] | None]] = {}  # with name and channels that stay
     done = set()
     for name, axes in kept.items():
         path, _, attribute = name.rpartition(".")
@@ -43,7 +53,7 @@ def slice_tensors(model: nn.Module, kept: Kept) -> None:
         if (owner, attribute) in done:  # it has two names
             continue
         done.add((owner, attribute))
-        owners.add(owner)
+        owners[owner] = path, axes.get(0, owners.get(owner, (path, None))[1])
         tensor: Tensor = getattr(owner, attribute)
         value = tensor.detach()
         for axis, positions in axes.items():
@@ -52,12 +62,5 @@ def slice_tensors(model: nn.Module, kept: Kept) -> None:
             setattr(owner, attribute, nn.Parameter(value, requires_grad=tensor.requires_grad))
         else:
             setattr(owner, attribute, value)
-    for owner in owners:
-        if isinstance(owner, nn.Conv2d):
-            owner.out_channels, owner.in_channels = owner.weight.shape[:2]
-        elif isinstance(owner, nn.Linear):
-            owner.out_features, owner.in_features = owner.weight.shape
-        elif isinstance(owner, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            owner.num_features = next(
-                len(tensor) for tensor in (owner.weight, owner.running_mean) if tensor is not None
-            )
+    for owner, (path, staying) in owners.items():
+        resize(owner, path, staying)

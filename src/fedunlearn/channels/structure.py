@@ -15,14 +15,16 @@ class Member:
     """One side of one module in a group.
 
     Attributes:
-        module: its name.
+        module: its name; that of a parameter which belongs to no layer of a known kind.
         axis: of its tensors: 0 for the output side, 1 for the input side.
         positions: of all the group's channels, ascending; ``k`` in a row per channel where maps were flattened.
+        reads: whether it mixes the channels into others; a normalisation or a depthwise convolution hands them on.
     """
 
     module: str
     axis: int
     positions: tuple[int, ...]
+    reads: bool
 
     def of(self, channels: Sequence[int], width: int) -> list[int]:
         """Return the positions of these ``channels``, in a group of ``width`` channels."""
@@ -38,11 +40,39 @@ class Group:
         layers: the convolutions, in the order of the model.
         width: their channels.
         members: every module side that carries these channels (axis 0 output, axis 1 input).
+        block: so many neighbouring channels can only go together, a block of a grouped convolution.
+        shares: as many channels go of each of so many equal parts, those of a group normalisation.
     """
 
     layers: tuple[str, ...]
     width: int
     members: tuple[Member, ...]
+    block: int = 1
+    shares: int = 1
+
+    @property
+    def unit(self) -> int:
+        """How many channels go at least."""
+        return self.block * self.shares
+
+    def units(self, scores: Sequence[float]) -> list[tuple[float, tuple[int, ...]]]:
+        """Return the channels that go together, with the mean of their scores.
+
+        Of a group in shares, the best of each share go together, then the second of each, and so on.
+
+        Args:
+            scores: one per channel.
+        """
+        if self.block > 1:
+            together = [tuple(range(first, first + self.block)) for first in range(0, self.width, self.block)]
+        else:
+            part = self.width // self.shares
+            ranked = [
+                sorted(range(first, first + part), key=lambda channel: -scores[channel])
+                for first in range(0, self.width, part)
+            ]
+            together = [tuple(sorted(channels)) for channels in zip(*ranked)]
+        return [(sum(scores[channel] for channel in own) / len(own), own) for own in together]
 
     def kept(self, model: nn.Module, removed: Sequence[int]) -> Kept:
         """Return ``tensor -> axis -> kept positions`` when the channels ``removed`` go."""

@@ -33,6 +33,7 @@ class Tap:
         side: ``"input"`` or ``"output"`` of the module.
         start: first channel that belongs to the layer.
         stop: one past the last; ``stop - start`` is a multiple of the layer's channels where maps were flattened.
+        axis: of the channels in what is read; 1, or -1 for the last.
         rectified: no value is below 0, by what autograd records of a pass; it does not see changes of ``tensor.data``.
     """
 
@@ -40,6 +41,7 @@ class Tap:
     side: str
     start: int
     stop: int
+    axis: int = 1
     rectified: bool = False
 
 
@@ -99,9 +101,14 @@ def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
+def head_input(z: Tensor) -> Tensor:
+    """Return what the last layer receives, shape ``(images, width)``: the mean over the pixels where it takes maps."""
+    return z.flatten(2).mean(2) if z.ndim > 2 else z
+
+
 def channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
     """Return the mean positive value per channel, shape ``(images, width)``, of the maps ``z``, flattened or not."""
-    own = z[:, tap.start : tap.stop]
+    own = z.movedim(tap.axis, 1)[:, tap.start : tap.stop]
     if not tap.rectified:
         own = own.clamp_min(0)  # a copy of all maps: a tenth of the pass
     # At least float32: maps may be bfloat16, sums of them must not.

@@ -7,16 +7,17 @@ the output would prove nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.channels.checks import example_images, first_line, forward
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.kinds import NORMS, channel_axis
 from fedunlearn.channels.slicing import combine, parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group, Member
-from fedunlearn.errors import ModelError
+from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.seeding import generator
 
 CROSSED = "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
@@ -35,7 +36,7 @@ def try_out(model: nn.Module, groups: Sequence[Group], shape: tuple[int, ...]) -
         shape: of an image.
     """
     able = [group for group in groups if all(_fits(model, member, group.width) for member in group.members)]
-    open_ = [group for group in able if group.width > 1]  # a single channel is never cut
+    open_ = [group for group in able if group.width > group.unit]  # the last channels are never cut
     for positive in (True, False):  # where no positive value gets through, perhaps one of either sign does
         if not open_:
             break
@@ -81,7 +82,7 @@ def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     for group in groups:
         halves = [0.0, 0.0]
         for member in group.members:
-            if member.axis == 0:  # what makes the channels; batch normalisation may have no weight at all
+            if not member.reads:  # what makes the channels, or hands them on
                 continue
             weight = net.get_parameter(f"{member.module}.weight")
             if weight.grad is not None:
@@ -114,16 +115,20 @@ def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn
                 else:
                     weight *= (2 / weight[0].numel()) ** 0.5
                 module.weight.copy_(weight)
-            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                continue
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 if module.running_mean is not None and module.running_var is not None:
                     module.running_mean.zero_()
                     module.running_var.fill_(1)
-                scale = module.weight if module.affine else module.running_var  # what tells its channels apart
-                if scale is not None:
-                    _ = scale.copy_(0.75 + 0.25 * normal(scale).tanh())
-            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-                level = 0.1 * normal(bias)
-                bias.copy_(level.abs() if positive else level)
+                if not module.affine and module.running_var is not None:  # what tells its channels apart
+                    module.running_var.copy_(0.75 + 0.25 * normal(module.running_var).tanh())
+        read = {f"{name}.weight" for name, own in net.named_modules() if isinstance(own, (nn.Conv2d, nn.Linear))}
+        for name, parameter in net.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                level = 0.1 * normal(parameter)
+                parameter.copy_(level.abs() if positive else level)
+            elif name not in read:
+                parameter.copy_(0.75 + 0.25 * normal(parameter).tanh())
     images = example_images(shape).to(next(net.parameters()).device)
     images = images.abs() if positive else images
     try:
@@ -136,24 +141,58 @@ def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn
 def _removed(group: Group, half: int) -> list[int]:
     """Return a drawn half of the channels, or the other half: each channel is tried out once."""
     order = torch.randperm(group.width, generator=generator(0, "half", group.width)).tolist()
-    middle = group.width // 2
-    return sorted(order[:middle] if half == 0 else order[middle:])
+    units = sorted(group.units(order))
+    middle = len(units) // 2
+    return sorted(channel for _, own in (units[:middle] if half == 0 else units[middle:]) for channel in own)
 
 
-def _masked(net: nn.Module, groups: Sequence[Group], half: int, images: Tensor) -> Tensor:
-    """Return the logits where the layers that read the removed channels ignore them."""
+def masked(net: nn.Module, sliced: nn.Module, removed: Mapping[Group, Sequence[int]], images: Tensor) -> Tensor:
+    """Return the logits where what reads the removed channels ignores them, and norms over channels do not see them.
+
+    Args:
+        net: the whole model; left as it was.
+        sliced: the same without these channels, for its norms.
+        removed: group to channels.
+        images: what the model takes.
+    """
     before: dict[str, Tensor] = {}
+    gone: dict[str, set[int]] = {}
     with torch.no_grad():
-        for group in groups:
+        for group, channels in removed.items():
             for member in group.members:
-                if member.axis == 1:
+                positions = member.of(channels, group.width)
+                if member.reads:
                     weight = net.get_parameter(f"{member.module}.weight")
                     before.setdefault(member.module, weight.clone())
-                    weight[:, member.of(_removed(group, half), group.width)] = 0
-        logits = forward(net, images)
-        for name, kept in before.items():
-            net.get_parameter(f"{name}.weight").copy_(kept)
+                    weight[:, positions] = 0
+                else:
+                    gone.setdefault(member.module, set()).update(positions)
+        handles = [
+            module.register_forward_hook(_of_what_stays(sliced.get_submodule(name), gone[name]))
+            for name, module in net.named_modules()
+            if isinstance(module, NORMS) and name in gone
+        ]
+        try:
+            logits = forward(net, images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, kept in before.items():
+                net.get_parameter(f"{name}.weight").copy_(kept)
     return logits
+
+
+def _of_what_stays(
+    smaller: nn.Module, gone: Collection[int]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return a hook that normalises the channels that stay by ``smaller``, and makes the others 0."""
+
+    def normalised(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        axis = channel_axis(module) % output.ndim
+        stay = torch.tensor([i for i in range(output.shape[axis]) if i not in gone])
+        return torch.zeros_like(output).index_copy(axis, stay, smaller(inputs[0].index_select(axis, stay)))
+
+    return normalised
 
 
 def _right(
@@ -170,11 +209,11 @@ def _right(
 
 
 def _sliced_equals_masked(net: nn.Module, groups: Sequence[Group], half: int, images: Tensor, tolerance: float) -> bool:
-    sliced = copied(net)
+    sliced, removed = copied(net), {group: _removed(group, half) for group in groups}
     try:
-        slice_tensors(sliced, combine(group.kept(net, _removed(group, half)) for group in groups))
-        found, expected = forward(sliced, images), _masked(net, groups, half, images)
-    except (ModelError, IndexError):  # the sliced shapes do not fit together
+        slice_tensors(sliced, combine(group.kept(net, channels) for group, channels in removed.items()))
+        found, expected = forward(sliced, images), masked(net, sliced, removed, images)
+    except (ModelError, PlanError, IndexError, RuntimeError):  # the sliced shapes do not fit together
         return False
     scale = expected.abs().max()
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * scale)

@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.taps import Tap, reading
+from fedunlearn.channels.taps import Tap, head_input, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
@@ -275,7 +275,7 @@ def _seen(
         Seen,
         logits=logits.float(),
         labels=labels,
-        features=read[_HEAD],
+        features=head_input(read[_HEAD]),
         forgotten=is_forgotten(labels, forgetting.classes),
         forget=forgetting.classes,
         before=before,
