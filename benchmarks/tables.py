@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
@@ -238,11 +238,19 @@ def table(name: str) -> str:
 
 def _row(name: str, result: dict[str, Any]) -> str:
     blocks = [result.get("original"), result.get("pruned"), result.get("unlearned")]
-    blocks += [result.get("controls", {}).get("finetune"), *result.get("oracles", {}).values()]
-    cells = [_accuracy(block) for block in blocks] + [""] * (5 - len(blocks))
+    blocks += [result.get("controls", {}).get("finetune")]
+    cells = [_accuracy(block) for block in blocks] + [_mean_accuracy(result.get("oracles", {}))]
     ratio = result.get("speedup", {}).get("client_flops")
     at_least = "" if result.get("cost", {}).get("retrain", {}).get("reached", True) else "> "
     return f"| {name} | {' | '.join(cells)} | {'' if ratio is None else f'{at_least}{ratio:.1f}x'} |\n"
+
+
+def _mean_accuracy(blocks: Mapping[str, dict[str, Any]]) -> str:
+    """Return the means of U and R over several models in percent."""
+    own = [block["accuracy"] for block in blocks.values()]
+    if not own:
+        return ""
+    return " / ".join(f"{100 * fmean(each[name] for each in own):.2f}" for name in ("forget_row_kept", "retain"))
 
 
 def _accuracy(block: dict[str, Any] | None) -> str:

@@ -109,6 +109,25 @@ def test_weights_that_are_not_finite_are_refused_by_name(net, tmp_path, type, va
         loaded(net.state_dict() | {"3.weight": weight.to(type)}, tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net"])
+def test_the_state_is_found_beside_what_else_a_training_saves(net, tmp_path, key):
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    state = {"epoch": 3, key: net.state_dict(), "optimizer": optimiser.state_dict(), "best": 0.9}
+    assert logits(loaded(state, tmp_path / "w.pt"), IMAGES).equal(logits(net, IMAGES))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_code_is_never_run(net, tmp_path):
+    torch.jit.save(torch.jit.trace(net, IMAGES), tmp_path / "w.pt")
+    with pytest.raises(
+        ModelError, match=r"w.pt: the file is a TorchScript archive, whose code is never run: save model"
+    ):
+        read_weights(tmp_path / "w.pt")
+    torch.save(net, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds objects besides tensors, which are never run; save model"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
     torch.save({"state_dict": net.state_dict(), "net": net}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="holds objects besides tensors, which are never run; save model") as told:
@@ -120,8 +139,11 @@ def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     with pytest.raises(ModelError, match=r"the weights cannot be read \(EOFError\); fetch the file again"):
         read_weights(tmp_path / "w.pt")
-    torch.save({"net": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=r"a dictionary with state_dict, but 'net' is of type OrderedDict: save model"):
+    torch.save({"epoch": 3, "weights": {"first": {}}}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"under one of its keys, but 'epoch' is of type int: save model"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({"model": net.state_dict(), "model_ema": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"the states of several models \(model, model_ema\): save the one"):
         read_weights(tmp_path / "w.pt")
     torch.save({0: torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="expected tensors by name, got other keys"):

@@ -45,7 +45,7 @@ def test_the_changelog_begins_with_this_version_or_what_is_unreleased_and_tells_
 
 
 def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) < 15
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
@@ -54,6 +54,16 @@ def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, caps
     accuracy = ast.literal_eval(shown[shown.index("{'forget'") :])
     assert accuracy["retain"] > 0.8
     assert accuracy["forget_row_kept"] < 0.5
+
+
+def test_the_readme_s_script_for_a_data_set_of_ones_own_runs(capsys):
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert len(code.splitlines()) == 25
+    short = code.replace("rounds=10", "rounds=1").replace("range(1, 6)", "range(1, 4)")
+    exec(compile(short, "README.md", "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1].split() == ["audit", "figure", "retrained", "in", "%"]
+    assert len(shown) == 2 + 14
 
 
 def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):

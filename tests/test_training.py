@@ -101,7 +101,7 @@ def test_steps_are_those_of_torchs_sgd_to_the_bit(settings):
         for net, optimiser in ((ours, mine), (theirs, other)):
             F.cross_entropy(net.train()(images), labels).backward()
             optimiser.step()
-        mine.forget_gradients()
+        mine.zero_grad()
         other.zero_grad()
         assert all(parameter.grad is None for parameter in ours.parameters())
         for name, tensor in theirs.state_dict().items():

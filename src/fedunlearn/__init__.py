@@ -8,6 +8,7 @@ from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning,
 from fedunlearn.channels.scores import ChannelScores, Ranking, contrast, margin, random_scores, tf_idf
 from fedunlearn.channels.stats import ChannelStats, capped, mean_of_clients, measure_channels, pooled
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.data.datasets import from_dataset
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import (
@@ -98,6 +99,7 @@ __all__ = [
     "contrast",
     "evaluate",
     "find_channels",
+    "from_dataset",
     "hold_out",
     "load_weights",
     "margin",

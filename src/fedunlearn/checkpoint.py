@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,7 +93,8 @@ def read_weights(path: Path | str) -> Weights:
     """Read weights from ``.safetensors`` (ours or any), ``.npz``, or ``.pt``/``.pth``/``.th`` (``weights_only=True``).
 
     An ``.npz`` may have an entry ``meta``, JSON with ``normalise`` (``mean``, ``std``) and ``shortcut``. A PyTorch
-    file may hold the state itself or under ``state_dict``.
+    file may hold the state itself, or under one of its keys, ``state_dict`` or ``model`` say; TorchScript and whole
+    models are refused.
 
     Raises:
         ModelError: the file is missing, damaged, of another kind, or holds something other than tensors of numbers;
@@ -271,20 +273,43 @@ def _npz(path: Path) -> Weights:
 
 
 def _torch(path: Path) -> Weights:
+    if _is_scripted(path):
+        raise ModelError(
+            f"{path}: the file is a TorchScript archive, whose code is never run: save model.state_dict() of the model "
+            "that was scripted"
+        )
     value = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    if isinstance(value, dict) and not _is_state(value):
+        states = [name for name, own in value.items() if _is_state(own)]
+        if len(states) > 1:
+            raise ModelError(
+                f"{path}: holds the states of several models ({', '.join(map(str, states))}): save the one that is "
+                "meant, alone"
+            )
+        if not states:
+            name, own = next(item for item in value.items() if not isinstance(item[1], Tensor))
+            raise ModelError(
+                f"{path}: expected tensors by name, or a dictionary with them under one of its keys, but "
+                f"{str(name)[:80]!r} is of type {type(own).__name__}: save model.state_dict()"
+            )
+        value = value[states[0]]
     if not isinstance(value, dict):
         raise ModelError(
-            f"{path}: expected tensors by name, or a dictionary with state_dict, got a value of type "
+            f"{path}: expected tensors by name, or a dictionary with them under one of its keys, got a value of type "
             f"{type(value).__name__}: save model.state_dict()"
         )
-    for name, own in value.items():
-        if not isinstance(own, Tensor):
-            raise ModelError(
-                f"{path}: expected tensors by name, or a dictionary with state_dict, but {str(name)[:80]!r} is of type "
-                f"{type(own).__name__}: save model.state_dict()"
-            )
     if not all(isinstance(name, str) for name in value):
         raise ModelError(f"{path}: expected tensors by name, got other keys; save model.state_dict()")
     return Weights(path, value)
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(own, Tensor) for own in value.values())
+
+
+def _is_scripted(path: Path) -> bool:
+    """Return whether the archive holds code, as ``torch.jit.save`` writes it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())

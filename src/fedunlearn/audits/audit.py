@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from fedunlearn.arguments import is_name, must_be
 from fedunlearn.audits.base import Audit, Figure, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
-from fedunlearn.audits.table import AUDITS
+from fedunlearn.audits.table import AUDITS, FIGURES
 from fedunlearn.audits.verdict import (
     FEWEST,
     INDISTINGUISHABLE,
@@ -90,6 +91,47 @@ class Findings:
     def verdict(self) -> str:
         """The verdict on the candidate."""
         return str(self.judgements[CANDIDATE]["verdict"])
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row per figure of the candidate: name, label, figure, both ends of its band, and where it lies.
+
+        ``pandas.DataFrame(findings.table())`` makes a frame of it.
+        """
+        rows = []
+        for name, own in self.judgements[CANDIDATE]["audits"].items():
+            kind, band = FIGURES[name], {"low": None, "high": None}
+            if own["band"] is not None:
+                low, high = own["band"]
+                band = {"low": max(low, 0.0), "high": min(high, kind.largest)}
+            lies = own["verdict"] or "no band"
+            rows.append({"audit": name, "label": kind.label, "figure": own["figure"], **band, "lies": lies})
+        return rows
+
+    def __str__(self) -> str:
+        rows = [("audit", "figure", "retrained", "in %"), *self._shown()]
+        wide = [max(len(row[k]) for row in rows) for k in range(3)]
+        lines = [f"{a:{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d}" for a, b, c, d in rows]
+        return "\n".join([self._headline(), *lines])
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._shown())
+        head = "<tr><th>audit</th><th>figure, %</th><th>retrained, %</th><th></th></tr>"
+        return f"<table><caption>{html.escape(self._headline())}</caption>{head}{rows}</table>"
+
+    def _headline(self) -> str:
+        return f"{self.verdict}: {self.judgements[CANDIDATE]['reason']}"
+
+    def _shown(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                row["label"],
+                f"{100 * row['figure']:.1f}",
+                "" if row["low"] is None else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                row["lies"],
+            )
+            for row in self.table()
+        ]
 
 
 def audit(

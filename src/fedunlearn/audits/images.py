@@ -15,6 +15,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
 from fedunlearn.seeding import generator
 
+_TOGETHER = 1024  # images that are read at a time
 _COMPARED = 500
 
 
@@ -60,7 +61,9 @@ class AuditImages:
         for images in (self.known, self.members, self.test):
             kind = [list(images.images.shape), images.classes, images.mean, images.std]
             digest.update(json.dumps(kind).encode())
-            digest.update(images.images.contiguous().numpy().tobytes() + images.labels.numpy().tobytes())
+            for start in range(0, len(images), _TOGETHER):
+                digest.update(images.stored(slice(start, start + _TOGETHER)).contiguous().numpy().tobytes())
+            digest.update(images.labels.numpy().tobytes())
         return digest.hexdigest()
 
     def forgotten(self, images: LabelledImages) -> LabelledImages:
@@ -135,7 +138,11 @@ def _at_most(images: LabelledImages, per_class: int, draw: torch.Generator) -> L
 
 
 def _hashes(images: LabelledImages) -> list[bytes]:
-    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.images]
+    return [
+        hashlib.sha256(image.numpy().tobytes()).digest()
+        for start in range(0, len(images), _TOGETHER)
+        for image in images.stored(slice(start, start + _TOGETHER))
+    ]
 
 
 def _rows_beside(images: LabelledImages, gone: set[bytes]) -> Tensor:

@@ -85,7 +85,7 @@ def relearn(
         for images, truth in batches(train, _BATCH, draw=draw):
             learner.train()
             loss = F.cross_entropy(learner(images), row_of[truth])
-            optimiser.forget_gradients()
+            optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
             seen += len(truth)

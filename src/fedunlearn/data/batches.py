@@ -104,15 +104,13 @@ def batches(
         )
     total = len(images) if limit is None else min(limit, len(images))
     order = torch.randperm(len(images), generator=draw) if draw is not None else torch.arange(len(images))
-    mean = torch.tensor(images.mean)[:, None, None] * 255
-    scale = 1 / (torch.tensor(images.std)[:, None, None] * 255)
     start = 0
     while start < total:
         stop = min(start + size, total)
         if total - stop == 1:
             stop = total
         rows = order[start:stop]
-        batch = (images.images[rows].float() - mean) * scale
+        batch = images.pixels(rows)
         for name in augment:
             assert draw is not None  # checked above
             batch = AUGMENTATIONS[name](batch, draw)

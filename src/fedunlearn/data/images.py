@@ -98,7 +98,7 @@ class LabelledImages:
 
     def __repr__(self) -> str:
         colours, height, width = self.shape
-        return f"LabelledImages({len(self)} images {colours}x{height}x{width}, {len(self.classes)} classes)"
+        return f"{type(self).__name__}({len(self)} images {colours}x{height}x{width}, {len(self.classes)} classes)"
 
     @property
     def colours(self) -> int:
@@ -115,6 +115,16 @@ class LabelledImages:
         """Return how many images each class has, int64, shape ``(classes,)``."""
         return torch.bincount(self.labels, minlength=len(self.classes))
 
+    def stored(self, rows: Tensor | slice) -> Tensor:
+        """Return the images at ``rows`` as they are kept, shape ``(rows, colours, height, width)``."""
+        return self.images[rows]
+
+    def pixels(self, rows: Tensor | slice) -> Tensor:
+        """Return the images at ``rows`` as a model sees them, float32, shape ``(rows, colours, height, width)``."""
+        mean = torch.tensor(self.mean)[:, None, None] * 255
+        scale = 1 / (torch.tensor(self.std)[:, None, None] * 255)
+        return (self.stored(rows).float() - mean) * scale
+
     def take(self, rows: Tensor | slice) -> LabelledImages:
         """Return the images at ``rows``: a view for a slice, a copy for an index."""
         groups = None if self.groups is None else self.groups[rows]
@@ -126,6 +136,23 @@ class LabelledImages:
             return self
         unwanted = torch.isin(self.labels, torch.tensor(sorted(classes)))
         return self.take((~unwanted).nonzero().flatten())
+
+    def followed_by(self, others: Sequence[LabelledImages], groups: Tensor | None) -> LabelledImages:
+        """Return these images and those of ``others``, in order.
+
+        Raises:
+            DataError: some of them are of another kind.
+        """
+        for other in others:
+            if type(other) is not type(self):
+                raise DataError("images of a data set and images in memory cannot be joined: give all clients one kind")
+        parts = (self, *others)
+        return replace(
+            self,
+            images=torch.cat([own.images for own in parts]),
+            labels=torch.cat([own.labels for own in parts]),
+            groups=groups,
+        )
 
 
 @dataclass(frozen=True)
@@ -181,12 +208,7 @@ def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
         if differing is not None:
             raise DataError(f"images can be joined where they agree in {name}, got {found[0]} and {differing}")
     groups = [own.groups for own in everyone if own.groups is not None]
-    return replace(
-        first,
-        images=torch.cat([own.images for own in everyone]),
-        labels=torch.cat([own.labels for own in everyone]),
-        groups=torch.cat(groups) if len(groups) == len(everyone) else None,
-    )
+    return first.followed_by(rest, torch.cat(groups) if len(groups) == len(everyone) else None)
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +27,9 @@ class Compute:
             mantissa), by ``torch.autocast``; weights, sums and the averages of clients stay as they are.
         memory_format: ``"channels_last"`` or ``"contiguous"``: how images and maps lie in memory.
         workers: clients that work at the same time, one torch thread each.
+        optimiser: makes the optimiser of a client's round of its parameters and the learning rate, such as
+            ``lambda parameters, lr: torch.optim.AdamW(parameters, lr)``; SGD by ``Training`` where None. A journal
+            does not know it: go on with the same one.
 
     Raises:
         RecipeError: a value is none of these.
@@ -35,6 +38,7 @@ class Compute:
     precision: str = "float32"
     memory_format: str = "channels_last"
     workers: int = 1
+    optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -45,6 +49,11 @@ class Compute:
             raise RecipeError(
                 f"expected a precision among {', '.join(PRECISIONS)}, a memory format among "
                 f"{', '.join(MEMORY_FORMATS)} and at least one worker, got {self}"
+            )
+        if self.optimiser is not None and not callable(self.optimiser):
+            raise RecipeError(
+                "Compute(optimiser=...) must make an optimiser of parameters and a learning rate, such as lambda "
+                f"parameters, lr: torch.optim.AdamW(parameters, lr); got {self.optimiser!r}"
             )
 
     @property

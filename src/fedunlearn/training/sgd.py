@@ -158,7 +158,7 @@ class Sgd:
         for (i, _), velocity in zip(moved, velocities):
             self._velocities[i] = velocity
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self._parameters:
             parameter.grad = None
@@ -219,14 +219,7 @@ def train_locally(
     """
     check_trainable(model)
     device = next(model.parameters()).device
-    optimiser = Sgd(
-        model.parameters(),
-        lr=lr,
-        momentum=training.momentum,
-        nesterov=training.momentum > 0,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    optimiser = _optimiser(model, training, lr, compute)
     objective = None if forgetting is None else training.objective
     teacher = copied(model).eval() if objective is not None and objective.teacher else None
     model.train()
@@ -247,12 +240,32 @@ def train_locally(
                 loss = objective.loss(step(smoothing=training.label_smoothing, progress=seen / wanted, draw=draw))
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
-            optimiser.forget_gradients()
+            optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
             seen += len(labels)
-    optimiser.forget_gradients()  # the model waits for its next client without gradients
+    optimiser.zero_grad()  # the model waits for its next client without gradients
     return seen
+
+
+def _optimiser(model: nn.Module, training: Training, lr: float, compute: Compute) -> Sgd | torch.optim.Optimizer:
+    """Return what moves the weights of ``model`` in a round."""
+    if compute.optimiser is None:
+        return Sgd(
+            model.parameters(),
+            lr=lr,
+            momentum=training.momentum,
+            nesterov=training.momentum > 0,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+    optimiser = compute.optimiser(model.parameters(), lr)
+    if not hasattr(optimiser, "step") or not hasattr(optimiser, "zero_grad"):
+        raise RecipeError(
+            f"Compute(optimiser=...) made a {type(optimiser).__name__}, expected a torch.optim.Optimizer: return the "
+            "optimiser itself"
+        )
+    return optimiser
 
 
 def _seen(

@@ -1,0 +1,196 @@
+"""Images of torch data sets: drawn when they are needed, and all the rest as with images in memory."""
+
+import re
+
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+import fedunlearn as fu
+from conftest import make_images, make_net, normalised
+from fedunlearn.audits.images import audit_images
+from fedunlearn.data.batches import batches
+from fedunlearn.data.datasets import DatasetImages, from_dataset
+from fedunlearn.data.images import joined
+from fedunlearn.errors import DataError, RecipeError
+from fedunlearn.training.compute import Compute
+from fedunlearn.training.sgd import Training, train_locally
+
+NAMES = ("rows", "columns", "squares")
+
+
+class Drawn(Dataset):
+    """A data set of the user's that counts what it is asked for."""
+
+    def __init__(self, images, *, dtype=torch.float32):
+        self.pixels, self.labels, self.asked = normalised(images).to(dtype), images.labels, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        self.asked.append(row)
+        return self.pixels[row], self.labels[row]
+
+
+def test_a_batch_asks_for_its_own_images_and_sees_them_as_they_are_given():
+    images = make_images(12)
+    drawn = Drawn(images, dtype=torch.float64)
+    own = from_dataset(drawn, NAMES, labels=images.labels)
+    assert repr(own) == "DatasetImages(12 images 1x8x8, 3 classes)"
+    assert drawn.asked == [0]  # for the shape
+    drawn.asked.clear()
+    batch, labels = next(batches(own, 4))
+    assert drawn.asked == [0, 1, 2, 3]
+    assert batch.equal(normalised(images)[:4])
+    assert labels.equal(images.labels[:4])
+    assert own.images.untyped_storage().nbytes() == 1  # no copy of anything
+
+
+def test_training_on_a_data_set_is_training_on_the_same_images_in_memory():
+    images = make_images(60)
+    own, trained = from_dataset(Drawn(images), NAMES), []
+    for given in (images, own):
+        net = make_net()
+        train_locally(net, given, Training(0.1, 8), lr=0.1, draw=torch.Generator().manual_seed(0))
+        trained.append(net.state_dict())
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_taken_left_out_shared_and_joined_as_others_are():
+    images = make_images(60)
+    own = from_dataset(Drawn(images), NAMES)
+    parts = fu.partition(own, by="iid", clients=3, seed=0)
+    same = fu.partition(images, by="iid", clients=3, seed=0)
+    for name, part in parts.items():
+        assert isinstance(part, DatasetImages)
+        assert part.labels.equal(same[name].labels)
+        torch.testing.assert_close(part.pixels(slice(0, 5)), same[name].pixels(slice(0, 5)))
+    together = joined(parts.values())
+    assert together.labels.equal(joined(same.values()).labels)
+    torch.testing.assert_close(
+        together.pixels(torch.tensor([0, 59])), joined(same.values()).pixels(torch.tensor([0, 59]))
+    )
+    assert own.without([1]).labels.unique().tolist() == [0, 2]
+    assert len(joined([own])) == 60
+
+
+def test_images_in_memory_and_of_a_data_set_are_not_joined():
+    images = make_images(12)
+    own = from_dataset(TensorDataset(images.pixels(slice(None)), images.labels), images.classes)
+    plain = fu.LabelledImages(images.images, images.labels, images.classes, (0.0,), (1.0,))
+    for parts in ((own, plain), (plain, own)):
+        with pytest.raises(DataError, match="images of a data set and images in memory cannot be joined"):
+            joined(parts)
+
+
+def test_labels_are_those_that_are_given_or_the_targets_or_those_of_one_pass():
+    images = make_images(9)
+    drawn = Drawn(images)
+    assert from_dataset(drawn, NAMES).labels.equal(images.labels)
+    assert drawn.asked == [0, *range(9)]
+    drawn.targets = [2] * 9
+    assert from_dataset(drawn, NAMES).labels.tolist() == [2] * 9
+    assert from_dataset(drawn, NAMES, labels=[1] * 9).labels.tolist() == [1] * 9
+
+
+class Endless(Dataset):
+    def __getitem__(self, row):
+        return torch.rand(1, 8, 8), 0
+
+
+class Items(Dataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, row):
+        return self.items[row]
+
+
+IMAGE = torch.rand(1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values", "text"),
+    [
+        ([1, 2], {}, "from_dataset(dataset) must be a torch.utils.data.Dataset"),
+        (Endless(), {}, "the data set has no length"),
+        (Items(), {}, "the data set holds no images"),
+        (Items(IMAGE), {}, "the data set's item 0 is no pair of an image and a label"),
+        (Items((IMAGE.byte(), 0)), {}, "the data set's image 0 is torch.uint8 of shape (1, 8, 8), expected a float"),
+        (Items(("picture", 0)), {}, "the data set's image 0 is str, expected a float tensor"),
+        (Items((IMAGE[0], 0)), {}, "the data set's image 0 is torch.float32 of shape (8, 8)"),
+        (Items((IMAGE, "rows")), {}, "the data set's label 0 is 'rows', expected the number of a class"),
+        (Items((IMAGE, 0), (IMAGE, 0)), {"labels": [0]}, "2 images and labels of torch.int64 and shape (1,)"),
+        (Items((IMAGE, 0)), {"labels": [0.5]}, "labels of torch.float32 and shape (1,)"),
+        (Items((IMAGE, 3)), {}, "labels must lie in 0 .. 2"),
+        (Items((IMAGE, 0)), {"classes": "rows"}, "classes must be a tuple of names"),
+    ],
+)
+def test_a_data_set_that_cannot_be_used_is_refused(dataset, values, text):
+    with pytest.raises(DataError, match=re.escape(text)):
+        from_dataset(dataset, **({"classes": NAMES} | values))
+
+
+def test_an_image_of_another_shape_is_named_when_it_is_drawn():
+    own = from_dataset(Items((IMAGE, 0), (torch.rand(1, 9, 8), 1)), NAMES)
+    with pytest.raises(DataError, match=r"the data set's image 1 has shape \(1, 9, 8\), the first one \(1, 8, 8\)"):
+        own.pixels(slice(None))
+
+
+def test_the_optimiser_is_the_users_own():
+    images, made = make_images(32), []
+
+    def adam(parameters, lr):
+        made.append(lr)
+        return torch.optim.AdamW(parameters, lr, weight_decay=0.0)
+
+    net, by_hand = make_net(), make_net()
+    training = Training(0.1, 8, momentum=0.0, weight_decay=0.0)
+    train_locally(
+        net, images, training, lr=0.01, draw=torch.Generator().manual_seed(0), compute=Compute(optimiser=adam)
+    )
+    assert made == [0.01]
+    optimiser = torch.optim.AdamW(by_hand.parameters(), 0.01, weight_decay=0.0)
+    by_hand.train()
+    for batch, labels in batches(images, 8, draw=torch.Generator().manual_seed(0)):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(by_hand(batch), labels).backward()
+        optimiser.step()
+    for name, tensor in by_hand.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor)
+
+
+def test_what_is_no_optimiser_is_refused():
+    with pytest.raises(RecipeError, match=r"Compute\(optimiser=...\) must make an optimiser of parameters"):
+        Compute(optimiser="adam")
+    wrong = Compute(optimiser=lambda parameters, lr: lr)
+    with pytest.raises(RecipeError, match=r"Compute\(optimiser=...\) made a float, expected a torch.optim.Optimizer"):
+        train_locally(
+            make_net(), make_images(8), Training(0.1, 8), lr=0.1, draw=torch.Generator().manual_seed(0), compute=wrong
+        )
+
+
+def test_from_training_to_findings_with_data_model_and_optimiser_of_the_users_own():
+    train, test = (from_dataset(Drawn(make_images(n, seed=s)), NAMES) for n, s in ((240, 0), (90, 1)))
+    clients = fu.partition(train, by="iid", clients=3, seed=0)
+    compute = Compute(optimiser=torch.optim.Adam)
+    fed = fu.Federation(fu.LocalEngine(clients, compute=compute))
+    training = Training(0.01, 16)
+    model = fu.train_rounds(make_net(), fed, training, rounds=2)
+    result = fu.unlearn(model, fed, forget=1, cut=fu.Cut(0.3), repair=fu.Repair(training))
+    kept = fed.keeping(exclude=[1])
+    oracles = {
+        f"retrained-{k}": fu.Subject.without_rows(
+            fu.train_rounds(make_net(seed=k), kept, training, rounds=2, phase=f"retrain-{k}"), [1]
+        )
+        for k in (1, 2, 3)
+    }
+    images = audit_images(train, test, forget=1, per_class=20, seed=0)
+    findings = fu.audit(fu.Subject(result.model, result.repaired), images, oracles=oracles)
+    assert findings.verdict in ("not forgotten", "suppressed, not erased", "indistinguishable from retraining")
+    assert str(findings).startswith(f"{findings.verdict}: ")
