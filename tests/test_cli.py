@@ -235,7 +235,7 @@ def test_help_and_version_name_the_commands():
 
 BAD = [
     (("run", "{recipe}", "--set", "unlearn.forget=7"), 2, "must lie in 0 .. 3, got 7: check unlearn.forget"),
-    (("run", "{recipe}", "--set", "unlearn.fraction=1"), 2, "recipe key unlearn.fraction: Input should be at least 0 and below 1"),
+    (("run", "{recipe}", "--set", "unlearn.fraction=1"), 2, "unlearn.fraction: Input should be at least 0 and below 1"),
     (("train", "--recipe", "{recipe}", "--precision", "half"), 2, "recipe key compute.precision: Input should be"),
     (("run", "{recipe}", "--set", "federation.clients=1"), 1, "a federation needs at least two clients, got 1"),
     (("run", "{recipe}", "--set", "federation.clients=999"), 1, "120 images cannot go to 999 clients"),

@@ -58,7 +58,7 @@ def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, caps
 
 def test_the_readme_s_script_for_a_data_set_of_ones_own_runs(capsys):
     _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    assert len(code.splitlines()) == 25
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
     short = code.replace("rounds=10", "rounds=1").replace("range(1, 6)", "range(1, 4)")
     exec(compile(short, "README.md", "exec"), {})
     shown = capsys.readouterr().out.splitlines()
