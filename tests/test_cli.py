@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -105,6 +106,8 @@ def test_the_single_steps_lead_from_data_to_an_unlearned_model(recipe, tmp_path)
     assert done.returncode == 0, done.stderr
     unlearned = json.loads(done.stdout)["unlearned"]
     shipped = tmp_path / "b" / "model.safetensors"
+    done = fedunlearn("export", "--recipe", recipe, "--weights", shipped, "--out", tmp_path / "m.onnx")
+    assert re.fullmatch(r".*m.onnx: by onnxruntime its logits are those of torch to .* of the largest\n", done.stdout)
     done = fedunlearn("evaluate", "--recipe", recipe, "--weights", shipped, "--json")
     measured = json.loads(done.stdout)
     assert measured["accuracy"]["retain"] == unlearned["accuracy"]["retain"]
@@ -228,7 +231,7 @@ def test_help_and_version_name_the_commands():
     shown = fedunlearn("--help").stdout
     assert all(
         name in shown
-        for name in ("run", "train", "unlearn", "evaluate", "audit", "report", "keygen", "verify", "recipes")
+        for name in ("run", "train", "unlearn", "evaluate", "export", "audit", "report", "keygen", "verify", "recipes")
     )
     assert fedunlearn("--version").stdout.strip() == __version__
 

@@ -9,7 +9,7 @@ SRC = Path(fedunlearn.__file__).parent
 FLOORS = (
     ("errors", "seeding", "files", "version", "arguments"),
     ("data", "models", "channels"),
-    ("training", "checkpoint"),
+    ("training", "checkpoint", "export"),
     ("federation", "audits"),
     ("unlearn",),
     ("methods", "smallest"),

@@ -30,6 +30,7 @@ from fedunlearn.errors import (
     RecipeError,
     RunError,
 )
+from fedunlearn.export import export_onnx
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine, Job, Reply
@@ -98,6 +99,7 @@ __all__ = [
     "capped",
     "contrast",
     "evaluate",
+    "export_onnx",
     "find_channels",
     "from_dataset",
     "hold_out",

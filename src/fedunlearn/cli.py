@@ -245,6 +245,25 @@ def evaluate(options: Options) -> None:
 
 
 @_command(
+    "recipe",
+    OPTIONS["weights"].replace(default=Parameter.empty),
+    _option("out", Path, "The file to write, which ends in .onnx.", default=Parameter.empty),
+    "data",
+    "overrides",
+    "quiet",
+    "debug",
+)
+def export(options: Options) -> None:
+    """Write a model as ONNX, unlearned or not, after onnxruntime gave the logits that torch gives."""
+    from fedunlearn.run.commands import export_weights  # slow to import
+
+    assert options.out is not None  # an option that the command requires
+    apart = export_weights(options.recipe_set(), options.out)
+    if not options.quiet:
+        typer.echo(f"{options.out}: by onnxruntime its logits are those of torch to {apart:.0e} of the largest")
+
+
+@_command(
     _argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
     *("recipe", "out", "data", "oracle", "client", "overrides", "precision", *_SHOWN),
 )

@@ -11,11 +11,13 @@ from fedunlearn.audits.audit import Findings, Record, audit
 from fedunlearn.audits.base import Shipped, Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RecipeError
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
+from fedunlearn.export import export_onnx
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
@@ -125,11 +127,25 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used.
     """
+    model, test = _loaded(recipe)
+    return evaluate(model, test, forget=class_numbers(recipe.unlearn.forget, test.classes))
+
+
+def export_weights(recipe: Recipe, path: Path) -> float:
+    """Write the model that ``model.weights`` names as ONNX and return how far its logits are from torch's.
+
+    Raises:
+        FedUnlearnError: the recipe, the data or the weights cannot be used, or the model cannot be exported.
+    """
+    model, test = _loaded(recipe)
+    return export_onnx(path, model, images=test)
+
+
+def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages]:
+    """Return the model that ``model.weights`` names and the test images as it takes them."""
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
-    model = load_weights(new_model(recipe, test, seed=0), weights)
-    forget = class_numbers(recipe.unlearn.forget, test.classes)
-    return evaluate(model, test, forget=forget)
+    return load_weights(new_model(recipe, test, seed=0), weights), test
 
 
 def _audited(
