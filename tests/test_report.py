@@ -1,5 +1,6 @@
 """The report in a real browser, at the width of a phone and of a desk."""
 
+import hashlib
 import json
 import shutil
 
@@ -8,8 +9,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from conftest import write_set
+from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.report import write_report
+from fedunlearn.evidence.words import GLOSSARY, MODELS, sent_to
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
@@ -143,6 +146,30 @@ def test_markdown_and_page_say_the_verdict_the_controls_and_the_limits(signed):
         text = (signed / "run" / name).read_text()
         for part in (result["verdict"], "approximate unlearning", "head only", "fine-tuning only", "retrained-4"):
             assert part in text
+
+
+def test_the_page_says_who_asked_when_which_files_it_is_about_and_what_its_words_mean(signed):
+    folder = signed / "run"
+    text = (folder / "report.html").read_text("utf-8")
+    assert "<dd>case 7</dd>" in text
+    for name in ("original", "model"):
+        assert hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest() in text
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
+    (audited,) = (own["time"] for own in events if own["event"] == "audited")
+    assert f"{audited[:10]} {audited[11:19]} UTC" in text
+    assert "no key when this page was written" in text  # it was signed later
+    assert "fedunlearn verify run --key OPERATOR.pub" in text
+    for word in GLOSSARY:
+        assert f"<dt>{word}</dt>" in text
+    labels = {figure.label for figure in FIGURES.values()} | set(MODELS.values())
+    assert {"original", "head only", "linear probe", "neighbours (TV)", "membership AUC"} <= labels & set(GLOSSARY)
+
+
+def test_what_the_class_is_named_now_by_hand():
+    assert sent_to([1, 4, 0, 5], ("a", "b", "c", "d"), 2) == (
+        "Test images of “c” are now named “d” (50 %), “b” (40 %), “a” (10 %)."
+    )
+    assert sent_to([0, 0], ("a", "b"), 1) == ""
 
 
 def test_names_of_classes_are_text_in_the_page(tmp_path):

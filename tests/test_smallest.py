@@ -197,6 +197,8 @@ def test_a_signed_run_says_which_cut_was_chosen_and_counts_what_the_choice_cost(
     said = " ".join(notes(result).split())
     assert f"{100 * result['fraction']['chosen']:g} % of the channels went: of the cuts that were tried" in said
     assert said.count(" %, U ") == len(attempts)
+    dossier = json.loads((tmp_path / "run" / "dossier.json").read_text("utf-8"))
+    assert dossier["key"] in (tmp_path / "run" / "report.html").read_text("utf-8")  # signed at once: the page says it
     for name in ("report.html", "report.md"):
         assert "% of the channels went" in (tmp_path / "run" / name).read_text("utf-8")
 

@@ -13,6 +13,7 @@ from typing import Any
 from fedunlearn.errors import RunError
 
 EVENTS = "events.jsonl"
+OPERATOR = "operator named"  # an event: whose key signs the run
 _START = "0" * 64
 
 

@@ -19,9 +19,10 @@ from fedunlearn.audits.relearn import Relearned
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
+from fedunlearn.evidence.events import EVENTS, OPERATOR
 from fedunlearn.evidence.folder import REPORT, RunFolder, write_unsigned
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import LIMITS, MODELS, chosen, clipped, in_short, summary, unable
+from fedunlearn.evidence.words import GLOSSARY, LIMITS, MODELS, chosen, clipped, in_short, sent_to, summary, unable
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -78,6 +79,12 @@ def write_report(folder: Path) -> None:
         "pruned": json.loads(plan.read_text("utf-8"))["pruned"] if plan.exists() else {},
         "recipe": json.dumps(run.result["recipe"], indent=2),
         "limits": LIMITS,
+        "glossary": GLOSSARY,
+        "record": _record(run),
+        "sent": [
+            sent_to(run.models["unlearned"]["details"]["confusion"][label], run.result["classes"], label)
+            for label in run.result["forget"]
+        ],
     }
     texts = {}
     for name in (MARKDOWN, REPORT):  # where the page is there, all is
@@ -123,6 +130,29 @@ def write_card(folder: Path) -> None:
         limits=LIMITS,
     )
     write_unsigned(folder, CARD, text)
+
+
+def _record(run: RunFolder) -> dict[str, Any]:
+    """Return who asked, when it happened and which files it is about, by the event log; empty text for the unknown."""
+    path = run.path / EVENTS
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    events = {own["event"]: own for own in map(json.loads, lines)}
+
+    def when(event: str) -> str:
+        return str(events[event]["time"]).replace("T", " ").replace("+00:00", " UTC") if event in events else ""
+
+    def fact(event: str, name: str) -> str:
+        return str(events.get(event, {}).get("facts", {}).get(name, ""))
+
+    return {
+        "request": run.result["recipe"]["evidence"]["request"],
+        "audited": when("audited"),
+        "fixed": when("thresholds fixed"),
+        "before": fact("original ready", "sha256"),
+        "after": fact("unlearned", "sha256"),
+        "key": fact(OPERATOR, "key"),
+        "folder": run.path.resolve().name,
+    }
 
 
 def _percent(share: float | None) -> str:

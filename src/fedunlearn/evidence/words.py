@@ -25,6 +25,38 @@ LIMITS = (
 )
 
 
+# Words of the page that not everybody knows; those of each figure are in the table of audits.
+GLOSSARY = {
+    "U": "share of the test images of the forgotten class that are named right, measured with the class's output row "
+    "put back; low is what was asked for, and not yet proof",
+    "R": "the same of all other classes: what the model is still worth",
+    "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
+    "band": "where the figure of one more retrained model is expected; all bands together hold it with 95 %",
+    "sd": "standard deviation: the usual distance of one retrained model from another; three and more is far",
+    "linear probe": "a simple reader trained on the features inside the model: can it still tell the class?",
+    "prototypes": "the same from one, five or ten sample images of the class",
+    "relearning": "how fast the class comes back when somebody trains the model on it again",
+    "membership AUC": "whether training images of the class can be told from others: 50 is guessing, 100 is certain",
+    "neighbours (TV)": "total variation: the share of the images of the class that goes elsewhere than by retrained "
+    "models; 0 is the same",
+    "features (CKA), features (Procrustes)": "how alike what the layers compute is to retrained models: CKA 100 is the "
+    "same, Procrustes 0 is the same",
+    "original": "the model before; it must fail the audits",
+    "head only": "the original with nothing but the output row removed: it knows the class, cannot say it, must fail",
+    "random + repair": "as many channels removed, chosen by lot: must fail, or the choice did nothing",
+    "fine-tuning only": "trained on with the other classes at equal cost, nothing removed: must fail likewise",
+    "pruning only": "the model right after channels were removed, before its repair",
+}
+
+
+def sent_to(counts: Sequence[int], classes: Sequence[str], label: int) -> str:
+    """Return what the images of a class are named now, the three most frequent answers, of a row of the confusion."""
+    total = sum(counts)
+    ranked = sorted(((count, k) for k, count in enumerate(counts) if count), key=lambda own: (-own[0], own[1]))[:3]
+    answers = ", ".join(f"“{classes[k]}” ({100 * count / total:.0f} %)" for count, k in ranked)
+    return f"Test images of “{classes[label]}” are now named {answers}." if total else ""
+
+
 def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
     """Return the part of a band that the figure can reach."""
     low, high = band

@@ -14,9 +14,11 @@ from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RecipeError
 from fedunlearn.evidence.dossier import write_dossier
+from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
+from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.export import export_onnx
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
@@ -85,6 +87,8 @@ def run(
     if command == "run" and not (out / REPORT).exists():
         from fedunlearn.evidence.report import write_card, write_report  # slow to import
 
+        if signer is not None:
+            work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
         write_card(out)
         write_report(out)
     if command == "run" and signer is not None:  # again where it is signed already: with another key, or for longer
