@@ -87,7 +87,7 @@ def main() -> None:
 
 def networks() -> dict[str, Callable[[], nn.Module]]:
     """Return what makes each network, for ten classes."""
-    _define_operators()
+    define_operators()
     import timm  # no dependency of the package, nor is torchvision
     from torchvision import models
 
@@ -144,7 +144,7 @@ def _spread(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def _define_operators() -> None:
+def define_operators() -> None:
     """Let torchvision be imported beside a torch that its binary was not built for: its networks need no operator."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
