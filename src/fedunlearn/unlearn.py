@@ -72,7 +72,8 @@ def unlearn(
     Args:
         model: a CNN that ends in a linear layer with one row per class.
         federation: the clients, the record that a killed run goes on from, the owner of all draws.
-        forget: class or classes to forget, by number: a federation knows no names.
+        forget: class or classes to forget, by number, or by name where the engine runs in this process: from elsewhere
+            clients send no names.
         cut: how many channels go (per class where classes go one after another).
         repair: what follows the pruning.
         rank: how channels are measured and ranked.
@@ -132,7 +133,8 @@ def accepted(
     must_be(Ranking, rank, f"{caller}(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
     must_be(bool, jointly, f"{caller}(jointly=...)", "True or False", PlanError)
     repair.check(original)
-    wanted = forget_classes(forget, federation.engine.classes)
+    # Only who has the images knows the names of their classes: an engine in this process.
+    wanted = forget_classes(forget, getattr(federation.engine, "class_names", federation.engine.classes))
     request = asked(forget=wanted, **vars(rank), **values, repair=repair, jointly=jointly)
     return original, wanted, replace(federation, request=request)
 

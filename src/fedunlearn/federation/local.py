@@ -107,6 +107,11 @@ class LocalEngine:
         """Number of classes that labels count."""
         return len(next(iter(self._data.values())).train.classes)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class, in the order of the labels."""
+        return next(iter(self._data.values())).train.classes
+
     def run(self, job: Job) -> Iterator[Reply]:
         """Run ``job`` on its clients and give their replies in client-id order.
 
