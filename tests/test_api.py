@@ -215,7 +215,7 @@ def test_names_are_understood_where_they_are_known(engine):
     with pytest.raises(fu.PlanError, match="no class is named 'cow'; the classes are ant, cat, dog, elk"):
         fu.evaluate(Blinded(range(4)), images, forget="cow")
     done = fu.unlearn(
-        make_net(classes=4), fu.Federation(engine), forget="dog", cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)
+        make_net(classes=4), fu.Federation(engine), forget="class 2", cut=fu.Cut(0.3), repair=fu.Repair(TRAINING)
     )
     assert done.forget == (2,)
     with pytest.raises(fu.PlanError, match="names are known in recipes and where images are given, got 'dog'"):
