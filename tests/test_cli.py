@@ -231,7 +231,19 @@ def test_help_and_version_name_the_commands():
     shown = fedunlearn("--help").stdout
     assert all(
         name in shown
-        for name in ("run", "train", "unlearn", "evaluate", "export", "audit", "report", "keygen", "verify", "recipes")
+        for name in (
+            "run",
+            "train",
+            "unlearn",
+            "evaluate",
+            "export",
+            "audit",
+            "init",
+            "report",
+            "keygen",
+            "verify",
+            "recipes",
+        )
     )
     assert fedunlearn("--version").stdout.strip() == __version__
 

@@ -293,6 +293,23 @@ def audit(options: Options) -> None:
 
 
 @app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures (a folder per class), or an .npz.")],
+    forget: Annotated[str, typer.Option("--forget", help="Name or number of the class to forget.")],
+    out: Annotated[Path, typer.Option("--out", help="Where recipe.toml and my_model.py go.")] = Path(),
+    debug: DebugOption = False,
+) -> None:
+    """Write a recipe for your images and a model to replace by yours."""
+    with _told(debug):
+        from fedunlearn.run.starter import write_starter  # slow to import
+
+        recipe, images = write_starter(data, forget, out)
+        typer.echo(f"{len(images)} images to train on in {len(images.classes)} classes: {', '.join(images.classes)}")
+        typer.echo(f"wrote {recipe} and {recipe.with_name('my_model.py')}")
+        typer.echo(f"next: cd {out} && fedunlearn run {recipe.name}")
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of an audited run.")],
     debug: DebugOption = False,

@@ -1,0 +1,97 @@
+"""``fedunlearn init``: a recipe and a model to start from, for a folder of pictures or an .npz."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.readers import read_folder, read_npz
+from fedunlearn.errors import DataError, RunError
+from fedunlearn.files import write_text
+from fedunlearn.run.experiment import class_numbers
+
+_SIZE = 32
+_RECIPE = """\
+# Made by fedunlearn init; every key is explained in docs/recipes.md. Run it in this folder: fedunlearn run {recipe}
+[data]
+source = "{source}"
+path = {path}
+size = {size}
+
+[federation]
+clients = 10            # equal shares of the images; partition = "group" makes a client of each group
+
+[model]
+name = "{module}:net"    # the function net in {module}.py beside this file
+
+[train]
+rounds = 20
+batch_size = 16
+
+[unlearn]
+forget = [{forget}]
+criterion = "contrast"
+fraction = "auto"       # the smallest cut that forgets, by validation images; a number is three times as cheap
+rounds = 2
+
+[audit]
+oracles = 5             # models retrained without the class, to judge by; 0 for a first look
+"""
+_MODEL = '''\
+"""A CNN of one's own for fedunlearn: replace it by yours. It ends in a linear layer with a row per class."""
+
+from torch import nn
+
+
+def net(classes: int, colours: int) -> nn.Module:
+    """Return a new model for images of {shape}."""
+    return nn.Sequential(
+        nn.Conv2d(colours, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
+'''
+
+
+def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledImages]:
+    """Write ``recipe.toml`` and ``my_model.py`` into ``out`` and return the recipe and the images to train on.
+
+    Args:
+        data: an ``.npz`` or a folder of pictures, which are resized to 32 x 32 pixels.
+        forget: name or number of the class to forget.
+        out: folder.
+
+    Raises:
+        DataError, PlanError: the data cannot be read, or have no such class.
+        RunError: one of the files is there already.
+    """
+    recipe, model = out / "recipe.toml", out / "my_model.py"
+    for path in (recipe, model):
+        if path.exists():
+            raise RunError(f"{path} is there already and stays as it is: choose another folder (--out), or delete it")
+    if not data.exists():
+        raise DataError(f"{data}: expected an .npz or a folder of pictures, found nothing: check the path")
+    packed = data.suffix == ".npz"
+    images = (read_npz(data) if packed else read_folder(data, size=_SIZE)).train
+    label = int(forget) if forget not in images.classes and forget.isdecimal() else forget
+    class_numbers([label], images.classes)  # refused here, by name
+    text = _RECIPE.format(
+        recipe=recipe.name,
+        source="npz" if packed else "folder",
+        path=json.dumps(str(data.resolve()), ensure_ascii=False),
+        size=0 if packed else _SIZE,
+        module=model.stem,
+        forget=json.dumps(label, ensure_ascii=False),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(model, _MODEL.format(shape=" x ".join(map(str, images.shape))))
+    write_text(recipe, text)
+    return recipe, images

@@ -1,0 +1,54 @@
+"""A recipe and a model to start from."""
+
+import re
+import sys
+
+import pytest
+
+from conftest import write_set
+from fedunlearn.errors import DataError, PlanError, RunError
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.starter import write_starter
+
+
+@pytest.fixture
+def images(tmp_path):
+    write_set(tmp_path, names=("ant", "cat", "dog", "elk"))
+    return tmp_path / "set.npz"
+
+
+def test_what_it_writes_runs_as_it_is(images, tmp_path, monkeypatch):
+    recipe, found = write_starter(images, "dog", tmp_path / "mine")
+    assert len(found) == 120
+    monkeypatch.chdir(tmp_path / "mine")
+    small = ["federation.clients=3", "train.rounds=1", "unlearn.fraction=0.2", "compute.precision=float32"]
+    result = run(load_recipe(str(recipe), small), tmp_path / "out", command="unlearn")
+    sys.modules.pop("my_model")
+    assert result["forget"] == [2]
+    assert load_recipe(str(recipe)).unlearn.fraction == "auto"
+
+
+def test_a_class_is_named_by_its_number_where_no_class_has_that_name(images, tmp_path):
+    recipe, _ = write_starter(images, "3", tmp_path / "mine")
+    assert load_recipe(str(recipe)).unlearn.forget == (3,)
+
+
+def test_files_that_are_there_stay(images, tmp_path):
+    write_starter(images, "dog", tmp_path)
+    before = (tmp_path / "recipe.toml").read_text("utf-8")
+    with pytest.raises(RunError, match=r"recipe.toml is there already and stays as it is: choose another folder"):
+        write_starter(images, "cat", tmp_path)
+    (tmp_path / "recipe.toml").unlink()
+    with pytest.raises(RunError, match=r"my_model.py is there already"):
+        write_starter(images, "cat", tmp_path)
+    assert "dog" in before
+    assert not (tmp_path / "recipe.toml").exists()
+
+
+def test_data_or_a_class_that_is_not_there_is_named_and_nothing_written(images, tmp_path):
+    with pytest.raises(DataError, match=re.escape("none: expected an .npz or a folder of pictures, found nothing")):
+        write_starter(tmp_path / "none", "dog", tmp_path / "mine")
+    with pytest.raises(PlanError, match="no class is named 'cow'; the classes are ant, cat, dog, elk"):
+        write_starter(images, "cow", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
