@@ -6,7 +6,6 @@ kill, and a file that says what came of it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +16,6 @@ from pathlib import Path
 from statistics import mean
 from time import monotonic
 from typing import Any
-
-import torch
 
 from fedunlearn.audits.audit import FOLDER, ORIGINAL, Calibrated, Record, calibration
 from fedunlearn.audits.base import Found, Subject
@@ -41,8 +38,8 @@ from fedunlearn.run.experiment import Experiment, original_model, prepare, save_
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import cost_until, evaluate, judged, validation_block, whole_cost
+from fedunlearn.run.tuning import count, made, score, tried
 from fedunlearn.run.work import Observe, Work, opened
-from fedunlearn.seeding import generator
 from fedunlearn.version import __version__
 
 _SCHEMA = 1
@@ -156,7 +153,7 @@ class _Bench:
         self._tell = tell
         self._done = 0
         self._planned = len(plan.chosen) * plan.seeds + sum(
-            min(plan.tune, _count(method)) + plan.seeds for method in plan.chosen if plan.tune and method.space
+            min(plan.tune, count(method)) + plan.seeds for method in plan.chosen if plan.tune and method.space
         )
         self._took: list[float] = []  # seconds of the cells that were done now
         self._last = monotonic()
@@ -206,7 +203,7 @@ class _Bench:
                     self._planned -= self._plan.seeds
                     self._tell(f"{method.name}: {'no trial ended' if best is None else 'its own settings stand'}")
                 else:
-                    cells |= self._cells(method, f"{method.name}-{_TUNED}", _made(method, best))
+                    cells |= self._cells(method, f"{method.name}-{_TUNED}", made(method, best))
         portable = {key: value for key, value in work.recipe.items() if key != "compute"}
         return {
             "schema": _SCHEMA,
@@ -336,18 +333,17 @@ class _Bench:
     def _tuned(self, method: Method) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Return the best of the tried settings, and all trials: settings, U and R on validation images, their score.
 
-        The score is ``U + max(0, R of the retrained models - R)``; no test image has a part in it. None is the best
-        where no trial came to an end.
+        None is the best where no trial came to an end.
         """
         reached = [own.steps[-1].validation or 0.0 for own in self.oracles.values() if own.steps]
         wanted = mean(reached) if reached else 0.0
         trials: list[dict[str, Any]] = []
-        for number, settings in enumerate(_tried(method, self._plan.tune)):
+        for number, settings in enumerate(tried(method, self._plan.tune)):
             name = f"{method.name}-trial{number}"
-            values = asdict(_made(method, settings))
+            values = asdict(made(method, settings))
             try:
-                u, r = self._trial(method, name, _made(method, settings))
-                trials.append({"settings": values, "u": u, "r": r, "score": u + max(0.0, wanted - r)})
+                u, r = self._trial(method, name, made(method, settings))
+                trials.append({"settings": values, "u": u, "r": r, "score": score(u, r, wanted)})
                 changed = {key: own for key, own in values.items() if own != trials[0]["settings"][key]}
                 shown = ", ".join(f"{key} {own}" for key, own in changed.items()) or "its own settings"
                 self._step(f"{name} ({shown}): U {_percent(u)}, R {_percent(r)} on validation images")
@@ -431,28 +427,6 @@ def _about(method: Method) -> dict[str, Any]:
     settings = None if method.settings is None else asdict(method.settings)
     about = {"label": method.label, "needs": method.needs, "sums": method.sums, "source": method.source}
     return about | {"settings": settings}
-
-
-def _made(method: Method, values: Mapping[str, Any]) -> Any:
-    return replace(method.settings, **values)
-
-
-def _count(method: Method) -> int:
-    """Return how many settings there are to try."""
-    return 1 + len(_others(method))
-
-
-def _others(method: Method) -> list[dict[str, Any]]:
-    published = asdict(method.settings)
-    combined = [published | dict(zip(method.space, own)) for own in itertools.product(*method.space.values())]
-    return [values for values in combined if values != published]
-
-
-def _tried(method: Method, count: int) -> list[dict[str, Any]]:
-    """Return the published settings, and others of the space, drawn without return: the same ones each time."""
-    others = _others(method)
-    order = torch.randperm(len(others), generator=generator(0, "tune", method.name)).tolist()
-    return [asdict(method.settings), *(others[k] for k in order)][:count]
 
 
 def _percent(share: float | None) -> str:
