@@ -112,7 +112,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(net, tmp_path, type, va
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net"])
 def test_the_state_is_found_beside_what_else_a_training_saves(net, tmp_path, key):
     optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    state = {"epoch": 3, key: net.state_dict(), "optimizer": optimiser.state_dict(), "best": 0.9}
+    beside = {"metrics": {"accuracy": torch.tensor(0.9)}} | ({} if key == "net" else {"ema": make_net().state_dict()})
+    state = {"epoch": 3, key: net.state_dict(), "optimizer": optimiser.state_dict(), "best": 0.9, **beside}
     assert logits(loaded(state, tmp_path / "w.pt"), IMAGES).equal(logits(net, IMAGES))
 
 
@@ -142,8 +143,14 @@ def test_objects_beside_tensors_are_refused_in_one_line(net, tmp_path):
     torch.save({"epoch": 3, "weights": {"first": {}}}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"under one of its keys, but 'epoch' is of type int: save model"):
         read_weights(tmp_path / "w.pt")
-    torch.save({"model": net.state_dict(), "model_ema": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match=r"the states of several models \(model, model_ema\): save the one"):
+    torch.save({"net": net.state_dict(), "ema": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"the states of several models \(net, ema\): save the one"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({"state_dict": {"0.weight": torch.ones(1), "version": 3}, "ema": net.state_dict()}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"but 'version' is of type int: save model.state_dict"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"but 'nothing' is of type NoneType: save model.state_dict"):
         read_weights(tmp_path / "w.pt")
     torch.save({0: torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="expected tensors by name, got other keys"):

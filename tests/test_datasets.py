@@ -95,6 +95,19 @@ def test_labels_are_those_that_are_given_or_the_targets_or_those_of_one_pass():
     assert from_dataset(drawn, NAMES, labels=[1] * 9).labels.tolist() == [1] * 9
 
 
+def test_targets_that_are_transformed_are_not_those_of_the_items():
+    drawn = Drawn(make_images(9))
+    drawn.targets, drawn.target_transform = [2] * 9, lambda label: label
+    assert from_dataset(drawn, NAMES).labels.equal(drawn.labels)
+
+
+def test_no_images_have_a_shape_and_gradients_stay_with_the_data_set():
+    own = from_dataset(TensorDataset(torch.rand(4, 1, 8, 8).requires_grad_(), torch.arange(4) % 3), NAMES)
+    assert own.pixels(slice(0, 0)).shape == (0, 1, 8, 8)
+    assert own.stored(torch.tensor(1)).shape == (1, 1, 8, 8)
+    assert not own.pixels(slice(None)).requires_grad
+
+
 class Endless(Dataset):
     def __getitem__(self, row):
         return torch.rand(1, 8, 8), 0
@@ -109,6 +122,14 @@ class Items(Dataset):
 
     def __getitem__(self, row):
         return self.items[row]
+
+
+class Failing(Items):
+    def __init__(self):
+        super().__init__(1)
+
+    def __getitem__(self, row):
+        raise OSError("gone")
 
 
 IMAGE = torch.rand(1, 8, 8)
@@ -128,6 +149,17 @@ IMAGE = torch.rand(1, 8, 8)
         (Items((IMAGE, 0), (IMAGE, 0)), {"labels": [0]}, "2 images and labels of torch.int64 and shape (1,)"),
         (Items((IMAGE, 0)), {"labels": [0.5]}, "labels of torch.float32 and shape (1,)"),
         (Items((IMAGE, 3)), {}, "labels must lie in 0 .. 2"),
+        (
+            Items((IMAGE, 0)),
+            {"labels": ["rows"]},
+            "labels must be whole numbers, one per image, and classes their names",
+        ),
+        (
+            Items((IMAGE, 0)),
+            {"classes": 2},
+            "labels must be whole numbers, one per image, and classes their names, but",
+        ),
+        (Failing(), {}, "the data set fails at item 0 (OSError: gone)"),
         (Items((IMAGE, 0)), {"classes": "rows"}, "classes must be a tuple of names"),
     ],
 )
@@ -168,7 +200,7 @@ def test_the_optimiser_is_the_users_own():
 def test_what_is_no_optimiser_is_refused():
     with pytest.raises(RecipeError, match=r"Compute\(optimiser=...\) must make an optimiser of parameters"):
         Compute(optimiser="adam")
-    wrong = Compute(optimiser=lambda parameters, lr: lr)
+    wrong = Compute(optimiser=lambda parameters, lr: 0.1)
     with pytest.raises(RecipeError, match=r"Compute\(optimiser=...\) made a float, expected a torch.optim.Optimizer"):
         train_locally(
             make_net(), make_images(8), Training(0.1, 8), lr=0.1, draw=torch.Generator().manual_seed(0), compute=wrong

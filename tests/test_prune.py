@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -392,6 +393,7 @@ BETWEEN = {  # what is between, its channels, whether the first convolution can 
     "layer norm over pixels": (drawn(nn.LayerNorm((8, 8))), 8, False),
     "linear layers of channels last": (Last(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), 8, True),
     "slopes": (drawn(nn.PReLU(8)), 8, True),
+    "instance norm with weights": (drawn(nn.InstanceNorm2d(8, affine=True)), 8, True),
     "one slope": (nn.PReLU(), 8, True),
     "layer scale": (Scale(8, 1, 1), 8, True),
     "layer scale of channels last": (Last(Scale(8)), 8, True),
@@ -422,6 +424,101 @@ def test_what_is_between_convolutions_is_followed_or_its_channels_stay(mix, widt
     torch.testing.assert_close(
         logits(prune(net, plan), EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-4, atol=1e-6
     )
+
+
+def test_two_cuts_of_a_group_norm_are_one_plan():
+    """Whole groups first, then as many channels of each group that is left: the sum is neither, and can be applied."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3),
+        drawn(nn.GroupNorm(4, 12)),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    twice = classifier(net)
+    for seed in (0, 1):
+        twice = twice.cut(plan_for(twice.module, fraction=0.5, seed=seed))
+    assert (twice.module[1].num_groups, twice.module[1].num_channels) == (2, 4)
+    assert logits(prune(net, twice.plan), EXAMPLE).equal(logits(twice.module, EXAMPLE))
+
+
+class Dense(nn.Module):
+    """A group normalisation of maps beside maps that are made of them, in groups that no part of them fills."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 28, 3, padding=1), nn.Conv2d(28, 12, 3, padding=1)
+        self.norm, self.fc = nn.GroupNorm(8, 40), nn.Linear(40, 3)
+
+    def forward(self, x):
+        first = self.a(x)
+        both = torch.cat([first, self.b(F.relu(first))], 1)
+        return self.fc(F.relu(self.norm(both)).mean((2, 3)))
+
+
+class Sharing(nn.Module):
+    """A weight per channel that two parts of the model share."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.one = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), Scale(8, 1, 1)
+        self.two, self.read, self.fc = Scale(8, 1, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+        self.two.gamma = self.one.gamma
+
+    def forward(self, x):
+        maps = self.two(F.relu(self.conv(self.one(F.relu(self.first(x))))))
+        return self.fc(F.relu(self.read(maps)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("net", "left", "reason"),
+    [
+        (Dense, {"a", "b"}, "norm divides them among others' channels"),
+        (Sharing, {"first", "conv"}, "cross an operation|is the same tensor as"),
+    ],
+)
+def test_layers_whose_channels_lie_across_others_are_left_out_by_name(net, left, reason):
+    torch.manual_seed(0)
+    if net is Dense:
+        with pytest.raises(ModelError, match=reason):
+            find_channels(net(), EXAMPLE)
+        return
+    found = find_channels(net(), EXAMPLE)
+    assert set(found.left_out) == left
+    assert all(re.search(reason, why) for why in found.left_out.values())
+
+
+def test_whole_numbers_among_the_weights_are_left_alone(net):
+    net.register_parameter("steps", nn.Parameter(torch.tensor(3), requires_grad=False))
+    assert list(find_channels(net, EXAMPLE).taps) == ["0", "3"]
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("end", ["flipped", "softmax", "scaled to length 1"])
+def test_an_output_that_is_not_a_row_each_is_no_head(classes, end):
+    ends = {
+        "flipped": lambda out: out.flip(1),
+        "softmax": lambda out: out.softmax(1),
+        "scaled to length 1": lambda out: F.normalize(out, dim=1),
+    }
+    net = Between(tail=lambda maps: maps.mean((2, 3)))
+    net.fc = nn.Linear(6, classes)
+    with torch.no_grad():
+        net.fc.bias[0] = -30.0  # what a model has learnt does not decide
+    forward = net.forward
+    net.forward = lambda x: ends[end](forward(x))
+    with pytest.raises(ModelError, match="must come straight from a Linear layer"):
+        head_layer(net, EXAMPLE)
+
+
+def test_a_plan_that_cuts_a_grouped_convolution_inside_its_blocks_is_refused():
+    net = Between(nn.Conv2d(8, 8, 3, groups=2))
+    for kept in ({"mix.weight": {1: (0,)}}, {"mix.bias": {0: (0, 1, 2, 3)}}):
+        shapes = {name: tuple(net.state_dict()[name].shape) for name in kept}
+        with pytest.raises(PlanError, match="cuts the grouped convolution mix otherwise than by its blocks"):
+            prune(net, PruningPlan(shapes, kept))
 
 
 class Halves(nn.Module):
@@ -485,7 +582,11 @@ def test_of_grouped_layers_whole_blocks_go_or_as_many_channels_of_each(layer, we
             (0, 1, 4),
             r"keeps \[2, 1\] of the 4 channels in each of the 2 blocks of mix.*or as many",
         ),
-        (drawn(nn.GroupNorm(4, 8)), (0, 2), r"keeps \[1, 1, 0, 0\] of the 2 channels in each of the 4 blocks of mix"),
+        (
+            drawn(nn.GroupNorm(4, 8)),
+            (0, 2, 3),
+            r"keeps \[1, 2, 0, 0\] of the 2 channels in each of the 4 blocks of mix",
+        ),
     ],
 )
 def test_a_plan_that_leaves_blocks_of_several_sizes_is_refused(layer, kept, text):

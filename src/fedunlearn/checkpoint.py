@@ -25,6 +25,7 @@ from fedunlearn.files import write_tensors
 _SCHEMA = 1
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+_STATES = ("state_dict", "model_state_dict", "model")  # where trainings keep the state, before any other key
 _COUNTER = "num_batches_tracked"
 _LONGEST = 200  # characters of another library's message
 
@@ -280,19 +281,20 @@ def _torch(path: Path) -> Weights:
         )
     value = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(value, dict) and not _is_state(value):
-        states = [name for name, own in value.items() if _is_state(own)]
+        named = [name for name in _STATES if isinstance(value.get(name), dict)]
+        states = named[:1] or [name for name, own in value.items() if _is_state(own)]
         if len(states) > 1:
             raise ModelError(
                 f"{path}: holds the states of several models ({', '.join(map(str, states))}): save the one that is "
                 "meant, alone"
             )
-        if not states:
-            name, own = next(item for item in value.items() if not isinstance(item[1], Tensor))
-            raise ModelError(
-                f"{path}: expected tensors by name, or a dictionary with them under one of its keys, but "
-                f"{str(name)[:80]!r} is of type {type(own).__name__}: save model.state_dict()"
-            )
-        value = value[states[0]]
+        value = value[states[0]] if states else value
+    if isinstance(value, dict) and not _is_state(value):
+        name, own = next((item for item in value.items() if not isinstance(item[1], Tensor)), ("nothing", None))
+        raise ModelError(
+            f"{path}: expected tensors by name, or a dictionary with them under one of its keys, but "
+            f"{str(name)[:80]!r} is of type {type(own).__name__}: save model.state_dict()"
+        )
     if not isinstance(value, dict):
         raise ModelError(
             f"{path}: expected tensors by name, or a dictionary with them under one of its keys, got a value of type "
@@ -304,7 +306,9 @@ def _torch(path: Path) -> Weights:
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(own, Tensor) for own in value.values())
+    """Return whether ``value`` may be the state of a model: tensors by name, not numbers alone."""
+    tensors = isinstance(value, dict) and all(isinstance(own, Tensor) for own in value.values())
+    return isinstance(value, dict) and tensors and any(own.ndim for own in value.values())
 
 
 def _is_scripted(path: Path) -> bool:

@@ -70,7 +70,7 @@ def unlearn_smallest(
     where not: three attempts, which find the smallest if a larger cut never forgets less. The cost is that of all.
 
     Args:
-        model: a CNN that ends in a linear layer with one row per class.
+        model: a CNN with a row per class at its end, see ``head_layer``.
         federation: the clients, which need validation images of the classes.
         forget: class or classes to forget; several need ``jointly``.
         repair: what follows each pruning.
@@ -104,7 +104,10 @@ def unlearn_smallest(
     ranked = rank_channels(original, federation, wanted, rank=rank)
     attempts: list[Attempt] = []
     best: Unlearned | None = None
-    left: Sequence[float] = FRACTIONS
+    # Of narrow layers, and of blocks, a small share is no channel: the repair alone would pass for a cut.
+    left: Sequence[float] = [own for own in FRACTIONS if ranked.removes(Cut(own, scope=scope))]
+    if not left:
+        raise PlanError(f"no cut up to {FRACTIONS[-1]} removes a channel: the model's layers are too narrow to prune")
     while left:
         middle = len(left) // 2
         attempt, done = _attempt(ranked, federation, Cut(left[middle], scope=scope), wanted, repair=repair, rank=rank)

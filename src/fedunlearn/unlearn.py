@@ -70,7 +70,7 @@ def unlearn(
     """Make ``model`` forget classes; the model itself is left as it was.
 
     Args:
-        model: a CNN that ends in a linear layer with one row per class.
+        model: a CNN with a row per class at its end, see ``head_layer``.
         federation: the clients, the record that a killed run goes on from, the owner of all draws.
         forget: class or classes to forget, by number, or by name where the engine runs in this process: from elsewhere
             clients send no names.
@@ -156,6 +156,10 @@ class Ranked:
     stats: ChannelStats
     scores: ChannelScores
     held: Holdings
+
+    def removes(self, cut: Cut) -> bool:
+        """Return whether ``cut`` removes any channel."""
+        return any(plan_pruning(self.channels, self.scores, cut).pruned.values())
 
     def without(self, cut: Cut) -> Classifier:
         """Return the model without the channels that ``cut`` removes by these scores."""

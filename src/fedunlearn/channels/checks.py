@@ -204,13 +204,13 @@ def check_parts(model: nn.Module, example: Tensor) -> None:
 
 
 def tied_tensors(model: nn.Module) -> dict[str, str]:
-    """Return module to the reason why its tensors cannot be cut: another module has one of them too."""
+    """Return module, and tensor, to the reason why it cannot be cut: another module has one of its tensors too."""
     owner: dict[int, tuple[str, str]] = {}
-    tied = {}
+    tied: dict[str, str] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{own}" if name else own
             other, first = owner.setdefault(id(parameter), (name, full))
             if other != name:
-                tied[name] = tied[other] = f"{full} is the same tensor as {first}"
+                tied |= dict.fromkeys((name, other, full, first), f"{full} is the same tensor as {first}")
     return tied

@@ -10,7 +10,7 @@ from torch import nn
 from fedunlearn.errors import PlanError
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # they normalise an image over its channels
-FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU, *NORMS)
+FOLLOWED = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU, *NORMS)
 
 
 def blocks_of(module: nn.Module) -> int:
@@ -59,12 +59,16 @@ def resize(module: nn.Module, name: str, kept: Sequence[int] | None) -> None:
         PlanError: blocks would be left that differ in size.
     """
     if isinstance(module, nn.Conv2d):
+        if module.groups > 1 and (kept is None or len(kept) != len(module.weight)):
+            raise PlanError(
+                f"the plan cuts the grouped convolution {name} otherwise than by its blocks: it was changed"
+            )
         if kept is not None and module.groups > 1:
             module.groups = _blocks(kept, module.out_channels, module.groups, whole=True, name=name)
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)):
         module.num_features = next(len(own) for own in (module.weight, module.running_mean) if own is not None)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
@@ -80,7 +84,7 @@ def _blocks(kept: Sequence[int], width: int, blocks: int, *, whole: bool, name: 
     size = width // blocks
     counts = torch.bincount(torch.tensor(kept, dtype=torch.int64) // size, minlength=blocks).tolist()
     left = [count for count in counts if count]
-    if len(set(left)) > 1 or (whole and left[0] != size) or (len(left) < blocks and left[0] != size):
+    if len(set(left)) > 1 or (whole and left[0] != size):
         raise PlanError(
             f"the plan keeps {counts} of the {size} channels in each of the {blocks} blocks of {name}: whole blocks "
             f"can go{'' if whole else ', or as many channels of each'}"

@@ -131,7 +131,7 @@ class Classifier:
     """A model, how its shapes came about, and which class each of its output rows names.
 
     Attributes:
-        module: a CNN that ends in a linear layer with a row per class.
+        module: a CNN with a row per class at its end, see ``head_layer``.
         shape: ``(colours, height, width)`` of the images it takes.
         plan: how its shapes follow from its architecture; nothing was removed where the plan is empty.
         labels: the class of each output row; row ``r`` is class ``r`` where None.

@@ -19,7 +19,7 @@ def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str
     A module under two names has its tensors under both, as in the state of the model. ``module`` may also name a
     parameter that belongs to no layer of a known kind.
     """
-    alone = dict(model.named_parameters()).get(module)
+    alone = dict(model.named_parameters(remove_duplicate=False)).get(module)
     if alone is not None:
         return [(module, alone.shape[axis])] if alone.ndim > axis else []
     owner = model.get_submodule(module)

@@ -45,12 +45,19 @@ class Tap:
     rectified: bool = False
 
 
+def with_gradients(model: nn.Module) -> nn.Module:
+    """Let autograd record what all weights of ``model`` do, and return it; whole numbers have no gradients."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
+
+
 def rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dict[str, Tap]:
     """Return ``taps``, marked where autograd's record of a pass says that a ReLU made what is read.
 
     ``model`` may be changed.
     """
-    model.requires_grad_(True)  # the model, not its input: a model may change that in place
+    with_gradients(model)  # the model, not its input: a model may change that in place
     with torch.enable_grad(), reading(model, taps) as maps:
         model(example.clone())
     found = {}

@@ -93,6 +93,11 @@ def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     return moved
 
 
+def drawn_anew(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """Return a copy of ``model`` with weights of either sign drawn anew, and images for it, in float64 where it can."""
+    return _drawn(model, False, shape)
+
+
 def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     """Return a copy with weights drawn anew, positive and very uneven or of either sign, and images for it.
 
@@ -127,7 +132,7 @@ def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn
             if name.rpartition(".")[2] == "bias":
                 level = 0.1 * normal(parameter)
                 parameter.copy_(level.abs() if positive else level)
-            elif name not in read:
+            elif name not in read and parameter.is_floating_point():
                 parameter.copy_(0.75 + 0.25 * normal(parameter).tanh())
     images = example_images(shape).to(next(net.parameters()).device)
     images = images.abs() if positive else images

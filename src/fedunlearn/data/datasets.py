@@ -34,7 +34,8 @@ class DatasetImages(LabelledImages):
 
     def stored(self, rows: Tensor | slice) -> Tensor:
         """Return the images at ``rows`` as the data set gives them, float32."""
-        return torch.stack([self._image(int(row)) for row in self.rows[rows]])
+        wanted = self.rows[rows].reshape(-1).tolist()
+        return torch.stack([self._image(row) for row in wanted]) if wanted else torch.zeros(0, *self.shape)
 
     def pixels(self, rows: Tensor | slice) -> Tensor:
         """Return the images at ``rows`` as a model sees them: as the data set gives them."""
@@ -105,10 +106,16 @@ def from_dataset(
     if count == 0:
         raise DataError("the data set holds no images: give one that does")
     first, _ = _item(dataset, 0)
-    if labels is None:
+    if labels is None and getattr(dataset, "target_transform", None) is None:
         labels = getattr(dataset, "targets", None)
     found = [_item(dataset, row)[1] for row in range(count)] if labels is None else labels
-    own = torch.as_tensor(found)
+    try:
+        own, names = torch.as_tensor(found), classes if isinstance(classes, str) else tuple(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"labels must be whole numbers, one per image, and classes their names, but {error}: check "
+            "from_dataset(classes, labels=...)"
+        ) from error
     if own.is_floating_point() or own.shape != (count,):
         raise DataError(
             f"the data set has {count} images and labels of {own.dtype} and shape {tuple(own.shape)}: one whole number "
@@ -116,7 +123,6 @@ def from_dataset(
         )
     colours, height, width = first.shape
     shape = (int(colours), int(height), int(width))
-    names = classes if isinstance(classes, str) else tuple(classes)  # text alone is refused there
     return DatasetImages(
         _placeholder(count, shape),
         own.long(),
@@ -144,7 +150,11 @@ def _length(dataset: Dataset[Any]) -> int:
 def _item(dataset: Dataset[Any], row: int) -> tuple[Tensor, int]:
     """Return an image, float32, and its label."""
     try:
-        image, label = dataset[row]
+        item = dataset[row]
+    except Exception as error:  # the user's own code can fail in any way
+        raise DataError(f"the data set fails at item {row} ({type(error).__name__}: {error})") from error
+    try:
+        image, label = item
     except (TypeError, ValueError) as error:
         raise DataError(f"the data set's item {row} is no pair of an image and a label: give (image, label)") from error
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3:
@@ -156,4 +166,4 @@ def _item(dataset: Dataset[Any], row: int) -> tuple[Tensor, int]:
     whole = int(label) if isinstance(label, Tensor) and label.numel() == 1 else label
     if not is_whole(whole, 0):
         raise DataError(f"the data set's label {row} is {label!r}, expected the number of a class, counted from 0")
-    return image.float(), int(whole)
+    return image.detach().float(), int(whole)

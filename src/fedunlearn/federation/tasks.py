@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedunlearn.channels.groups import Channels, find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
@@ -259,7 +259,9 @@ class Evaluate:
         counted = count_correct(model, images, labels=self.labels, compute=compute)
         sums = {"correct": counted.correct.sum(), "counts": counted.counts.sum()}
         if self.probability:
-            sums["probability"] = counted.probability.sum()
+            if rules.noise:
+                raise FederationError("under noise no sum of probabilities leaves: give unlearn.fraction a number")
+            sums["probability"] = _coarse(counted.probability.sum(), len(images))
         return Answer(sums, len(images), len(images))
 
     def layout(self, model: Classifier) -> Layout:
@@ -280,6 +282,11 @@ class Evaluate:
             if bool(own > counts + _ROUNDED):
                 return f"{name} is {float(own):g} of {int(counts)} images"
         return None
+
+
+def _coarse(total: Tensor, images: int) -> Tensor:
+    """Return a sum over ``images`` whose mean is rounded to a hundredth: more digits would tell of single images."""
+    return (100 * total / max(1, images)).round() / 100 * images
 
 
 _ROUNDED = 1e-6  # by which a sum of probabilities may exceed their number

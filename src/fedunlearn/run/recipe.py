@@ -320,6 +320,8 @@ def _check_auto(recipe: Recipe) -> None:
         raise RecipeError(
             'unlearn.fraction = "auto" with several classes needs unlearn.jointly = true: one ranking, one fraction'
         )
+    if recipe.privacy.noise:
+        raise RecipeError('unlearn.fraction = "auto" asks for sums that privacy.noise does not hide: give a number')
     if table.end == "lowest":
         raise RecipeError('unlearn.fraction = "auto" cuts the highest scores: leave unlearn.end out, or give a number')
 

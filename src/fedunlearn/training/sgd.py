@@ -260,7 +260,7 @@ def _optimiser(model: nn.Module, training: Training, lr: float, compute: Compute
             fused=True,
         )
     optimiser = compute.optimiser(model.parameters(), lr)
-    if not hasattr(optimiser, "step") or not hasattr(optimiser, "zero_grad"):
+    if not isinstance(optimiser, torch.optim.Optimizer):
         raise RecipeError(
             f"Compute(optimiser=...) made a {type(optimiser).__name__}, expected a torch.optim.Optimizer: return the "
             "optimiser itself"
