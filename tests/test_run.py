@@ -678,7 +678,7 @@ def test_weights_that_cannot_be_used_are_refused(net, tmp_path):
         read_weights(tmp_path / "w.pt")
     assert not (tmp_path / "planted").exists()
     torch.save([torch.zeros(1)], tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="expected tensors by name, or a dictionary with state_dict"):
+    with pytest.raises(ModelError, match="expected tensors by name, or a dictionary with them under one of its keys"):
         read_weights(tmp_path / "w.pt")
 
 

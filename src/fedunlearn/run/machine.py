@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def _probed(experiment: Experiment) -> tuple[ComputeTable, dict[str, float]]:
         return ComputeTable.model_validate(value["compute"]), dict(value["images_per_second"])
     except (OSError, ValueError, KeyError, TypeError):
         best, tried = probe(experiment.model.module, shape, batch_size=batch_size)
-    table = ComputeTable.model_validate(asdict(best))
+    table = ComputeTable.model_validate({key: getattr(best, key) for key in ComputeTable.model_fields})
     rates = {f"{own.precision}, {own.memory_format}, {own.workers} workers": round(rate, 1) for own, rate in tried}
     with suppress(OSError):  # a cache that cannot be written costs the next run a probe
         kept.parent.mkdir(parents=True, exist_ok=True)
