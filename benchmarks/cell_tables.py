@@ -18,6 +18,7 @@ from fedunlearn.evidence.plots import work
 from fedunlearn.evidence.words import MODELS as LABELS
 from fedunlearn.evidence.words import clipped
 from fedunlearn.federation.journal import Step
+from fedunlearn.run.result import training_curve
 
 Result = dict[str, Any]
 # R unlearned, R retrained and speed-up in rounds, as the paper gives them.
@@ -145,18 +146,13 @@ def picture(recipe: str) -> str | None:
         for setting in SETTINGS
     }
     points = {setting: own for setting, own in points.items() if own}
-    curves = [list(_curve(path)) for path in sorted((MODELS / recipe).glob("retrained-*.safetensors"))]
+    curves = [_curve(path) for path in sorted((MODELS / recipe).glob("retrained-*.safetensors"))]
     return work(curves, points) if points and curves else None
 
 
-def _curve(path: Path) -> Iterator[tuple[float, float]]:
+def _curve(path: Path) -> list[tuple[int, float]]:
     with safetensors.safe_open(path, "pt") as file:
-        steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
-    spent = 0
-    for step in steps:
-        spent += sum(entry.flops for entry in step.entries if entry.job == "train")
-        if step.validation is not None:
-            yield spent, step.validation
+        return training_curve([Step.from_dict(value) for value in json.loads(file.metadata()["steps"])])
 
 
 def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:

@@ -1,6 +1,7 @@
 """Keys, event log, dossier and verifier: what an auditor relies on."""
 
 import ast
+import hashlib
 import json
 import random
 import shutil
@@ -30,6 +31,9 @@ from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.report import write_card, write_report
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
+from fedunlearn.run.audit_file import audit_model
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.work import finished
 from test_cli import fedunlearn
 
@@ -365,6 +369,7 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
     result["controls"]["head_only"]["verdict"] = "not forgotten"
     result["cost"]["retrain"]["client_flops"] *= 2
     result["cost"]["retrain_whole"]["rounds"] -= 1
+    result["retraining"][0] = [1, 1.0]
     thresholds = json.loads((folder / "thresholds.json").read_text())
     thresholds["bands"]["probe"]["high"] = 2.0
     (folder / "thresholds.json").write_text(json.dumps(thresholds))
@@ -378,10 +383,54 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         "the verdict on head_only does not follow from the figures",
         "the cost of retraining does not follow from rounds.jsonl",
         "the rounds of retraining are not those of rounds.jsonl",
+        "the curve of retraining does not follow from rounds.jsonl",
+        "the cost of retraining does not follow from its curve",
         "thresholds.json does not follow from the figures of the retrained models",
         "events.jsonl tells of another thresholds.json",
     ):
         assert text in found
+
+
+def test_a_signed_unlearning_verifies_without_a_verdict(signed, tmp_path, capsys):
+    folder, key = tmp_path / "run", signed / "operator.pub"
+    recipe = load_recipe(str(signed / "tiny.toml"), ['evidence.request="case 8"'])
+    run(recipe, folder, command="unlearn", key=signed / "operator")
+    assert verify.main([str(folder), "--key", str(key)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("verified: signature, ") and said[0].endswith(" events and costs")
+    assert said[1].startswith("not audited: no verdict (request case 8, ")
+    with pytest.raises(RunError, match="this run was not audited"):
+        write_report(folder)
+    cost = json.loads((folder / "result.json").read_text())["cost"]
+    cost["unlearn"]["client_samples"] += 1
+    again(folder, signed, cost=cost)
+    assert problems(folder, key) == [
+        "events.jsonl tells of another result.json",
+        "the cost of unlearning, client_samples, does not follow from rounds.jsonl",
+    ]
+    run(recipe, tmp_path / "trained", command="train", key=signed / "operator")
+    assert not (tmp_path / "trained" / "dossier.json").exists()  # nothing was forgotten
+
+
+def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signed, tmp_path, capsys):
+    folder, key, model = tmp_path / "run", signed / "operator.pub", signed / "run" / "model.safetensors"
+    recipe = load_recipe(str(signed / "tiny.toml"))
+    oracles = sorted((signed / "run" / "oracles").iterdir())
+    result = audit_model(recipe, folder, model=model, oracles=oracles, key=signed / "operator")
+    assert verify.main([str(folder), "--key", str(key)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(" events and figures")
+    assert said[1].startswith(f"verdict: {result['verdict']} (request not named, ")
+    dossier = json.loads((folder / "dossier.json").read_text())
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    assert dossier["models"] == {"audited": {"file": "model.safetensors", "sha256": digest}}
+    page = (folder / "report.html").read_text()
+    assert digest in page and dossier["key"] in page
+    again(folder, signed, verdict="not forgotten")
+    assert problems(folder, key)[:2] == [
+        "events.jsonl tells of another result.json",
+        "events.jsonl tells of other data or another verdict",
+    ]
 
 
 def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):
@@ -486,7 +535,7 @@ def test_folders_without_a_finished_or_audited_run_are_refused(copied, tmp_path)
         RunFolder.read(tmp_path)
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(RunError, match="this run was not audited: use fedunlearn run"):
-        RunFolder.read(tmp_path)
+        RunFolder.audited(tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(RunError, match=r"result\.json: expected JSON"):
         RunFolder.read(folder)

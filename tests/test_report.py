@@ -24,7 +24,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PLOTS = {"bands", "relearning", "confusion", "classes", "scores", "maps"}
+PLOTS = {"bands", "relearning", "confusion", "classes", "work", "scores", "maps"}
 WIDTHS = (390, 1440)
 
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")

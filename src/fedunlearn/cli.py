@@ -186,7 +186,7 @@ def train(options: Options) -> None:
     _work("train", options)
 
 
-@_command("recipe", *_WORK, "weights", "method", *_SHOWN)
+@_command("recipe", *_WORK, "weights", "method", "key", *_SHOWN)
 def unlearn(options: Options) -> None:
     """Make a model forget, without comparisons; it is trained first where --weights names none."""
     _work("unlearn", options)
@@ -265,7 +265,7 @@ def export(options: Options) -> None:
 
 @_command(
     _argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
-    *("recipe", "out", "data", "oracle", "client", "overrides", "precision", *_SHOWN),
+    *("recipe", "out", "data", "oracle", "client", "overrides", "precision", "key", *_SHOWN),
 )
 def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
@@ -281,6 +281,7 @@ def audit(options: Options) -> None:
             model=options.model,
             oracles=options.oracle or (),
             client=options.client,
+            key=options.key,
             prepared=lambda experiment: console.print(describe(experiment), highlight=False),
             observe=observe,
         )

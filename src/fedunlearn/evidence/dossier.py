@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog, now
 from fedunlearn.evidence.folder import RunFolder
-from fedunlearn.evidence.verify import CONFIRMED, DOSSIER, SIGNATURE, acknowledged, fingerprint, rounds
+from fedunlearn.evidence.verify import CONFIRMED, COSTS, DOSSIER, SIGNATURE, acknowledged, fingerprint, models, rounds
 from fedunlearn.evidence.words import LIMITS
 from fedunlearn.federation.lock import LOCK
 from fedunlearn.files import written
@@ -26,7 +26,7 @@ _VERIFIER = "verify.py"
 
 
 def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = None) -> None:
-    """Write dossier.json, its signature and a copy of the verifier into the folder of an audited run.
+    """Write dossier.json, its signature and a copy of the verifier into the folder of a finished run, audited or not.
 
     Args:
         folder: the folder; nothing in it changes afterwards without the dossier telling.
@@ -34,7 +34,7 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
         time: when it is signed, ISO 8601; the present where None.
 
     Raises:
-        RunError: the folder does not hold an audited run.
+        RunError: the folder does not hold a finished run.
     """
     run = RunFolder.read(folder)
     verifier = files("fedunlearn").joinpath("evidence", "verify.py").read_bytes()
@@ -51,12 +51,12 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
     It is the operator's statement: what a client deletes on its own disk, nobody else sees.
 
     Args:
-        folder: of an audited run.
+        folder: of a finished run.
         clients: their ids.
         key: the operator's.
 
     Raises:
-        RunError: the folder does not hold an audited run.
+        RunError: the folder does not hold a finished run.
         EvidenceError: a client took no part in the run, or the folder is signed by another key.
     """
     run = RunFolder.read(folder)
@@ -101,23 +101,20 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
         "versions": result["versions"],
         "recipe": result["recipe"],
         "data": header["data"],
-        "models": {"before": hashed["original.safetensors"], "after": hashed["model.safetensors"]},
+        "models": models(result, hashed),
         "clients": {key: own for key, own in result["engine"].items() if key != "name"},
         "rounds": rounds(steps),
-        "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")),
+        "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")) if "verdict" in result else None,
         "limits": list(LIMITS),
-        "purged": [
-            "states of unfinished rounds",
-            "output rows of the forgotten classes",
-            "channels listed in plan.json",
-        ],
+        "purged": ["states of unfinished rounds"] + (_PURGED if "unlearned" in result else []),
         "files": hashed,
         "acknowledged": acknowledged(json.loads(line) for line in events),
         "events": {"count": len(events), "head": hashlib.sha256(events[-1]).hexdigest()},
     } | {name: result.get(name) for name in _RESULTS}
 
 
-_RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", "cost", "speedup", "speedup_whole")
+_PURGED = ["output rows of the forgotten classes", "channels listed in plan.json"]
+_RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", *COSTS)
 
 
 def _hashed(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A finished and audited run.
+    """A finished run.
 
     Attributes:
         path: its folder.
@@ -40,15 +40,25 @@ class RunFolder:
         """Return the run in ``path``.
 
         Raises:
-            RunError: there is none, it is not finished, or it was not audited.
+            RunError: there is none, or it is not finished.
         """
         file = path / RESULT
         if not file.is_file():
             raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
         result = _json(file)
-        if "verdict" not in result:
-            raise RunError(f"{path}: this run was not audited: use fedunlearn run, or fedunlearn audit on its model")
         return RunFolder(path, result, {own.stem: _json(own) for own in sorted((path / "audits").glob("*.json"))})
+
+    @staticmethod
+    def audited(path: Path) -> RunFolder:
+        """Return the run in ``path``, which has a verdict.
+
+        Raises:
+            RunError: there is none, it is not finished, or it was not audited.
+        """
+        run = RunFolder.read(path)
+        if "verdict" not in run.result:
+            raise RunError(f"{path}: this run was not audited: use fedunlearn run, or fedunlearn audit on its model")
+        return run
 
     def figures(self, name: str) -> dict[str, float]:
         """Return the figures of a model by name; empty where it was not audited."""

@@ -52,7 +52,7 @@ def write_report(folder: Path) -> None:
         RunError: the folder does not hold an audited run.
         EvidenceError: the folder is signed, and the signature would no longer fit.
     """
-    run = RunFolder.read(folder)
+    run = RunFolder.audited(folder)
     plan = folder / "plan.json"
     values = {
         "result": run.result,
@@ -110,7 +110,7 @@ def write_card(folder: Path) -> None:
         RunError: the folder does not hold an audited run.
         EvidenceError: the folder is signed, and the signature would no longer fit.
     """
-    run = RunFolder.read(folder)
+    run = RunFolder.audited(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
         autoescape=False,  # Markdown
@@ -218,6 +218,8 @@ def _plots(run: RunFolder) -> dict[str, Plot]:
     drawn = [_bands(run), _relearning(run), _confusion(run)]
     if "unlearned" in result:
         drawn.append(_classes(run))
+    if "retraining" in result:
+        drawn.append(_work(run))
     drawn += _channels(run)
     return {plot.name: plot for plot in drawn}
 
@@ -282,6 +284,28 @@ def _classes(run: RunFolder) -> Plot:
         f"{_percent(after[change])} %.",
         plots.per_class(_numbers(before), _numbers(after), _numbers(mean)),
     )
+
+
+def _work(run: RunFolder) -> Plot:
+    result = run.result
+    spent, r = result["cost"]["unlearn"]["client_flops"], result["unlearned"]["validation"]["retain"]
+    retrain = result["cost"]["retrain"]
+    whole = result["cost"]["retrain_whole"]["client_flops"]
+    beside = (
+        f"Retraining first got there after {_flops(retrain['client_flops'])}"
+        if retrain["reached"]
+        else f"Retraining had not got there after {_flops(whole)}, when it ended"
+    )
+    return Plot(
+        "work",
+        "R against the work of the clients",
+        f"Unlearning ends at R {_percent(r)} % on the clients' validation images after {_flops(spent)}. {beside}.",
+        plots.work([result["retraining"]], {"unlearned": [(spent, r)]}),
+    )
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.3g} TFLOP"
 
 
 def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:

@@ -46,13 +46,14 @@ _KINDS = {
     "artefacts": "class",
 }
 _FIXED = {"artefacts": (0.0, 1.0, 0.0, 0.0)}
+_OF_THE_ROW = {"forget", "reestimated", "int8", "int4"}  # figures of a model that has the row of the class
 _FEWEST = 3
 _PASS = "indistinguishable from retraining"
 _NEEDED = ("retain", "probe", "relearn", "neighbours")  # of a pass
 _MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anything
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
-_COSTS = ("cost", "speedup", "speedup_whole")
+COSTS = ("cost", "retraining", "speedup", "speedup_whole")
 _LEVEL = 0.95  # of all bands together
 
 
@@ -78,7 +79,8 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
         found += _dates(value, now or datetime.now(UTC))
         found += _files(folder, value)
         if not found:  # what was changed is not read any further
-            for check in (_statements, _events, _figures, _costs):
+            audited = "verdict" in _json(folder / "result.json")
+            for check in (_statements, _events, _costs, *((_figures,) if audited else ())):
                 found += check(folder, value)
     except _ProblemError as error:
         found.append(str(error))
@@ -166,22 +168,29 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             "forgotten": [classes[label] for label in forget],
             "labels_of_rows": [label for label in range(len(classes)) if label not in forget],
         },
-        "models": {"before": files["original.safetensors"], "after": files["model.safetensors"]},
+        "models": models(result, files),
         "clients": {key: own for key, own in result["engine"].items() if key != "name"},
         "request": result["recipe"]["evidence"]["request"],
-        "thresholds": _json(folder / "thresholds.json"),
+        "thresholds": _json(folder / "thresholds.json") if "verdict" in result else None,
         "data": header["data"],
     }
     for name, value in expected.items():
         if dossier[name] != value:
             yield f"{DOSSIER} and the files differ in {name}"
-    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", *_COSTS):
+    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", *COSTS):
         if dossier.get(name) != result.get(name):
             yield f"{DOSSIER} and result.json differ in {name}"
 
 
+def models(result: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a dossier says of the models, by the content of result.json and the hash of each file."""
+    if "model" in result:  # audited where it lay
+        return {"audited": result["model"]}
+    return {"before": files["original.safetensors"], "after": files["model.safetensors"]}
+
+
 def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
-    """Check the chain, the order of what happened, and the files it speaks of."""
+    """Check the chain, and what its events say."""
     lines = (folder / "events.jsonl").read_bytes().splitlines()
     previous, last, seen = "0" * 64, datetime.min.replace(tzinfo=UTC), {}
     for seq, line in enumerate(lines):
@@ -201,32 +210,40 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "events.jsonl ends elsewhere than the dossier says"
     if last > datetime.fromisoformat(dossier["created"]):
         yield "events.jsonl: the last event is later than the dossier"
+    yield from _told(folder, dossier, seen)
+
+
+def _told(folder: Path, dossier: Mapping[str, Any], seen: Mapping[str, tuple[int, Any]]) -> Iterator[str]:
+    """Check the order of what happened, and the files that the events speak of."""
+    result = _json(folder / "result.json")
+    forgot, audited = "unlearned" in result, "verdict" in result
     order = [
-        "run started",
-        "original ready",
-        "unlearned",
-        "retrained models ready",
-        "thresholds fixed",
-        "audited",
+        *(("run started", "original ready", "unlearned") if forgot else ()),
+        *(("retrained models ready",) if forgot and audited else ()),
+        *(("thresholds fixed", "audited") if audited else ()),
         "result written",
     ]
     places = [seen[name][0] for name in order if name in seen]
     if len(places) < len(order) or places != sorted(places):
         yield f"events.jsonl: expected, in this order, {', '.join(order)}"
         return
-    spoken = {
-        "original.safetensors": seen["original ready"][1]["sha256"],
-        "model.safetensors": seen["unlearned"][1]["sha256"],
-        "plan.json": seen["unlearned"][1]["plan"],
-        "thresholds.json": seen["thresholds fixed"][1]["sha256"],
-        "result.json": seen["result written"][1]["sha256"],
-    } | {f"oracles/{name}.safetensors": own for name, own in seen["retrained models ready"][1]["sha256"].items()}
+    facts = {name: own for name, (_, own) in seen.items()}
+    spoken = {"result.json": facts["result written"]["sha256"]}
+    if audited:
+        spoken["thresholds.json"] = facts["thresholds fixed"]["sha256"]
+    if forgot:
+        spoken["original.safetensors"] = facts["original ready"]["sha256"]
+        spoken["model.safetensors"], spoken["plan.json"] = facts["unlearned"]["sha256"], facts["unlearned"]["plan"]
+    oracles = facts["retrained models ready"]["sha256"] if forgot and audited else {}
+    spoken |= {f"oracles/{name}.safetensors": own for name, own in oracles.items()}
     for name, digest in spoken.items():
         if dossier["files"].get(name, {}).get("sha256") != digest:
             yield f"events.jsonl tells of another {_shown(name)}"
-    if seen["run started"][1]["data"] != dossier["data"] or seen["audited"][1]["verdict"] != dossier["verdict"]:
+    if (forgot and facts["run started"]["data"] != dossier["data"]) or (
+        audited and facts["audited"]["verdict"] != dossier["verdict"]
+    ):
         yield "events.jsonl tells of other data or another verdict"
-    if set(seen["retrained models ready"][1]["sha256"]) != set(_json(folder / "result.json")["oracles"]):
+    if forgot and audited and set(oracles) != set(result["oracles"]):
         yield "events.jsonl tells of other retrained models than result.json"
 
 
@@ -260,7 +277,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
         yield "thresholds.json does not follow from the figures of the retrained models"
-    if missing := written.keys() - candidate.keys() - {"artefacts"}:
+    if missing := _missing(written, candidate, elsewhere="model" in result):
         yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
     chance, count = 1 / len(result["classes"]), len(oracles)
     judged = {name: _judged(own, written, count, chance) for name, own in controls.items()}
@@ -288,6 +305,12 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "the held-out verdicts do not follow from the figures"
 
 
+def _missing(bands: _Bands, figures: _Figures, *, elsewhere: bool) -> set[str]:
+    """Return the figures with a band that a model lacks; one from elsewhere may lack those of the class's row."""
+    missing = bands.keys() - figures.keys() - {"artefacts"}
+    return set() if elsewhere and missing == _OF_THE_ROW & bands.keys() else missing
+
+
 def _held_out(oracles: Mapping[str, _Figures], controls: Mapping[str, _Figures], chance: float) -> dict[str, Any]:
     """Return the verdict on each retrained model, and on the controls, by the bands of the others."""
     models: dict[str, Any] = {}
@@ -311,13 +334,16 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()[1:]]
     if dossier["rounds"] != rounds(steps):
         yield f"{DOSSIER} and rounds.jsonl differ in the rounds"
+    result = _json(folder / "result.json")
+    if "unlearned" not in result:
+        return
     phases = ("measure", "attempt-", "reestimate", "repair", "method.")
     ours = [step for step in steps if step["phase"].startswith(phases)]
     unlearn = dossier["cost"]["unlearn"]
     for key, unit in _COUNTED.items():
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
-    first = next(iter(_json(folder / "result.json")["oracles"]), "")
+    first = next(iter(result.get("oracles", ())), "")
     theirs = [step for step in steps if step["phase"] == f"{first}.retrain"]  # none where it came from the cache
     for name, ratio in (("retrain", "speedup"), ("retrain_whole", "speedup_whole")):
         retrain = dossier["cost"].get(name)
@@ -330,6 +356,23 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield "the cost of retraining does not follow from rounds.jsonl"
         if not _near((dossier[ratio]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)):
             yield "the speed-up does not follow from the costs"
+    curve = dossier.get("retraining")  # older ones have none
+    if curve is not None:
+        if theirs and curve != _curve(theirs):
+            yield "the curve of retraining does not follow from rounds.jsonl"
+        wanted, retrain = result["unlearned"]["validation"]["retain"], dossier["cost"]["retrain"]
+        if retrain["reached"] and [spent for spent, r in curve if r >= wanted][:1] != [retrain["client_flops"]]:
+            yield "the cost of retraining does not follow from its curve"
+
+
+def _curve(steps: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Return operations so far and accuracy on validation images, where it was measured."""
+    spent, curve = 0, []
+    for step in steps:
+        spent += sum(entry["flops"] for entry in step["entries"] if entry["job"] == "train")
+        if step["validation"] is not None:
+            curve.append([spent, step["validation"]])
+    return curve
 
 
 def rounds(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -451,10 +494,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAILED: {problem}", file=sys.stderr)
     if not found:
         value = _json(chosen.folder / DOSSIER)
-        print(f"verified: signature, {len(value['files'])} files, {value['events']['count']} events, figures and costs")
+        checked = (("figures", value["verdict"]), ("costs", value["cost"]))
+        parts = ["signature", f"{len(value['files'])} files", f"{value['events']['count']} events"]
+        parts += [name for name, there in checked if there]
+        print(f"verified: {', '.join(parts[:-1])} and {parts[-1]}")
         if value.get("acknowledged"):
             print(f"deletion confirmed, as the operator says, by: {_shown(', '.join(value['acknowledged']))}")
-        print(f"verdict: {value['verdict']} (request {value['request'] or 'not named'}, {value['created']})")
+        verdict = f"verdict: {value['verdict']}" if value["verdict"] else "not audited: no verdict"
+        print(f"{verdict} (request {value['request'] or 'not named'}, {value['created']})")
     return 1 if found else 0
 
 

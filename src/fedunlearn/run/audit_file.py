@@ -13,7 +13,11 @@ from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError
-from fedunlearn.evidence.folder import check_folder, sha256
+from fedunlearn.evidence.dossier import write_dossier
+from fedunlearn.evidence.events import OPERATOR
+from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
+from fedunlearn.evidence.keys import read_private_key
+from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, normalised_for, read_data, set_up
@@ -30,6 +34,7 @@ def audit_model(
     model: Path,
     oracles: Sequence[Path] = (),
     client: str | None = None,
+    key: Path | None = None,
     prepared: Callable[[Experiment], None] = lambda experiment: None,
     observe: Observe = lambda phase, done, planned: None,
 ) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def audit_model(
         oracles: weights of models retrained without the classes; where there are none, they are retrained by the
             recipe, or read from the cache.
         client: audit with the images of this client alone: its training images, and its validation images as test.
+        key: the operator's private key, which signs a dossier of what was found.
         prepared: called once data and clients are there.
         observe: called with phase, steps done and steps planned.
 
@@ -50,6 +56,7 @@ def audit_model(
         FedUnlearnError: something cannot be used.
     """
     check_folder(out)
+    signer = None if key is None else read_private_key(key, outside=out)
     weights = read_weights(model)
     experiment = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
     images = experiment.audit_images() if client is None else _of_client(experiment, client)
@@ -65,10 +72,16 @@ def audit_model(
     work.probed()
     prepared(work.experiment)
     finished(work, lambda: _blocks(work, candidate, named, images) | {"model": _file(model), "client": client})
+    work.events.once("result written", sha256=sha256(out / RESULT))
     work.fed.journal.close()
     from fedunlearn.evidence.report import write_report  # slow to import
 
-    write_report(out)
+    if not (out / REPORT).exists():
+        if signer is not None:
+            work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
+        write_report(out)
+    if signer is not None:
+        write_dossier(out, signer)
     work.fed.journal.leave()
     return read_result(out)
 

@@ -60,7 +60,7 @@ def run(
         command: ``"train"``: the original model only; ``"unlearn"``: also forget; ``"run"``: also audit it,
             with retrained models and controls.
         engine: makes the engine that runs the clients; those of this process where None.
-        key: the operator's private key, which signs a dossier of what ``"run"`` found.
+        key: the operator's private key, which signs a dossier of what ``"run"`` or ``"unlearn"`` did.
         prepared: called once data, clients and model are there.
         observe: called with phase, steps done and steps planned.
 
@@ -91,7 +91,7 @@ def run(
             work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
         write_card(out)
         write_report(out)
-    if command == "run" and signer is not None:  # again where it is signed already: with another key, or for longer
+    if signer is not None and command != "train":  # again where it is signed already: with another key, or for longer
         write_dossier(out, signer)
     work.fed.journal.leave()
     return read_result(out)

@@ -87,7 +87,7 @@ def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``cost``, ``speedup`` and ``speedup_whole``, against the first retrained model.
+    """Return ``cost``, ``retraining``, ``speedup`` and ``speedup_whole``, against the first retrained model.
 
     ``speedup``: until it was as good as the unlearned one. ``speedup_whole``: all its rounds, as whoever cannot watch
     the validation accuracy pays for. None of them where the original never knew the class: nothing was forgotten,
@@ -102,7 +102,7 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
         "validation_unseen": experiment.weights is None or bool(experiment.recipe.audit.models)
     }
     costs = result["cost"] | {"retrain": retraining, "retrain_whole": whole_cost(first.steps)}
-    blocks: dict[str, Any] = {"cost": costs}
+    blocks: dict[str, Any] = {"cost": costs, "retraining": training_curve(first.steps)}
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):
         blocks[name] = speedup(costs["unlearn"], costs[retrained])
         if first.cached:  # seconds of another day, perhaps of another machine
@@ -154,6 +154,16 @@ def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
     """
     first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
     return whole_cost(steps[:first]) | {"reached": first is not None}
+
+
+def training_curve(steps: Sequence[Step]) -> list[tuple[int, float]]:
+    """Return ``(operations of the clients so far, accuracy on validation images)`` at each look at the latter."""
+    spent, curve = 0, []
+    for step in steps:
+        spent += sum(entry.flops for entry in step.entries if entry.job == "train")
+        if step.validation is not None:
+            curve.append((spent, step.validation))
+    return curve
 
 
 def whole_cost(steps: Sequence[Step]) -> dict[str, Any]:
