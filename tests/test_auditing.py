@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.errors import DataError, EvidenceError, ModelError
-from fedunlearn.run.audit_file import audit_model
+from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.recipe import load_recipe
 
 
@@ -25,45 +25,49 @@ def oracles(signed):
 
 
 def test_the_audit_of_a_shipped_model_finds_what_the_run_found(signed, recipe, oracles, tmp_path):
-    found = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=oracles)
+    found = audit_model(
+        recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=oracles)
+    )
     ran = json.loads((signed / "run" / "result.json").read_text())
     for name in ("retain", "probe", "prototype_5", "relearn", "membership", "neighbours", "cka"):
         assert found["audits"][name] == ran["audits"][name]
     missing = {"forget", "reestimated", "int8", "int4", "artefacts"}  # they need the row, or the original
     assert not missing & set(found["audits"])
     assert (tmp_path / "out" / "report.html").stat().st_size > 50_000
-    again = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=oracles)
+    again = audit_model(
+        recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=oracles)
+    )
     assert again == found
 
 
 def test_weights_of_another_tool_are_audited_with_their_row_or_without(signed, recipe, oracles, tmp_path):
     state = dict(read_weights(signed / "run" / "original.safetensors").state)
     torch.save(state, tmp_path / "whole.pt")
-    found = audit_model(recipe, tmp_path / "a", model=tmp_path / "whole.pt", oracles=oracles[:3])
+    found = audit_model(recipe, tmp_path / "a", Candidate(model=tmp_path / "whole.pt", oracles=oracles[:3]))
     assert found["audits"]["forget"]["figure"] > 0.5
     assert found["verdict"] == "not forgotten"
     for name in ("linear.weight", "linear.bias"):
         state[name] = state[name][[0, 1, 3]]
     torch.save({"state_dict": state}, tmp_path / "rowless.pt")
-    found = audit_model(recipe, tmp_path / "b", model=tmp_path / "rowless.pt", oracles=oracles[:1])
+    found = audit_model(recipe, tmp_path / "b", Candidate(model=tmp_path / "rowless.pt", oracles=oracles[:1]))
     assert not {"forget", "int8"} & set(found["audits"])
     assert "It has no output row for the class" in (tmp_path / "b" / "report.md").read_text()
 
 
 def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
     recipe = load_recipe(str(signed / "tiny.toml"), ["audit.oracles=2", "train.rounds=1"])
-    found = audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors")
+    found = audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors"))
     assert list(found["oracles"]) == ["retrained-1", "retrained-2"]
     assert found["verdict"] == "no verdict"
     assert all(audit["band"] is None for audit in found["audits"].values())
     (tmp_path / "out" / "report.html").unlink()
-    assert audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors") == found
+    assert audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors")) == found
     assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_client_audits_with_its_own_images_alone(signed, recipe, oracles, tmp_path):
     model = signed / "run" / "model.safetensors"
-    found = audit_model(recipe, tmp_path / "out", model=model, oracles=oracles[:1], client="client-1")
+    found = audit_model(recipe, tmp_path / "out", Candidate(model=model, oracles=oracles[:1], client="client-1"))
     assert found["client"] == "client-1"
     counts = json.loads((tmp_path / "out" / "audits" / "unlearned.json").read_text())["details"]["confusion"]
     assert sum(map(sum, counts)) == 8  # its validation images
@@ -72,22 +76,24 @@ def test_a_client_audits_with_its_own_images_alone(signed, recipe, oracles, tmp_
 def test_what_a_client_cannot_do_is_said(signed, recipe, oracles, tmp_path):
     model, out = signed / "run" / "model.safetensors", tmp_path / "out"
     with pytest.raises(EvidenceError, match="client-1 alone cannot retrain: give retrained models with --oracle"):
-        audit_model(recipe, out, model=model, client="client-1")
+        audit_model(recipe, out, Candidate(model=model, client="client-1"))
     with pytest.raises(EvidenceError, match="there is no client 'client-9'; there are 3: client-0, client-1"):
-        audit_model(recipe, out, model=model, oracles=oracles, client="client-9")
+        audit_model(recipe, out, Candidate(model=model, oracles=oracles, client="client-9"))
     without = load_recipe(str(signed / "tiny.toml"), ["data.validation=0"])
     with pytest.raises(EvidenceError, match="client-1 holds no validation images to test with"):
-        audit_model(without, out, model=model, oracles=oracles, client="client-1")
+        audit_model(without, out, Candidate(model=model, oracles=oracles, client="client-1"))
     skewed = ['federation.partition="bias"', "federation.bias=1.0", "federation.clients=4"]
     with pytest.raises(DataError, match=r"the training images hold none of class 2 \(2\)"):
         audit_model(
-            load_recipe(str(signed / "tiny.toml"), skewed), out, model=model, oracles=oracles, client="client-1"
+            load_recipe(str(signed / "tiny.toml"), skewed),
+            out,
+            Candidate(model=model, oracles=oracles, client="client-1"),
         )
 
 
 def test_retrained_models_that_are_not_several_or_not_comparable_are_refused(signed, recipe, oracles, tmp_path):
     def audited(*paths):
-        audit_model(recipe, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=paths)
+        audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=paths))
 
     shutil.copy(oracles[0], tmp_path / "copy.safetensors")
     with pytest.raises(EvidenceError, match=r"copy\.safetensors and .*retrained-1\.safetensors are the same model"):
@@ -108,4 +114,4 @@ def test_a_model_that_lacks_a_kept_class_is_refused(signed, oracles, tmp_path):
     with pytest.raises(
         ModelError, match=r"has output rows for the classes \[0, 1, 3\], without \[3\] it needs \[0, 1, 2\]"
     ):
-        audit_model(other, tmp_path / "out", model=signed / "run" / "model.safetensors", oracles=oracles)
+        audit_model(other, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=oracles))

@@ -4,15 +4,15 @@ import re
 
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fedunlearn as fu
 from conftest import make_images, make_net, normalised
 from fedunlearn.audits.images import audit_images
 from fedunlearn.data.batches import batches
-from fedunlearn.data.datasets import DatasetImages, from_dataset
+from fedunlearn.data.datasets import DatasetImages, as_dataset, from_dataset
 from fedunlearn.data.images import joined
-from fedunlearn.errors import DataError, RecipeError
+from fedunlearn.errors import DataError, FederationError, RecipeError
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.sgd import Training, train_locally
 
@@ -205,6 +205,70 @@ def test_what_is_no_optimiser_is_refused():
         train_locally(
             make_net(), make_images(8), Training(0.1, 8), lr=0.1, draw=torch.Generator().manual_seed(0), compute=wrong
         )
+
+
+def by_hand(model, data, lr):
+    """Train as a user's own script would: two passes in order, by SGD with gradients clipped."""
+    optimiser = torch.optim.SGD(model.parameters(), lr)
+    for _ in range(2):
+        for image, label in DataLoader(data, batch_size=8):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(image), label).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+    return 2 * len(data)
+
+
+def test_the_train_function_is_the_users_own_and_sees_no_class_to_leave_out():
+    images, seen = make_images(60), []
+
+    def train(model, data, lr):
+        assert model.training
+        seen.append(sorted({label for _, label in data}))
+        return by_hand(model, data, lr)
+
+    engine = fu.LocalEngine(fu.partition(images, by="iid", clients=2, seed=0), compute=Compute(train=train, workers=1))
+    fed = fu.Federation(engine)
+    net = make_net()
+    trained = fu.train_rounds(net, fed.keeping(exclude=[1]), Training(0.05, 8), rounds=1)
+    assert seen == [[0, 2], [0, 2]]
+    copies, shares = [], []
+    for client in engine.clients:
+        own = fu.partition(images, by="iid", clients=2, seed=0)[client].without([1])
+        model = make_net().to(memory_format=torch.channels_last).train()
+        by_hand(model, as_dataset(own), 0.05)
+        copies.append(model.state_dict())
+        shares.append(len(own))
+    for name, tensor in trained.module.named_parameters():
+        mean = sum(share * own[name] for share, own in zip(shares, copies)) / sum(shares)
+        torch.testing.assert_close(tensor, mean)
+    (step,) = fed.journal.steps("train")
+    assert sum(entry.samples for entry in step.entries if entry.job == "train") == 2 * sum(shares)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_what_a_train_function_cannot_do_is_refused():
+    for wrong in ({"train": "loop"}, {"train": by_hand, "optimiser": torch.optim.Adam}):
+        with pytest.raises(RecipeError, match=r"Compute\(train=...\) must be a function of a model, a data set and"):
+            Compute(**wrong)
+    clients = fu.partition(make_images(60), by="iid", clients=2, seed=0)
+    lazy = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=lambda model, data, lr: None)))
+    with pytest.raises(FederationError, match=r"Compute\(train=...\) returned None, expected how many images it saw"):
+        fu.train_rounds(make_net(), lazy, Training(0.1, 8), rounds=1)
+    own = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=by_hand)))
+    erasing = Training(0.1, 8, objective=fu.Erasing(complement=1.0))
+    with pytest.raises(FederationError, match="it cannot do the objective of this job: leave the objective out of"):
+        fu.unlearn(make_net(), own, forget=1, cut=fu.Cut(0.2), repair=fu.Repair(erasing))
+
+
+def test_images_are_a_data_set_that_ends():
+    own = make_images(3)
+    pairs = list(as_dataset(own))
+    assert [label for _, label in pairs] == own.labels.tolist()
+    torch.testing.assert_close(torch.stack([image for image, _ in pairs]), own.pixels(slice(None)))
+    assert as_dataset(own)[-1][1] == int(own.labels[-1])
+    with pytest.raises(IndexError, match="there are 3 images, got 3"):
+        as_dataset(own)[3]
 
 
 def test_from_training_to_findings_with_data_model_and_optimiser_of_the_users_own():

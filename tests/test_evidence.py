@@ -31,7 +31,7 @@ from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.report import write_card, write_report
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
-from fedunlearn.run.audit_file import audit_model
+from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.work import finished
@@ -416,7 +416,7 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
     folder, key, model = tmp_path / "run", signed / "operator.pub", signed / "run" / "model.safetensors"
     recipe = load_recipe(str(signed / "tiny.toml"))
     oracles = sorted((signed / "run" / "oracles").iterdir())
-    result = audit_model(recipe, folder, model=model, oracles=oracles, key=signed / "operator")
+    result = audit_model(recipe, folder, Candidate(model=model, oracles=oracles), key=signed / "operator")
     assert verify.main([str(folder), "--key", str(key)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(" events and figures")

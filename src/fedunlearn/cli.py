@@ -269,7 +269,7 @@ def export(options: Options) -> None:
 )
 def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
-    from fedunlearn.run.audit_file import audit_model  # slow to import
+    from fedunlearn.run.audit_file import Candidate, audit_model  # slow to import
 
     assert options.model is not None  # an argument of the command
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
@@ -278,9 +278,7 @@ def audit(options: Options) -> None:
         result = audit_model(
             recipe,
             folder,
-            model=options.model,
-            oracles=options.oracle or (),
-            client=options.client,
+            Candidate(model=options.model, oracles=options.oracle or (), client=options.client),
             key=options.key,
             prepared=lambda experiment: console.print(describe(experiment), highlight=False),
             observe=observe,

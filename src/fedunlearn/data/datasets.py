@@ -1,4 +1,7 @@
-"""Images of a torch data set, drawn from it batch by batch: nothing is copied, nothing but labels is kept."""
+"""Images of a torch data set, drawn from it batch by batch: nothing is copied, nothing but labels is kept.
+
+``as_dataset`` goes the other way, for a train function of the user's.
+"""
 
 from __future__ import annotations
 
@@ -132,6 +135,25 @@ def from_dataset(
         dataset=dataset,
         rows=torch.arange(count),
     )
+
+
+def as_dataset(images: LabelledImages) -> Dataset[tuple[Tensor, int]]:
+    """Return ``images`` as a torch data set: ``dataset[i]`` is an image as a model sees it, float32, and its label."""
+    return _Images(images)
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: LabelledImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"there are {len(self)} images, got {row}")  # a loop over the data set ends by it
+        place = row % len(self)
+        return self._images.pixels(slice(place, place + 1))[0], int(self._images.labels[place])
 
 
 def _placeholder(count: int, shape: tuple[int, int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,28 @@ from fedunlearn.run.result import engine_block, judged
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What to audit, and beside what.
+
+    Attributes:
+        model: weights of the recipe's architecture, pruned with a plan of ours or whole, with all output rows or
+            without those of the forgotten classes.
+        oracles: weights of models retrained without the classes; where there are none, they are retrained by the
+            recipe, or read from the cache.
+        client: audit with the images of this client alone: its training images, and its validation images as test.
+    """
+
+    model: Path
+    oracles: Sequence[Path] = ()
+    client: str | None = None
+
+
 def audit_model(
     recipe: Recipe,
     out: Path,
+    candidate: Candidate,
     *,
-    model: Path,
-    oracles: Sequence[Path] = (),
-    client: str | None = None,
     key: Path | None = None,
     prepared: Callable[[Experiment], None] = lambda experiment: None,
     observe: Observe = lambda phase, done, planned: None,
@@ -43,11 +58,7 @@ def audit_model(
     Args:
         recipe: data, federation, architecture, and the classes that were forgotten.
         out: folder for thresholds, figures and report; created, or gone on with.
-        model: weights of the recipe's architecture, pruned with a plan of ours or whole, with all output rows or
-            without those of the forgotten classes.
-        oracles: weights of models retrained without the classes; where there are none, they are retrained by the
-            recipe, or read from the cache.
-        client: audit with the images of this client alone: its training images, and its validation images as test.
+        candidate: the model, and the retrained models to hold it against.
         key: the operator's private key, which signs a dossier of what was found.
         prepared: called once data and clients are there.
         observe: called with phase, steps done and steps planned.
@@ -57,12 +68,13 @@ def audit_model(
     """
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
+    model, oracles, client = candidate.model, candidate.oracles, candidate.client
     weights = read_weights(model)
     experiment = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
     images = experiment.audit_images() if client is None else _of_client(experiment, client)
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
-    candidate = _subject(weights, experiment)
+    subject = _subject(weights, experiment)
     named = _retrained(oracles, experiment, besides=model)
     about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
     rates: Mapping[str, float] = {}
@@ -71,7 +83,7 @@ def audit_model(
     work = opened("audit", experiment, out, about=about, rates=rates, observe=observe)
     work.probed()
     prepared(work.experiment)
-    finished(work, lambda: _blocks(work, candidate, named, images) | {"model": _file(model), "client": client})
+    finished(work, lambda: _blocks(work, subject, named, images) | {"model": _file(model), "client": client})
     work.events.once("result written", sha256=sha256(out / RESULT))
     work.fed.journal.close()
     from fedunlearn.evidence.report import write_report  # slow to import

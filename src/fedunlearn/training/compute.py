@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from fedunlearn.arguments import is_whole
 from fedunlearn.errors import RecipeError
@@ -30,15 +32,20 @@ class Compute:
         optimiser: makes the optimiser of a client's round of its parameters and the learning rate, such as
             ``lambda parameters, lr: torch.optim.AdamW(parameters, lr)``; SGD by ``Training`` where None. A journal
             does not know it: go on with the same one.
+        train: trains a client's model in place of all that ``Training`` says of a round: called with the model, in
+            training mode, a ``torch.utils.data.Dataset`` of ``(image, label)`` without the classes to leave out, and
+            the learning rate; returns how many images it saw, repeats counted, from which costs follow. Its draws are
+            its own: a run repeats bit for bit only if they do, whichever thread runs it.
 
     Raises:
-        RecipeError: a value is none of these.
+        RecipeError: a value is none of these, or both an optimiser and a train function are given.
     """
 
     precision: str = "float32"
     memory_format: str = "channels_last"
     workers: int = 1
     optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] | None = None
+    train: Callable[[nn.Module, Dataset[Any], float], int] | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -54,6 +61,11 @@ class Compute:
             raise RecipeError(
                 "Compute(optimiser=...) must make an optimiser of parameters and a learning rate, such as lambda "
                 f"parameters, lr: torch.optim.AdamW(parameters, lr); got {self.optimiser!r}"
+            )
+        if self.train is not None and (not callable(self.train) or self.optimiser is not None):
+            raise RecipeError(
+                "Compute(train=...) must be a function of a model, a data set and a learning rate, which makes its own "
+                f"optimiser; got {self.train!r} and the optimiser {self.optimiser!r}"
             )
 
     @property

@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
+from torch.utils.data import Dataset
 
 from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.taps import Tap, head_input, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
+from fedunlearn.data.datasets import as_dataset
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
@@ -214,10 +217,12 @@ def train_locally(
         forgetting: what ``training.objective`` needs; the cross-entropy alone is minimised where None.
 
     Raises:
-        FederationError: the loss became NaN or infinite.
+        FederationError: the loss became NaN or infinite, or ``compute.train`` cannot do what is asked.
         ModelError: every weight is frozen.
     """
     check_trainable(model)
+    if compute.train is not None:
+        return _by_function(compute.train, model, images, lr, forgetting)
     device = next(model.parameters()).device
     optimiser = _optimiser(model, training, lr, compute)
     objective = None if forgetting is None else training.objective
@@ -245,6 +250,29 @@ def train_locally(
             optimiser.step()
             seen += len(labels)
     optimiser.zero_grad()  # the model waits for its next client without gradients
+    return seen
+
+
+def _by_function(
+    train: Callable[[nn.Module, Dataset[Any], float], int],
+    model: nn.Module,
+    images: LabelledImages,
+    lr: float,
+    forgetting: Forgetting | None,
+) -> int:
+    """Train ``model`` by the user's own function and return how many images it says to have seen."""
+    if forgetting is not None:
+        raise FederationError(
+            "Compute(train=...) is a function that knows its own loss alone, it cannot do the objective of this job: "
+            "leave the objective out of Training, or give Compute(optimiser=...) instead"
+        )
+    seen = train(model.train(), as_dataset(images), lr)
+    if not is_whole(seen, 1):
+        raise FederationError(
+            f"Compute(train=...) returned {seen!r}, expected how many images it saw, repeats counted, at least 1"
+        )
+    for parameter in model.parameters():
+        parameter.grad = None  # the model waits for its next client without gradients
     return seen
 
 
