@@ -63,19 +63,24 @@ def mobilenet_v2(classes: int, colours: int) -> nn.Module:
     return net
 
 
-def main(data: str, out: str) -> None:
-    """Run both networks and write their figures."""
+def write_part(data: str, path: Path) -> Path:
+    """Write the first images of CIFAR-10's training images, and its test images, as ``.npz``, and return the path."""
     train, test = read_cifar10(data)
-    part = Path(out) / "part.npz"
-    part.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
-        part,
+        path,
         x_train=train.images[:PART].permute(0, 2, 3, 1).numpy(),
         y_train=train.labels[:PART].numpy(),
         x_test=test.images.permute(0, 2, 3, 1).numpy(),
         y_test=test.labels.numpy(),
         classes=np.array(train.classes),
     )
+    return path
+
+
+def main(data: str, out: str) -> None:
+    """Run both networks and write their figures."""
+    part = write_part(data, Path(out) / "part.npz")
     found = {}
     for network in ("resnet20_gn", "mobilenet_v2"):
         recipe = load_recipe(
