@@ -8,7 +8,7 @@ import fedunlearn
 SRC = Path(fedunlearn.__file__).parent
 FLOORS = (
     ("errors", "seeding", "files", "version", "arguments"),
-    ("data", "models", "channels"),
+    ("data", "models", "channels", "tabular"),
     ("training", "checkpoint", "export"),
     ("federation", "audits"),
     ("unlearn",),

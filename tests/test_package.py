@@ -50,7 +50,7 @@ def test_the_readme_s_first_screen_is_short_and_runs(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     shown = capsys.readouterr().out
-    assert "channels removed" in shown
+    assert "channels  removed" in shown
     accuracy = ast.literal_eval(shown[shown.index("{'forget'") :])
     assert accuracy["retain"] > 0.8
     assert accuracy["forget_row_kept"] < 0.5

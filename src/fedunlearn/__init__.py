@@ -1,7 +1,8 @@
 """fedunlearn makes a federated image classifier forget classes, fast, and shows that it did."""
 
-from fedunlearn.audits.audit import Findings, Record, audit
+from fedunlearn.audits.audit import Record, audit
 from fedunlearn.audits.base import Figure, Subject
+from fedunlearn.audits.findings import Findings
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import Channels, find_channels
 from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning, prune

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +20,12 @@ from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.rounds import Repair
 from fedunlearn.federation.tasks import channels_of
+from fedunlearn.tabular import Tabular
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Forgotten:
-    """What any method made of a model.
+class Forgotten(Tabular):
+    """What any method made of a model; ``print`` shows what was removed and what it cost.
 
     Attributes:
         forget: the forgotten classes.
@@ -38,6 +40,29 @@ class Forgotten:
     model: Classifier
     clients: tuple[str, ...]
     cost: Cost
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row per convolution that can lose channels: how many it had, how many went."""
+        plan = self.model.plan
+        return [
+            {"layer": layer, "channels": plan.shapes[f"{layer}.weight"][0], "removed": len(gone)}
+            for layer, gone in plan.pruned.items()
+        ]
+
+    def headline(self) -> str:
+        """Return what was forgotten, how small the model is, and the cost."""
+        classes = f"class{'es' if len(self.forget) > 1 else ''} {', '.join(map(str, self.forget))}"
+        weights = sum(parameter.numel() for parameter in self.model.module.parameters())
+        c = self.cost
+        return (
+            f"forgot {classes}: {weights:,} parameters stay; {c.rounds} rounds, {c.client_samples:,} images, "
+            f"{c.client_flops / 1e9:,.3g} GFLOP, {(c.bytes_up + c.bytes_down) / 1e6:,.3g} MB"
+        )
+
+    def cells(self) -> list[Sequence[str]]:
+        """Return a row per convolution."""
+        rows = [(row["layer"], str(row["channels"]), str(row["removed"])) for row in self.table()]
+        return [("layer", "channels", "removed"), *rows]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

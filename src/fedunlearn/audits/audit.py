@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +12,12 @@ from typing import Any, TypeVar
 
 from fedunlearn.arguments import is_name, must_be
 from fedunlearn.audits.base import Audit, Figure, Found, Subject, View
+from fedunlearn.audits.findings import CANDIDATE, Findings
 from fedunlearn.audits.images import AuditImages
-from fedunlearn.audits.table import AUDITS, FIGURES
+from fedunlearn.audits.table import AUDITS
 from fedunlearn.audits.verdict import (
     FEWEST,
     INDISTINGUISHABLE,
-    Band,
     calibrate,
     judge,
     leave_one_out,
@@ -31,7 +30,6 @@ from fedunlearn.files import write_text
 
 THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
-CANDIDATE = "unlearned"
 ORIGINAL = "original"
 _MUST_FAIL = (ORIGINAL, "head_only")  # where one of these passes, the audits have no power
 # Figures and details come first in a file in this order, which is older than the table; all others follow.
@@ -69,69 +67,6 @@ class Record:
     folder: Path | None = None
     fixed: Callable[[str], None] = lambda digest: None
     observe: Callable[[str, int, int], None] = lambda phase, done, planned: None
-
-
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """What an audit found.
-
-    Attributes:
-        bands: per figure, where one more retrained model is expected.
-        models: what was measured of each model, ``unlearned`` the candidate.
-        judgements: the verdict on the candidate and on each control, see ``judge``.
-        held_out: the verdicts on each retrained model by the bands of the others, see ``leave_one_out``.
-    """
-
-    bands: Mapping[str, Band]
-    models: Mapping[str, Found]
-    judgements: Mapping[str, Mapping[str, Any]]
-    held_out: Mapping[str, Any]
-
-    @property
-    def verdict(self) -> str:
-        """The verdict on the candidate."""
-        return str(self.judgements[CANDIDATE]["verdict"])
-
-    def table(self) -> list[dict[str, Any]]:
-        """Return a row per figure of the candidate: name, label, figure, both ends of its band, and where it lies.
-
-        ``pandas.DataFrame(findings.table())`` makes a frame of it.
-        """
-        rows = []
-        for name, own in self.judgements[CANDIDATE]["audits"].items():
-            kind, band = FIGURES[name], {"low": None, "high": None}
-            if own["band"] is not None:
-                low, high = own["band"]
-                band = {"low": max(low, 0.0), "high": min(high, kind.largest)}
-            lies = own["verdict"] or "no band"
-            rows.append({"audit": name, "label": kind.label, "figure": own["figure"], **band, "lies": lies})
-        return rows
-
-    def __str__(self) -> str:
-        rows = [("audit", "figure", "retrained", "in %"), *self._shown()]
-        wide = [max(len(row[k]) for row in rows) for k in range(3)]
-        lines = [f"{a:{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d}" for a, b, c, d in rows]
-        return "\n".join([self._headline(), *lines])
-
-    def _repr_html_(self) -> str:
-        """Return the same for a notebook."""
-        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._shown())
-        head = "<tr><th>audit</th><th>figure, %</th><th>retrained, %</th><th></th></tr>"
-        return f"<table><caption>{html.escape(self._headline())}</caption>{head}{rows}</table>"
-
-    def _headline(self) -> str:
-        return f"{self.verdict}: {self.judgements[CANDIDATE]['reason']}"
-
-    def _shown(self) -> list[tuple[str, str, str, str]]:
-        return [
-            (
-                row["label"],
-                f"{100 * row['figure']:.1f}",
-                "" if row["low"] is None else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-                row["lies"],
-            )
-            for row in self.table()
-        ]
 
 
 def audit(

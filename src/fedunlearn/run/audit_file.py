@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.audit import CANDIDATE, Record, audit
+from fedunlearn.audits.audit import Record, audit
 from fedunlearn.audits.base import Subject
+from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights

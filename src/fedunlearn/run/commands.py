@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.audit import Findings, Record, audit
+from fedunlearn.audits.audit import Record, audit
 from fedunlearn.audits.base import Shipped, Subject
+from fedunlearn.audits.findings import Findings
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.images import LabelledImages

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedunlearn.arguments import must_be
-from fedunlearn.audits.audit import CANDIDATE, Findings
+from fedunlearn.audits.findings import CANDIDATE, Findings
 from fedunlearn.channels.checks import check_evaluation, placed
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
