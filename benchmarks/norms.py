@@ -39,6 +39,10 @@ _SETTINGS = (
     *(own for own in SETTINGS if not own.startswith(("erase.", "audit."))),
     "federation.partition=dirichlet",
     "federation.alpha=0.1",
+    # All clients in each round: of two in a round, whose classes change, batch normalisation learned nothing (R 9 %).
+    "federation.participation=1.0",
+    "train.rounds=200",
+    "unlearn.rounds=20",
 )
 
 

@@ -9,6 +9,7 @@ from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning,
 from fedunlearn.channels.scores import ChannelScores, Ranking, contrast, margin, random_scores, tf_idf
 from fedunlearn.channels.stats import ChannelStats, capped, mean_of_clients, measure_channels, pooled
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
+from fedunlearn.console import RunProgress
 from fedunlearn.data.datasets import from_dataset
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
@@ -85,6 +86,7 @@ __all__ = [
     "Repair",
     "Reply",
     "RunError",
+    "RunProgress",
     "Server",
     "Smallest",
     "Splits",

@@ -22,6 +22,7 @@ from fedunlearn.console import (
     audit_table,
     comparison_table,
     describe,
+    expected,
     methods_table,
     notes,
     print_table,
@@ -32,6 +33,7 @@ from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys, read_private_key
+from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
@@ -240,7 +242,11 @@ def evaluate(options: Options) -> None:
     """Measure a model, unlearned or not, on the test images."""
     from fedunlearn.run.commands import evaluate_weights  # slow to import
 
-    block = evaluate_weights(options.recipe_set())
+    recipe = options.recipe_set()
+    with _progress(options.quiet) as (_, observe):
+        observe("evaluate", 0, 1)
+        block = evaluate_weights(recipe)
+        observe("evaluate", 1, 1)
     _show({"model": block}, options, block)
 
 
@@ -366,11 +372,19 @@ def recipes() -> None:
 def _work(command: str, options: Options) -> None:
     """Do ``command`` and show what came of it."""
     from fedunlearn.engines import Order, carry_out  # slow to import
+    from fedunlearn.run.estimate import seconds_to_train
 
     recipe = options.recipe_set()
     stem = Path(options.recipe).stem
     folder = options.out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
     with _progress(options.quiet) as (console, observe):
+
+        def described(experiment: Experiment) -> None:
+            console.print(describe(experiment), highlight=False)
+            seconds = None if options.quiet else seconds_to_train(experiment, command)
+            if seconds is not None:
+                console.print(expected(seconds), highlight=False)
+
         result = carry_out(
             Order(
                 command=command,
@@ -379,7 +393,7 @@ def _work(command: str, options: Options) -> None:
                 key=options.key,
                 superlink=options.superlink,
                 ca=options.ca,
-                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+                prepared=described,
                 observe=observe,
                 tell=partial(console.print, highlight=False, markup=False, soft_wrap=True),
             )

@@ -9,7 +9,16 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
@@ -52,6 +61,7 @@ _PHASES = {
     "scrub": "SCRUB",
     "retrain": "retraining",
     "audit": "auditing, a model a step",
+    "evaluate": "measuring on the test images",
 }
 
 
@@ -59,20 +69,32 @@ _BLOCKS = ("original", "pruned")  # controls that result.json has a block of its
 
 
 class RunProgress:
-    """A bar per phase on standard error; a context manager.
+    """A bar per phase; a context manager.
 
     Args:
-        console: a terminal; in a log there is a line for each finished phase.
+        console: a terminal, or a log, where there is a line for each finished phase; standard error where None.
         every: in a log, a line for each step.
+
+    Example:
+        >>> import fedunlearn as fu
+        >>> train, test = fu.read_digits()
+        >>> engine = fu.LocalEngine(fu.partition(train, by="iid", clients=3, seed=0))
+        >>> with fu.RunProgress() as progress:
+        ...     fed = fu.Federation(engine, fu.Journal(observe=progress.observe))
+        ...     net = fu.build_model("small-cnn", classes=10, colours=1)
+        ...     net = fu.train_rounds(net, fed, fu.Training(0.1), rounds=1)
     """
 
-    def __init__(self, console: Console, *, every: bool = False) -> None:
+    def __init__(self, console: Console | None = None, *, every: bool = False) -> None:
+        console = console or Console(stderr=True)
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
         )
         self._console = console
         self._progress = Progress(*columns, console=console)
@@ -135,6 +157,22 @@ def describe(experiment: Experiment) -> str:
         f"{per_class[-1]} per class\n"
         f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients; they compute in "
         f"{experiment.recipe.compute.precision}"
+    )
+
+
+def expected(seconds: float) -> str:
+    """Return how long training will take, in words."""
+    minutes = seconds / 60
+    time = (
+        "less than a minute"
+        if minutes < 1
+        else f"about {minutes:.0f} minutes"
+        if minutes < 90
+        else f"about {minutes / 60:.1f} hours"
+    )
+    return (
+        f"training takes {time} from the start on this machine, if nothing else runs there; audits are not counted, "
+        "and retrained models from the cache take none"
     )
 
 

@@ -1,0 +1,45 @@
+"""How long a run will train: images over the images per second of a short timing on this machine."""
+
+from __future__ import annotations
+
+from fedunlearn.run.experiment import Experiment
+from fedunlearn.training.compute import Compute, cores, own_device
+from fedunlearn.training.speed import rate
+
+_UNLEARNINGS = 3  # of a run: unlearning itself, and the two controls that train as much
+_FORWARD = 1 / 3  # of a training step: a pass that measures
+
+
+def images_to_train(experiment: Experiment, command: str) -> float:
+    """Return how many images pass through training in a run; a pass that measures counts for a third.
+
+    Args:
+        experiment: the run.
+        command: ``"train"``, ``"unlearn"`` or ``"run"``. Of a run retrained models are counted though some may be kept
+            from earlier ones, and auditing is not.
+    """
+    recipe, held = experiment.recipe, int(experiment.table.sum())
+    train, unlearn, share = recipe.train, recipe.unlearn, recipe.federation.participation
+    whole = train.rounds * share * train.local_epochs * held
+    wanted = whole if experiment.weights is None else 0.0
+    if command == "train":
+        return wanted
+    kept = 1 - int(experiment.table[:, list(experiment.forget)].sum()) / held
+    sample = min(held, (unlearn.sample or held) * len(experiment.clients))
+    rounds = unlearn.rounds if unlearn.repair == "finetune" else 0
+    once = rounds * share * unlearn.local_epochs * held * kept + 2 * _FORWARD * sample
+    if command == "unlearn":
+        return wanted + once
+    retrained = 0 if recipe.audit.models else recipe.audit.oracles
+    return wanted + _UNLEARNINGS * once + retrained * whole * kept
+
+
+def seconds_to_train(experiment: Experiment, command: str) -> float | None:
+    """Return how long this machine will train if alone; None where the clients are elsewhere or on a GPU."""
+    recipe = experiment.recipe
+    if recipe.federation.engine != "local" or own_device().type != "cpu" or recipe.compute.precision == "auto":
+        return None
+    compute = Compute(recipe.compute.precision, recipe.compute.memory_format, recipe.compute.workers or cores())
+    images = images_to_train(experiment, command)
+    shape = experiment.splits.train.shape
+    return images / rate(compute, experiment.model.module, shape, batch_size=recipe.train.batch_size)

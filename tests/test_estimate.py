@@ -1,0 +1,31 @@
+"""How long a run will train, told before it starts."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedunlearn.console import expected
+from fedunlearn.run.estimate import images_to_train, seconds_to_train
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.recipe import load_recipe
+
+
+def test_what_a_run_trains_on_is_counted_before_it_starts():
+    recipe = load_recipe("digits", ["audit.oracles=3", "compute.precision=float32", "unlearn.rounds=2"])
+    experiment = prepare(recipe)
+    held, nines = int(experiment.table.sum()), int(experiment.table[:, 9].sum())
+    whole = recipe.train.rounds * recipe.train.local_epochs * held * recipe.federation.participation
+    assert images_to_train(experiment, "train") == whole
+    sampled = 10 * 32  # of each client
+    once = 2 * recipe.unlearn.local_epochs * (held - nines) + 2 / 3 * sampled  # measured and re-estimated
+    assert images_to_train(experiment, "unlearn") == pytest.approx(whole + once)
+    kept = 1 - nines / held
+    assert images_to_train(experiment, "run") == pytest.approx(whole + 3 * once + 3 * whole * kept)
+    assert 0 < seconds_to_train(experiment, "train") < seconds_to_train(experiment, "run") * 1.5
+    elsewhere = replace(experiment, recipe=load_recipe("digits", ["federation.engine=flower-simulation"]))
+    assert seconds_to_train(elsewhere, "run") is None
+
+
+def test_the_time_to_train_is_told_in_words():
+    for seconds, words in ((20, "less than a minute"), (600, "about 10 minutes"), (9000, "about 2.5 hours")):
+        assert expected(seconds).startswith(f"training takes {words} from the start on this machine")
