@@ -19,6 +19,7 @@ from fedunlearn.federation.journal import Journal
 from loopback import Loopback, nodes
 
 ROOT = Path(__file__).resolve().parents[1]
+READERS = ("engineer", "officer", "researcher")
 
 
 def test_public_names_are_sorted_and_there():
@@ -76,6 +77,14 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert row_kept < 0.5
 
 
+def test_the_researcher_s_criterion_runs_beside_ours(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tutorials/researcher.md").read_text("utf-8"), re.S)
+    exec(compile(code.replace("rounds=5", "rounds=1"), "researcher.md", "exec"), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _, _ in lines] == ["largest", "contrast", "tf_idf", "random_scores"]
+    assert all(0 <= float(u) <= 1 and 0 <= float(r) <= 1 for _, u, r in lines)
+
+
 def test_the_how_to_s_app_runs_as_it_stands_and_each_site_has_a_name_of_its_own(tmp_path, monkeypatch):
     images = make_images(90)
     mine = SimpleNamespace(Net=make_net, my_images=lambda: (images.images, images.labels))
@@ -92,7 +101,8 @@ def test_the_how_to_s_app_runs_as_it_stands_and_each_site_has_a_name_of_its_own(
 def test_documented_commands_and_options_exist(capsys):
     from fedunlearn.cli import app
 
-    text = "\n".join((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/index.md", "docs/files.md"))
+    pages = ("README.md", "docs/index.md", "docs/files.md", *(f"docs/tutorials/{who}.md" for who in READERS))
+    text = "\n".join((ROOT / name).read_text("utf-8") for name in pages).replace("\\\n", "")
     for line in re.findall(r"^\$ fedunlearn (.*)$", text, re.M):
         command, *rest = line.split("#")[0].split()
         with pytest.raises(SystemExit) as ended:
