@@ -18,12 +18,32 @@ def written(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to, then sync it to disk and put it in place of ``path``."""
     part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        with _named(path):
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(part, path)  # noqa: PTH105 (the name says that it replaces)
     finally:
         part.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file and sync it to disk."""
+    with _named(path), path.open("ab") as file:
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error the name of the file: that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedunlearn.errors import RunError
+from fedunlearn.files import append_line
 
 EVENTS = "events.jsonl"
 OPERATOR = "operator named"  # an event: whose key signs the run
@@ -70,9 +70,6 @@ class EventLog:
             "previous": self._last,
         }
         line = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-        with self._path.open("ab") as file:
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, line)
         self._names.add(event)
         self._last = hashlib.sha256(line).hexdigest()

@@ -18,7 +18,7 @@ from fedunlearn.arguments import is_name
 from fedunlearn.errors import RunError
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.lock import FolderLock
-from fedunlearn.files import PART, write_tensors, write_text
+from fedunlearn.files import PART, append_line, write_tensors, write_text
 
 _ROUNDS = "rounds.jsonl"
 _STATE = "state"
@@ -176,7 +176,7 @@ class Journal:
             state = self._folder / _STATE / f"{step.phase}.safetensors"
             state.parent.mkdir(exist_ok=True)
             write_tensors(state, tensors, {"step": step.to_json()})
-            _append(self._folder / _ROUNDS, step.to_json())
+            append_line(self._folder / _ROUNDS, step.to_json().encode())
         self._steps.append(step)
 
     def adopt(self, phase: str, other: Journal) -> None:
@@ -237,7 +237,7 @@ class Journal:
             raise RunError(f"{state}: expected the state of a phase, but {error}: delete {path.parent}") from error
         recorded = len(self.steps(step.phase))
         if step.round == recorded:
-            _append(path, line)
+            append_line(path, line.encode())
             self._steps.append(step)
         elif step.round != recorded - 1:
             raise RunError(
@@ -263,13 +263,6 @@ def header_of(folder: Path) -> dict[str, Any]:
         return header
     except (OSError, ValueError, IndexError):  # Journal says what is wrong with it
         return {}
-
-
-def _append(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:
