@@ -174,7 +174,7 @@ def write_set(
 def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an audited run as ``plain``, the same signed as ``run``, and the keys; tests change copies."""
     folder = tmp_path_factory.mktemp("signed")
-    recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"'])
+    recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"', "evidence.feature_maps=true"])
     make_keys(folder / "operator")
     run(recipe, folder / "run")
     shutil.copytree(folder / "run", folder / "plain")

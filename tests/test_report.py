@@ -11,8 +11,8 @@ from playwright.sync_api import sync_playwright
 from conftest import write_set
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.report import write_report
-from fedunlearn.evidence.words import GLOSSARY, MODELS, sent_to
+from fedunlearn.evidence.report import _amount, _signed, write_report
+from fedunlearn.evidence.words import GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
@@ -159,7 +159,8 @@ def test_the_page_says_who_asked_when_which_files_it_is_about_and_what_its_words
     assert f"{audited[:10]} {audited[11:19]} UTC" in text
     assert "no key when this page was written" in text  # it was signed later
     assert "fedunlearn verify run --key OPERATOR.pub" in text
-    for word in GLOSSARY:
+    assert "<dd>operator not named</dd>" in text
+    for word in (*VERDICTS, *GLOSSARY):
         assert f"<dt>{word}</dt>" in text
     labels = {figure.label for figure in FIGURES.values()} | set(MODELS.values())
     assert {"original", "head only", "linear probe", "neighbours (TV)", "membership AUC"} <= labels & set(GLOSSARY)
@@ -170,6 +171,62 @@ def test_what_the_class_is_named_now_by_hand():
         "Test images of “c” are now named “d” (50 %), “b” (40 %), “a” (10 %)."
     )
     assert sent_to([0, 0], ("a", "b"), 1) == ""
+
+
+def judged(verdict, controls=(), held=("indistinguishable from retraining",) * 3, **figures):
+    """Return what the words look at: figures by the side of the band on which they lie."""
+    return {
+        "verdict": verdict,
+        "decided_by": [name for name, side in figures.items() if side != "inside"],
+        "audits": {name: {"verdict": side, "figure": 0.9, "band": (0.1, 0.85)} for name, side in figures.items()},
+        "controls": {str(k): {"verdict": own} for k, own in enumerate(controls)},
+        "calibration": {"models": {str(k): {"verdict": own} for k, own in enumerate(held)}},
+    }
+
+
+def test_what_lies_outside_is_told_by_what_it_means():
+    found = judged(
+        "suppressed, not erased", retain="below", probe="above", relearn="inside", cka="below", int8="inside"
+    )
+    assert outside(found) == (
+        "3 of 5 audits lie outside their bands: 1 finds more of the class than in retrained models (linear probe "
+        "90.0 %, retrained up to 85.0 %); "
+        "1 finds a model unlike retrained ones (features (CKA)); R: the other classes suffered."
+    )
+    assert outside(judged("suppressed, not erased", probe="above", artefacts="above")) == (
+        "2 of 2 audits lie outside their bands: 2 find more of the class than in retrained models (linear "
+        "probe 90.0 %, retrained up to 85.0 %, artefacts 0.9)."
+    )
+    assert outside(judged("indistinguishable from retraining", probe="inside")) == ""
+
+
+def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
+    passing, failing = "indistinguishable from retraining", "suppressed, not erased"
+    found = judged(failing, controls=(failing, passing), held=(passing, failing, passing), probe="above")
+    assert "of the 3 here 2 passed when the others judged them" in certainty(found)
+    assert "Of 2 controls, which must fail, 1 did." in certainty(found)
+    assert "No model that must fail was audited" in certainty(judged(failing, probe="above"))
+    assert certainty(judged("no verdict", controls=(failing,))) == ""
+    assert certainty(judged(failing, held=(), probe="above")) == ""
+
+
+def test_numbers_keep_three_digits_and_nothing_has_a_minus_zero():
+    assert [_amount(value) for value in (0, 2, 2.694, 15.94, 175.2, 16380, 0.034)] == [
+        *("0", "2.00", "2.69", "15.9", "175", "16,380", "0.0340")
+    ]
+    assert [_signed(value) for value in (-0.04, 0.04, -7.46, 9.3)] == ["0.0", "0.0", "\N{MINUS SIGN}7.5", "+9.3"]
+
+
+@in_browser
+def test_on_a_phone_no_figure_or_verdict_is_off_the_screen(opened):
+    page = opened(390)
+    cells = page.locator("table.stack td").all()
+    assert len(cells) > 80
+    for cell in cells:
+        box = cell.bounding_box()
+        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 390), cell.inner_text()
+    labels = page.evaluate("getComputedStyle(document.querySelector('td[data-label=verdict]'), '::before').content")
+    assert labels == '"verdict"'
 
 
 def test_names_of_classes_are_text_in_the_page(tmp_path):

@@ -342,7 +342,7 @@ def dying(work, append):
             finish = Journal.finish
 
             def last(*arguments):
-                patch.setattr(journals, "_append", append)
+                patch.setattr(journals, "append_line", append)
                 finish(*arguments)
 
             patch.setattr(Journal, "finish", last)
@@ -359,12 +359,12 @@ def before_the_line(path, line):
 
 
 def within_the_line(path, line):
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab") as file:
         file.write(line[: len(line) // 2])
     os._exit(KILLED)
 
 
-def after_the_line(path, line, append=journals._append):
+def after_the_line(path, line, append=journals.append_line):
     append(path, line)
     os._exit(KILLED)
 

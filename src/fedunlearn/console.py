@@ -249,6 +249,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     for number, (name, block) in enumerate(result.get("oracles", {}).items()):
         spent = cost.get("retrain") if number == 0 else None
         table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
+    table.columns = [column for column in table.columns if any(column.cells)]  # of one model there is no cost
     return table
 
 

@@ -84,7 +84,7 @@ AUDIT = Audit(
     {
         "neighbours": FigureKind(
             "neighbours (TV)",
-            "How far is its mean output from that of retrained models (total variation)?",
+            "Without its row, do its images go to other classes than in retrained models (0: to the same)?",
             "apart",
         )
     },

@@ -81,7 +81,7 @@ AUDIT = Audit(
     "representation",
     {
         "cka": FigureKind(
-            "features (CKA)", "How alike are the features to those of retrained models (1: the same)?", "near"
+            "features (CKA)", "How alike are the features to those of retrained models (100: the same)?", "near"
         ),
         "procrustes": FigureKind(
             "features (Procrustes)", "How far are the features from those of retrained models?", "apart", largest=2.0

@@ -110,7 +110,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     few = len(names) <= 20
     figure, axes = _figure(4.2)
     axes.imshow(shares, cmap=_KEPT, vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlabel="named", ylabel="is")
+    axes.set(xlabel="answer of the model", ylabel="true class")
     if few:
         places = range(len(names))
         axes.set_xticks(places, [_short(name) for name in names], rotation=90)
@@ -162,9 +162,12 @@ def work(
         spent, accuracy = zip(*own)
         axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / 1e12:,g}"))
+    drawn = [flops for own in (*retraining, *points.values()) for flops, _ in own]
+    unit, name = (1e12, "TFLOP") if max(drawn) > 1e13 else (1e9, "GFLOP")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) < 100 * min(drawn) else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / unit:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="operations of clients, TFLOP", ylabel="R on validation images, %")
+    axes.set(xlabel=f"operations of clients, {name}", ylabel="R on validation images, %")
     _legend(figure, axes, 4)
     return _svg(figure, "work")
 
@@ -183,17 +186,17 @@ def bands(
         audit = audits[name]
         if audit["band"] is not None:
             low, high = clipped(audit["band"], name)
-            axes.barh(place, high - low, 0.62, left=low, color=_ORANGE, alpha=0.25, linewidth=0)
+            axes.barh(place, 100 * (high - low), 0.62, left=100 * low, color=_ORANGE, alpha=0.25, linewidth=0)
         axes.plot(
-            [own[name] for own in oracles if name in own],
+            [100 * own[name] for own in oracles if name in own],
             [place] * sum(name in own for own in oracles),
             "|",
             color=_ORANGE,
             markersize=9,
         )
         if name in original:
-            axes.plot(original[name], place, "o", color=_GREY, markersize=6, fillstyle="none")
-        axes.plot(audit["figure"], place, "D", color=_BLUE, markersize=6)
+            axes.plot(100 * original[name], place, "o", color=_GREY, markersize=6, fillstyle="none")
+        axes.plot(100 * audit["figure"], place, "D", color=_BLUE, markersize=5)
     handles = [
         Patch(color=_ORANGE, alpha=0.25, label="band"),
         Line2D([], [], color=_ORANGE, marker="|", linestyle="", label="retrained"),
@@ -202,7 +205,7 @@ def bands(
     ]
     axes.set_yticks(range(len(names)), [texts[name] for name in names])
     axes.invert_yaxis()
-    axes.set_xlim(-0.03, max(1.03, axes.get_xlim()[1]))
+    axes.set(xlabel="%", xlim=(-3, max(103, axes.get_xlim()[1])))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, handletextpad=0.3, columnspacing=1.0)
     return _svg(figure, "bands")
 

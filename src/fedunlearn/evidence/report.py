@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,20 @@ from fedunlearn.evidence import plots
 from fedunlearn.evidence.events import EVENTS, OPERATOR
 from fedunlearn.evidence.folder import REPORT, RunFolder, write_unsigned
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.words import GLOSSARY, LIMITS, MODELS, chosen, clipped, in_short, sent_to, summary, unable
+from fedunlearn.evidence.words import (
+    GLOSSARY,
+    LIMITS,
+    MODELS,
+    VERDICTS,
+    certainty,
+    chosen,
+    clipped,
+    in_short,
+    outside,
+    sent_to,
+    summary,
+    unable,
+)
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -58,6 +72,10 @@ def write_report(folder: Path) -> None:
         "result": run.result,
         "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
         "summary": summary(run.result),
+        "outside": outside(run.result),
+        "certainty": certainty(run.result),
+        "verdicts": VERDICTS,
+        "tested": _tested(run),
         "chosen": chosen(run.result["fraction"]) if "fraction" in run.result else "",
         "rows": _rows(run),
         "audits": [
@@ -68,7 +86,6 @@ def write_report(folder: Path) -> None:
         "unable": unable(run.result["audits"], run.figures("original")),
         "oracle_mean": {name: _mean_of_oracles(run, name) for name in FIGURES},
         "original": run.figures("original"),
-        "neighbours": run.models["unlearned"]["details"].get("neighbours", {}),
         "membership": run.models["unlearned"]["details"].get("membership", {}),
         "representation": run.models["unlearned"]["details"].get("representation", {}),
         "retrained_representation": _mean_representation(run),
@@ -98,6 +115,8 @@ def write_report(folder: Path) -> None:
         )
         environment.filters["percent"] = _percent
         environment.filters["clipped"] = clipped
+        environment.filters["signed"] = _signed
+        environment.filters["amount"] = _amount
         texts[name] = environment.get_template(name).render(values)
     for name, text in texts.items():
         write_unsigned(folder, name, text)
@@ -145,7 +164,8 @@ def _record(run: RunFolder) -> dict[str, Any]:
         return str(events.get(event, {}).get("facts", {}).get(name, ""))
 
     return {
-        "request": run.result["recipe"]["evidence"]["request"],
+        **{name: run.result["recipe"]["evidence"].get(name, "") for name in ("request", "operator", "valid_days")},
+        "forgotten": when("unlearned"),
         "audited": when("audited"),
         "fixed": when("thresholds fixed"),
         "before": fact("original ready", "sha256"),
@@ -153,6 +173,24 @@ def _record(run: RunFolder) -> dict[str, Any]:
         "key": fact(OPERATOR, "key"),
         "folder": run.path.resolve().name,
     }
+
+
+def _tested(run: RunFolder) -> int:
+    """Return the number of test images of the forgotten classes."""
+    counts = run.models["unlearned"]["details"]["confusion"]
+    return sum(sum(counts[label]) for label in run.result["forget"])
+
+
+def _signed(distance: float) -> str:
+    """Return a distance with its sign; what rounds to 0 has none."""
+    text = f"{distance:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _amount(value: float) -> str:
+    """Return a positive number with three digits that count, all before the point kept."""
+    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f}"
 
 
 def _percent(share: float | None) -> str:
@@ -204,13 +242,15 @@ def _relearned(run: RunFolder) -> list[tuple[str, int | None]]:
     """Return, per model, the images after which U first reached 95 % of the original's."""
     if "original" not in run.models:
         return []
+    return [
+        (MODELS.get(name, name), _until(run, name)) for name in [*(n for n in MODELS if n in run.models), *run.oracles]
+    ]
+
+
+def _until(run: RunFolder, name: str) -> int | None:
+    curve = run.models[name]["details"]["relearn"]
     wanted = 0.95 * run.figures("original")["forget"]
-    found = []
-    for name in [*(name for name in MODELS if name in run.models), *run.oracles]:
-        curve = run.models[name]["details"]["relearn"]
-        reached = Relearned(tuple(curve["samples"]), tuple(curve["forget"])).samples_until(wanted)
-        found.append((MODELS.get(name, name), reached))
-    return found
+    return Relearned(tuple(curve["samples"]), tuple(curve["forget"])).samples_until(wanted)
 
 
 def _plots(run: RunFolder) -> dict[str, Plot]:
@@ -246,27 +286,23 @@ def _bands(run: RunFolder) -> Plot:
 
 def _relearning(run: RunFolder) -> Plot:
     curves = {name: own["details"]["relearn"] for name, own in run.models.items()}
-    last = curves["unlearned"]
-    return Plot(
-        "relearning",
-        "Relearning",
-        f"Accuracy on the class as a short training brings it back. Unlearned: {100 * last['forget'][0]:.0f} % at the "
-        f"start, {100 * last['forget'][-1]:.0f} % after {last['samples'][-1]:,} images.",
-        plots.relearning(curves, oracles=run.oracles),
-    )
+    text = "Accuracy on the class as a short training on it brings it back; images count each time they are seen."
+    if "original" in run.models:
+        back = [own for own in (_until(run, name) for name in run.oracles) if own is not None]
+        beside = f"; retrained models after {min(back):,} to {max(back):,}" if back else ""
+        own = _until(run, "unlearned")
+        after = "not within this training" if own is None else f"after {own:,} images"
+        text += f" The unlearned model is back at 95 % of the original's accuracy {after}{beside}."
+    return Plot("relearning", "Relearning", text, plots.relearning(curves, oracles=run.oracles))
 
 
 def _confusion(run: RunFolder) -> Plot:
     counts, names = run.models["unlearned"]["details"]["confusion"], run.result["classes"]
-    parts = []
-    for label in run.result["forget"]:
-        total = max(sum(counts[label]), 1)
-        top = sorted(range(len(names)), key=lambda other: -counts[label][other])[:3]
-        parts.append(f"{names[label]}: " + ", ".join(f"{names[k]} {100 * counts[label][k] / total:.0f} %" for k in top))
+    sent = " ".join(sent_to(counts[label], names, label) for label in run.result["forget"])
     return Plot(
         "confusion",
         "What each class is named",
-        "Rows are the true class, in % of its test images. Forgotten " + "; ".join(parts) + ".",
+        f"A row per true class, in % of its test images. {sent}",
         plots.confusion(counts, names),
     )
 
@@ -276,12 +312,13 @@ def _classes(run: RunFolder) -> Plot:
     oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
     mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
     kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
-    change = max(kept, key=lambda name: abs((after[name] or 0) - (before[name] or 0)))
+    beside, what = (mean, "retrained") if oracles else (_numbers(before), "before")
+    worst = min(kept, key=lambda name: (after[name] or 0) - beside[name])
     return Plot(
         "classes",
         "Accuracy per class, before and after",
-        f"The largest change among the kept classes is {change}: {_percent(before[change])} to "
-        f"{_percent(after[change])} %.",
+        f"Of the classes that stay, {worst} is farthest below: {_percent(after[worst])} % ({what} "
+        f"{_percent(beside[worst])} %).",
         plots.per_class(_numbers(before), _numbers(after), _numbers(mean)),
     )
 
@@ -299,13 +336,14 @@ def _work(run: RunFolder) -> Plot:
     return Plot(
         "work",
         "R against the work of the clients",
-        f"Unlearning ends at R {_percent(r)} % on the clients' validation images after {_flops(spent)}. {beside}.",
+        f"Unlearning ends at R {_percent(r)} % after {_flops(spent)}. {beside}. R is that on the clients' validation "
+        "images, by which retraining is stopped; on test images it may differ.",
         plots.work([result["retraining"]], {"unlearned": [(spent, r)]}),
     )
 
 
 def _flops(count: float) -> str:
-    return f"{count / 1e12:,.3g} TFLOP"
+    return f"{_amount(count / 1e9)} GFLOP"
 
 
 def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:

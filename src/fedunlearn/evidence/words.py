@@ -25,27 +25,43 @@ LIMITS = (
 )
 
 
+# What each verdict means, from best to worst.
+VERDICTS = {
+    INDISTINGUISHABLE: "in no audit can the model be told from models that never saw the class: the pass",
+    SUPPRESSED: "the model does not name the class any more, and audits can still tell it from models that never saw "
+    "it: by traces of the class, or as unlike them in other ways; no pass",
+    NOT_FORGOTTEN: "the model still names the class, more often than models that never saw it; no pass",
+    NO_VERDICT: "too few retrained models, or a model that must not pass did: nothing can be said",
+}
 # Words of the page that not everybody knows; those of each figure are in the table of audits.
 GLOSSARY = {
-    "U": "share of the test images of the forgotten class that are named right, measured with the class's output row "
-    "put back; low is what was asked for, and not yet proof",
-    "R": "the same of all other classes: what the model is still worth",
+    "U": "forgotten class: of its test images, the share that is named right. A model that gave up the answer can "
+    "never name it, so it is measured with the answer (its output row) put back; low was asked for, and is no proof",
+    "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
-    "band": "where the figure of one more retrained model is expected; all bands together hold it with 95 %",
-    "sd": "standard deviation: the usual distance of one retrained model from another; three and more is far",
-    "linear probe": "a simple reader trained on the features inside the model: can it still tell the class?",
-    "prototypes": "the same from one, five or ten sample images of the class",
+    "control": "a model that knows the class in one way or another and must not pass, or the audits are no good here",
+    "band": "where the figure of one more retrained model is expected: of 20 such models 19 lie inside all bands",
+    "sd": "how far a figure is from the mean of the retrained models, by their usual distance from it (standard "
+    "deviation). What counts is whether it lies inside its band, which is several sd wide where there are few models",
+    "linear probe": "a simple reader trained on what the inside of the model computes: can it tell the class? Models "
+    "that never saw the class often let it be told as well, so the figure says something beside theirs alone",
+    "prototypes": "can the class be told from one, five or ten sample images, by likeness inside the model?",
     "relearning": "how fast the class comes back when somebody trains the model on it again",
-    "membership AUC": "whether training images of the class can be told from others: 50 is guessing, 100 is certain",
-    "neighbours (TV)": "total variation: the share of the images of the class that goes elsewhere than by retrained "
-    "models; 0 is the same",
-    "features (CKA), features (Procrustes)": "how alike what the layers compute is to retrained models: CKA 100 is the "
-    "same, Procrustes 0 is the same",
-    "original": "the model before; it must fail the audits",
-    "head only": "the original with nothing but the output row removed: it knows the class, cannot say it, must fail",
-    "random + repair": "as many channels removed, chosen by lot: must fail, or the choice did nothing",
-    "fine-tuning only": "trained on with the other classes at equal cost, nothing removed: must fail likewise",
-    "pruning only": "the model right after channels were removed, before its repair",
+    "membership AUC": "can the very images that were trained on be told from others? 50 is guessing, 100 is certain",
+    "neighbours (TV)": "the share of images of the class that goes elsewhere than in retrained models, among the other "
+    "answers; 0 is the same (total variation)",
+    "features (CKA), features (Procrustes)": "how alike what the layers compute is to retrained models. CKA: 100 is "
+    "the same; Procrustes: 0 is. Outside, the model is another one, which need not mean that it knows the class",
+    "8 bits, 4 bits, re-estimated": "does a coarser copy of the model, or one with new statistics in its layers, name "
+    "the class again?",
+    "artefacts": "pieces of the class left in the delivered file",
+    "original": "a control: the model before",
+    "head only": "a control: the original with nothing but the answer removed: it knows the class and cannot say it",
+    "random + repair": "a control: as many channels removed, chosen by lot, and trained on as the unlearned model",
+    "fine-tuning only": "a control: trained on with the other classes at equal cost, nothing removed",
+    "pruning only": "a control: the model right after channels were removed, before it was trained on",
+    "channels": "the parts of a layer; those that speak for the class are removed (pruning)",
+    "GFLOP": "10^9 operations: what the clients' computers did, whatever their speed",
 }
 
 
@@ -69,24 +85,67 @@ def summary(result: Mapping[str, Any]) -> str:
     named = "It has no output row for the class, so its accuracy on it says nothing."
     if "forget" in result["audits"]:
         u = result["audits"]["forget"]["figure"]
-        named = f"With the output row in place it names {100 * u:.1f} % of the test images right."
+        named = f"With the answer (its output row) put back it names {100 * u:.1f} % of the test images right."
     if result["verdict"] == NOT_FORGOTTEN:
         return f"The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
         return f"In every audit the model behaves towards {names} like models retrained without it. {named}"
     if result["verdict"] == SUPPRESSED:
-        more = [name for name in result["decided_by"] if _shows_class(result["audits"], name)]
-        if more:
-            return (
-                f"The model no longer answers {names}, but audits find more of it than in models retrained without "
-                f"it: {_listed(more)}. {named}"
-            )
-        return (
-            f"The model no longer answers {names}, and no audit finds more of it than in models retrained without it. "
-            f"Yet it can be told from them, so erasure is not shown: {_listed(result['decided_by'])}. {named}"
-        )
+        return f"The model no longer answers {names}, but it can be told from models retrained without it. {named}"
     assert result["verdict"] == NO_VERDICT
     return f"There is no verdict on {names}: {result['reason']}. {named}"
+
+
+def outside(result: Mapping[str, Any]) -> str:
+    """Return which of the audits that decided lie outside their bands, and what that means; empty where none does."""
+    audits = result["audits"]
+    apart = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
+    if not apart:
+        return ""
+    traces = [name for name in apart if _shows_class(audits, name)]
+    worse = [name for name in apart if name == "retain"]
+    unlike = [name for name in apart if name not in traces + worse]
+    shown = ", ".join(_against(audits[name], name) for name in traces)
+    said = (
+        (traces, "more of the class than in retrained models", shown),
+        (unlike, "a model unlike retrained ones", ""),
+    )
+    parts = [
+        f"{len(own)} find{'s' * (len(own) == 1)} {what} ({text or _listed(own)})" for own, what, text in said if own
+    ]
+    parts += ["R: the other classes suffered"] * bool(worse)
+    return f"{len(apart)} of {len(audits)} audits lie outside their bands: {'; '.join(parts)}."
+
+
+def _against(audit: Mapping[str, Any], name: str) -> str:
+    """Return a figure above its band, and where the band ends."""
+    if FIGURES[name].fixed is not None:  # counted
+        return f"{FIGURES[name].label} {audit['figure']:g}"
+    return f"{FIGURES[name].label} {_tenth(audit['figure'])}, retrained up to {_tenth(clipped(audit['band'], name)[1])}"
+
+
+def _tenth(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def certainty(result: Mapping[str, Any]) -> str:
+    """Return how often the verdict is wrong, as far as that is known."""
+    held = result.get("calibration", {}).get("models", {})
+    if result["verdict"] == NO_VERDICT or not held:
+        return ""
+    passed = sum(own["verdict"] == INDISTINGUISHABLE for own in held.values())
+    controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
+    text = (
+        "How sure: a truly retrained model is wrongly failed at most once in 20 times; of the "
+        f"{len(held)} here {passed} passed when the others judged them. "
+    )
+    if not controls:
+        return text + "No model that must fail was audited, so nothing says whether one would."
+    failed = sum(verdict != INDISTINGUISHABLE for verdict in controls)
+    return (
+        f"{text}Of {len(controls)} controls, which must fail, {failed} did. How often another model that still knows "
+        "the class would pass is not known."
+    )
 
 
 def chosen(fraction: Mapping[str, Any]) -> str:

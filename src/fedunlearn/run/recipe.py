@@ -197,11 +197,15 @@ class AuditTable(_Table):
 
 
 class EvidenceTable(_Table):
-    """What the dossier says: the request it answers, and for how long it holds. Feature maps show test images."""
+    """What the record says: the request it answers, who answers for it, and for how long it holds.
+
+    ``feature_maps``: show test images, some of the forgotten class, in a report that may be passed on.
+    """
 
     request: str = ""
+    operator: str = ""
     valid_days: Annotated[int, Field(ge=1, le=36500)] = 365
-    feature_maps: bool = True
+    feature_maps: bool = False
 
 
 class Recipe(_Table):
