@@ -60,6 +60,8 @@ def measured(name: str) -> str:
         "verdict": error_table,
         "power": power_table,
         "networks": network_table,
+        "own_networks": own_table,
+        "norms": norm_table,
     }
     file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(name, name)
     return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
@@ -138,6 +140,50 @@ def poisoning_table(rows: list[dict[str, Any]]) -> str:
         {"lie": "attack", "times": "factor", "cap": "cap"},
         {"same channels": "overlap", "U": "forget", "R": "retain", "accuracy on threes": "victim"},
     )
+
+
+def own_table(value: dict[str, dict[str, Any]]) -> str:
+    """Return U / R, parameters and the verdict of each model of each network."""
+    names = {"resnet20_gn": "ResNet20, `GroupNorm`", "mobilenet_v2": "MobileNetV2, a quarter of the width"}
+    lines = ["| network | model | U | R | parameters | verdict |", "|---" * 6 + "|"]
+    for network, own in value.items():
+        shown = {name: own.get(name, {}) | own["controls"].get(name, {}) for name in MODELS}
+        shown["unlearned"] = own["unlearned"] | {"verdict": own["verdict"]}
+        shown |= {name: block | {"verdict": ""} for name, block in own["oracles"].items()}
+        for name, block in shown.items():
+            if block:
+                figures = block["accuracy"]
+                u, r = figures["forget_row_kept"], 100 * figures["retain"]
+                text = MODELS.get(name, name)
+                mark = "**" if name == "unlearned" else ""
+                lines.append(
+                    f"| {names[network]} | {mark}{text}{mark} | {'-' if u is None else f'{100 * u:.1f}'} | {r:.1f} | "
+                    f"{block['parameters']:,} | {block['verdict']} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def norm_table(rows: list[dict[str, Any]]) -> str:
+    """Return U / R of each stage with each normalisation, lowest to highest over seeds, in percent."""
+    stages = {
+        "original": "original",
+        "pruned": "pruned",
+        "corrected": "normalisation corrected",
+        "repaired": "repaired",
+    }
+    flat = [
+        {
+            "norm": row["norm"],
+            **{f"{kind} {stage}": row[stage][kind] for stage in stages for kind in ("forget", "retain")},
+        }
+        for row in rows
+    ]
+    figures = {
+        f"{text}, {letter}": f"{kind} {stage}"
+        for stage, text in stages.items()
+        for letter, kind in (("U", "forget"), ("R", "retain"))
+    }
+    return _by_setting(flat, {"norm": "norm"}, figures)
 
 
 def network_table(value: Mapping[str, Mapping[str, Any]]) -> str:
