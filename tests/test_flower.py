@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch.utils.data import DataLoader
 
 from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.channels.groups import find_channels
@@ -29,6 +30,7 @@ from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import digest_of, encode_job, encode_reply
+from fedunlearn.training.compute import Compute
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
@@ -74,6 +76,25 @@ def test_the_engines_agree_to_the_bit():
     assert mine.model.labels == other.model.labels == (0, 2)
     assert mine.cost.client_flops == other.cost.client_flops
     assert mine.cost.bytes_up == other.cost.bytes_up
+
+
+def by_hand(model, data, lr):
+    optimiser = torch.optim.SGD(model.parameters(), lr)
+    for image, label in DataLoader(data, batch_size=8):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(image), label).backward()
+        optimiser.step()
+    return len(data)
+
+
+@pytest.mark.parametrize("compute", [Compute(train=by_hand), Compute(optimiser=torch.optim.Adam)])
+def test_a_site_trains_by_its_own_loop_or_optimiser_as_a_client_of_one_process_does(compute):
+    _, mine = forget(LocalEngine(CLIENTS, validation=VALIDATION, compute=compute), objective=None)
+    app = client_app(build_model, load_images, compute=compute)
+    _, other = forget(engine(Loopback(nodes(app))), objective=None)
+    assert same(mine.model.module, other.model.module)
+    _, usual = forget(engine(), objective=None)
+    assert not same(usual.model.module, other.model.module)
 
 
 def test_the_flower_extra_is_asked_for_by_name():

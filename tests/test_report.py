@@ -189,14 +189,14 @@ def test_what_lies_outside_is_told_by_what_it_means():
         "suppressed, not erased", retain="below", probe="above", relearn="inside", cka="below", int8="inside"
     )
     assert outside(found) == (
-        "3 of 5 audits lie outside their bands: 1 finds more of the class than in retrained models (linear probe "
-        "90.0 %, retrained up to 85.0 %); "
-        "1 finds a model unlike retrained ones (features (CKA)); R: the other classes suffered."
+        "Of 5 audits 3 lie outside their bands: 1 finds more of the class than in retrained models (linear probe "
+        "90.0 %, retrained models 47.5 % in the mean, band up to 85.0 %), 1 shows that it is unlike retrained models "
+        "in other ways (features (CKA)), 1 shows that the other classes suffered (R). 2 lie inside."
     )
-    assert outside(judged("suppressed, not erased", probe="above", artefacts="above")) == (
-        "2 of 2 audits lie outside their bands: 2 find more of the class than in retrained models (linear "
-        "probe 90.0 %, retrained up to 85.0 %, artefacts 0.9)."
-    )
+    assert outside(found, ["int8"]).endswith("1 lie inside, 1 cannot tell (U, 8 bits): what they ask stays open.")
+    counted = outside(judged("suppressed, not erased", probe="above", artefacts="above"))
+    assert "2 find more of the class" in counted
+    assert counted.endswith("; artefacts 0.9). 0 lie inside.")
     assert outside(judged("indistinguishable from retraining", probe="inside")) == ""
 
 

@@ -68,11 +68,12 @@ def write_report(folder: Path) -> None:
     """
     run = RunFolder.audited(folder)
     plan = folder / "plan.json"
+    cannot_tell = unable(run.result["audits"], run.figures("original"))
     values = {
         "result": run.result,
         "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
         "summary": summary(run.result),
-        "outside": outside(run.result),
+        "outside": outside(run.result, cannot_tell),
         "certainty": certainty(run.result),
         "verdicts": VERDICTS,
         "tested": _tested(run),
@@ -83,7 +84,7 @@ def write_report(folder: Path) -> None:
             for name, figure in FIGURES.items()
             if name in run.result["audits"]
         ],
-        "unable": unable(run.result["audits"], run.figures("original")),
+        "unable": cannot_tell,
         "oracle_mean": {name: _mean_of_oracles(run, name) for name in FIGURES},
         "original": run.figures("original"),
         "membership": run.models["unlearned"]["details"].get("membership", {}),
@@ -289,7 +290,8 @@ def _relearning(run: RunFolder) -> Plot:
     text = "Accuracy on the class as a short training on it brings it back; images count each time they are seen."
     if "original" in run.models:
         back = [own for own in (_until(run, name) for name in run.oracles) if own is not None]
-        beside = f"; retrained models after {min(back):,} to {max(back):,}" if back else ""
+        span = sorted({f"{own:,}" for own in (min(back), max(back))}, key=len) if back else []
+        beside = f"; retrained models after {' to '.join(span)}" if back else ""
         own = _until(run, "unlearned")
         after = "not within this training" if own is None else f"after {own:,} images"
         text += f" The unlearned model is back at 95 % of the original's accuracy {after}{beside}."
@@ -312,13 +314,13 @@ def _classes(run: RunFolder) -> Plot:
     oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
     mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
     kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
-    beside, what = (mean, "retrained") if oracles else (_numbers(before), "before")
+    beside = mean if oracles else _numbers(before)
     worst = min(kept, key=lambda name: (after[name] or 0) - beside[name])
     return Plot(
         "classes",
         "Accuracy per class, before and after",
-        f"Of the classes that stay, {worst} is farthest below: {_percent(after[worst])} % ({what} "
-        f"{_percent(beside[worst])} %).",
+        f"Of the classes that stay, {worst} is farthest below: {_percent(after[worst])} % (before "
+        f"{_percent(before[worst])} %{f', retrained {_percent(mean[worst])} %' if oracles else ''}).",
         plots.per_class(_numbers(before), _numbers(after), _numbers(mean)),
     )
 
@@ -378,7 +380,7 @@ def _channels(run: RunFolder) -> list[Plot]:
                 "maps",
                 "What channels saw",
                 f"Feature maps of the original in {own.layer}: the forgotten class in the upper rows; the {half} "
-                f"channels ranked highest, then the {half} ranked lowest.",
+                f"channels ranked highest, then the {half} ranked lowest. Bright: the channel reacts there.",
                 plots.feature_maps(own.pictures, own.maps, own.rows, titles),
             )
         )

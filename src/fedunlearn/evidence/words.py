@@ -17,7 +17,7 @@ LIMITS = (
     "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "
     "find the class.",
     "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
-    "wide, so that it finds little: read the verdicts on the controls beside it.",
+    "wide, so that it can overlook much: read the verdicts on the controls beside it.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
     "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
     "trained for longer: then they are no counterpart of it.",
@@ -47,6 +47,8 @@ GLOSSARY = {
     "that never saw the class often let it be told as well, so the figure says something beside theirs alone",
     "prototypes": "can the class be told from one, five or ten sample images, by likeness inside the model?",
     "relearning": "how fast the class comes back when somebody trains the model on it again",
+    "validation images": "images that clients hold back from training: settings, and the end of retraining, are "
+    "chosen by them",
     "membership AUC": "can the very images that were trained on be told from others? 50 is guessing, 100 is certain",
     "neighbours (TV)": "the share of images of the class that goes elsewhere than in retrained models, among the other "
     "answers; 0 is the same (total variation)",
@@ -85,7 +87,7 @@ def summary(result: Mapping[str, Any]) -> str:
     named = "It has no output row for the class, so its accuracy on it says nothing."
     if "forget" in result["audits"]:
         u = result["audits"]["forget"]["figure"]
-        named = f"With the answer (its output row) put back it names {100 * u:.1f} % of the test images right."
+        named = f"Even with the answer (its output row) put back it names {100 * u:.1f} % of the class's test images."
     if result["verdict"] == NOT_FORGOTTEN:
         return f"The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
@@ -96,32 +98,47 @@ def summary(result: Mapping[str, Any]) -> str:
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
 
-def outside(result: Mapping[str, Any]) -> str:
-    """Return which of the audits that decided lie outside their bands, and what that means; empty where none does."""
+def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> str:
+    """Return which of the audits that decided lie outside their bands, and what that means; empty where none does.
+
+    Args:
+        result: content of result.json.
+        cannot_tell: audits without a say, see ``unable``.
+    """
     audits = result["audits"]
     apart = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
     if not apart:
         return ""
     traces = [name for name in apart if _shows_class(audits, name)]
-    worse = [name for name in apart if name == "retain"]
-    unlike = [name for name in apart if name not in traces + worse]
-    shown = ", ".join(_against(audits[name], name) for name in traces)
-    said = (
-        (traces, "more of the class than in retrained models", shown),
-        (unlike, "a model unlike retrained ones", ""),
-    )
-    parts = [
-        f"{len(own)} find{'s' * (len(own) == 1)} {what} ({text or _listed(own)})" for own, what, text in said if own
-    ]
-    parts += ["R: the other classes suffered"] * bool(worse)
-    return f"{len(apart)} of {len(audits)} audits lie outside their bands: {'; '.join(parts)}."
+    unlike = [name for name in apart if name not in traces and name != "retain"]
+    parts = []
+    if traces:
+        shown = "; ".join(_against(audits[name], name) for name in traces)
+        parts.append(f"{_count(traces, 'find')} more of the class than in retrained models ({shown})")
+    if unlike:
+        parts.append(f"{_count(unlike, 'show')} that it is unlike retrained models in other ways ({_listed(unlike)})")
+    if "retain" in apart:
+        parts.append("1 shows that the other classes suffered (R)")
+    open_ones = [name for name in cannot_tell if name not in apart]
+    rest = f"{len(audits) - len(apart) - len(open_ones)} lie inside"
+    if open_ones:
+        rest += f", {len(open_ones)} cannot tell ({_listed(open_ones)}): what they ask stays open"
+    return f"Of {len(audits)} audits {len(apart)} lie outside their bands: {', '.join(parts)}. {rest}."
+
+
+def _count(names: Sequence[str], verb: str) -> str:
+    return f"{len(names)} {verb}{'s' * (len(names) == 1)}"
 
 
 def _against(audit: Mapping[str, Any], name: str) -> str:
-    """Return a figure above its band, and where the band ends."""
+    """Return a figure above its band beside the mean of the retrained models, and where the band ends."""
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
-    return f"{FIGURES[name].label} {_tenth(audit['figure'])}, retrained up to {_tenth(clipped(audit['band'], name)[1])}"
+    mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
+    return (
+        f"{FIGURES[name].label} {_tenth(audit['figure'])}, retrained models {_tenth(mean)} in the mean, band up to "
+        f"{_tenth(end)}"
+    )
 
 
 def _tenth(share: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,12 +39,23 @@ from fedunlearn.flower.messages import (
     to_arrays,
     to_tensors,
 )
-from fedunlearn.training.compute import FLOAT32, one_torch_thread
+from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread
 
 BuildModel = Callable[[Context], nn.Module]
 LoadImages = Callable[[Context], ClientData]
 Rules = Callable[[Context], Privacy]
 TrainFunction = Callable[[Message, Context], Message]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What a client is made of, see ``client_app``."""
+
+    build_model: BuildModel
+    load_images: LoadImages
+    rules: Rules
+    secure: bool = False
+    compute: Compute = FLOAT32
 
 
 def client_app(
@@ -52,6 +64,7 @@ def client_app(
     *,
     rules: Rules = lambda context: DEFAULT_RULES,
     secure: bool = False,
+    compute: Compute = FLOAT32,
 ) -> ClientApp:
     """Return a complete Flower client.
 
@@ -60,12 +73,14 @@ def client_app(
         load_images: reads what this client holds; called for each message.
         rules: what this client does to its statistics before they leave it.
         secure: report statistics under secure aggregation only.
+        compute: how this client computes, its optimiser or train function among it.
     """
     app = ClientApp()
+    site = _Site(build_model, load_images, rules, secure, compute)
 
     @app.train()
     def answer(message: Message, context: Context) -> Message:
-        return _answer(message, context, build_model, load_images, rules(context), secure)
+        return _answer(message, context, site)
 
     if secure:
         add_secure_measure(app, build_model, load_images, rules=rules)
@@ -78,13 +93,15 @@ def add_secure_measure(
     """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
     from fedunlearn.flower import secure  # imports Flower's older interface
 
+    site = _Site(build_model, load_images, rules)
+
     @app.train(secure.ACTION, mods=[secure.secure_mod])
     def measure(message: Message, context: Context) -> Message:
         tensors, text = sent_job(message)
         received = decode_job(tensors, text)
         if not isinstance(received.task, Measure):
             raise FederationError(f"expected a measure job under secure aggregation, got {received.task.kind}")
-        reply = _handled(context, received, tensors, build_model, load_images(context), rules(context))
+        reply = _handled(context, received, tensors, site, load_images(context))
         if reply.error is not None:
             raise FederationError(reply.error)  # drops out of the sum
         return secure.answer(dict(reply.tensors), message)
@@ -112,12 +129,13 @@ def unlearning_mod(
         rules: what this client does to its statistics before they leave it.
         secure: report statistics under secure aggregation only; ``add_secure_measure`` makes the app do that.
     """
+    site = _Site(build_model, load_images, rules, secure)
 
     def mod(message: Message, context: Context, call_next: TrainFunction) -> Message:
         ours = message.has_content() and OWN in message.content.config_records
         if not ours or message.metadata.message_type != JOB:  # the secure measure has a function of its own
             return call_next(message, context)
-        return _answer(message, context, build_model, load_images, rules(context), secure, call_next)
+        return _answer(message, context, site, call_next)
 
     return mod
 
@@ -142,19 +160,11 @@ def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple
     return whole
 
 
-def _answer(
-    message: Message,
-    context: Context,
-    build_model: BuildModel,
-    load_images: LoadImages,
-    rules: Privacy,
-    secure: bool,
-    train: TrainFunction | None = None,
-) -> Message:
+def _answer(message: Message, context: Context, site: _Site, train: TrainFunction | None = None) -> Message:
     """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
-    own = message.content.config_records[OWN]
+    own, rules = message.content.config_records[OWN], site.rules(context)
     try:
-        data = load_images(context)
+        data = site.load_images(context)
         other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
         if other:
             raise FederationError(f"its validation holds {other}, which are its training images")
@@ -185,11 +195,11 @@ def _answer(
                     f"the objective {received.task.training.objective.kind!r} of the job"
                 )
             enough(data.train.without(received.task.exclude), rules)
-            reply = _trained(message, context, received, build_model(context), data, train)
-        elif secure and isinstance(received.task, Measure):
+            reply = _trained(message, context, received, site.build_model(context), data, train)
+        elif site.secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
         else:
-            reply = _handled(context, received, tensors, build_model, data, rules)
+            reply = _handled(context, received, tensors, site, data)
     except FedUnlearnError as error:
         reply = Reply(data.client, error=str(error))
     arrays, line = encode_reply(reply, digest_of(text))
@@ -200,17 +210,13 @@ def _answer(
 
 
 def _handled(
-    context: Context,
-    received: Received,
-    tensors: Mapping[str, Tensor],
-    build_model: BuildModel,
-    data: ClientData,
-    rules: Privacy,
+    context: Context, received: Received, tensors: Mapping[str, Tensor], site: _Site, data: ClientData
 ) -> Reply:
     """Return the reply of this client's own model with the weights that came."""
-    model = rebuild(received, tensors, Classifier(build_model(context), data.train.shape))
+    model = rebuild(received, tensors, Classifier(site.build_model(context), data.train.shape))
     with one_torch_thread():
-        return handle(received.job(model), FLOAT32.placed(model.module), data, rules)
+        own = site.compute.placed(model.module)
+        return handle(received.job(model), own, data, site.rules(context), site.compute)
 
 
 def _trained(
