@@ -188,16 +188,18 @@ def test_what_lies_outside_is_told_by_what_it_means():
     found = judged(
         "suppressed, not erased", retain="below", probe="above", relearn="inside", cka="below", int8="inside"
     )
-    assert outside(found) == (
-        "Of 5 audits 3 lie outside their bands: 1 finds more of the class than in retrained models (linear probe "
-        "90.0 %, retrained models 47.5 % in the mean, band up to 85.0 %), 1 shows that it is unlike retrained models "
-        "in other ways (features (CKA)), 1 shows that the other classes suffered (R). 2 lie inside."
-    )
-    assert outside(found, ["int8"]).endswith("1 lie inside, 1 cannot tell (U, 8 bits): what they ask stays open.")
-    counted = outside(judged("suppressed, not erased", probe="above", artefacts="above"))
-    assert "2 find more of the class" in counted
-    assert counted.endswith("; artefacts 0.9). 0 lie inside.")
-    assert outside(judged("indistinguishable from retraining", probe="inside")) == ""
+    assert outside(found, ["int8"]) == [
+        "1 finds more of the class than in retrained models: linear probe 90.0 % (retrained: mean 47.5 %, band to "
+        "85.0 %)",
+        "1 shows that it is unlike retrained models in other ways: features (CKA)",
+        "1 shows that the other classes suffered: R",
+        "1 lie inside their bands",
+        "1 cannot tell here, so what they ask stays open: U, 8 bits",
+    ]
+    first, last = outside(judged("suppressed, not erased", probe="above", artefacts="above"))
+    assert first.startswith("2 find more of the class") and first.endswith("; artefacts 0.9")
+    assert last == "0 lie inside their bands"
+    assert outside(judged("indistinguishable from retraining", probe="inside")) == []
 
 
 def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
@@ -212,7 +214,7 @@ def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
 
 def test_numbers_keep_three_digits_and_nothing_has_a_minus_zero():
     assert [_amount(value) for value in (0, 2, 2.694, 15.94, 175.2, 16380, 0.034)] == [
-        *("0", "2.00", "2.69", "15.9", "175", "16,380", "0.0340")
+        *("0", "2", "2.69", "15.9", "175", "16,380", "0.0340")
     ]
     assert [_signed(value) for value in (-0.04, 0.04, -7.46, 9.3)] == ["0.0", "0.0", "\N{MINUS SIGN}7.5", "+9.3"]
 

@@ -189,8 +189,8 @@ def _signed(distance: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """Return a positive number with three digits that count, all before the point kept."""
-    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(value)))
+    """Return a positive number with three digits that count, all before the point kept; a whole number as it is."""
+    digits = 0 if float(value).is_integer() else max(0, 2 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f}"
 
 

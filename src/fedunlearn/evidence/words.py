@@ -98,32 +98,35 @@ def summary(result: Mapping[str, Any]) -> str:
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
 
-def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> str:
-    """Return which of the audits that decided lie outside their bands, and what that means; empty where none does.
+def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[str]:
+    """Return how many of the audits lie outside their bands, by what that means, how many inside, how many cannot tell.
 
     Args:
         result: content of result.json.
         cannot_tell: audits without a say, see ``unable``.
+
+    Returns:
+        A phrase each; none where no figure outside has decided.
     """
     audits = result["audits"]
     apart = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
     if not apart:
-        return ""
+        return []
     traces = [name for name in apart if _shows_class(audits, name)]
     unlike = [name for name in apart if name not in traces and name != "retain"]
-    parts = []
+    open_ones = [name for name in cannot_tell if name not in apart]
+    said = []
     if traces:
         shown = "; ".join(_against(audits[name], name) for name in traces)
-        parts.append(f"{_count(traces, 'find')} more of the class than in retrained models ({shown})")
+        said.append(f"{_count(traces, 'find')} more of the class than in retrained models: {shown}")
     if unlike:
-        parts.append(f"{_count(unlike, 'show')} that it is unlike retrained models in other ways ({_listed(unlike)})")
+        said.append(f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}")
     if "retain" in apart:
-        parts.append("1 shows that the other classes suffered (R)")
-    open_ones = [name for name in cannot_tell if name not in apart]
-    rest = f"{len(audits) - len(apart) - len(open_ones)} lie inside"
+        said.append("1 shows that the other classes suffered: R")
+    said.append(f"{len(audits) - len(apart) - len(open_ones)} lie inside their bands")
     if open_ones:
-        rest += f", {len(open_ones)} cannot tell ({_listed(open_ones)}): what they ask stays open"
-    return f"Of {len(audits)} audits {len(apart)} lie outside their bands: {', '.join(parts)}. {rest}."
+        said.append(f"{len(open_ones)} cannot tell here, so what they ask stays open: {_listed(open_ones)}")
+    return said
 
 
 def _count(names: Sequence[str], verb: str) -> str:
@@ -135,10 +138,7 @@ def _against(audit: Mapping[str, Any], name: str) -> str:
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
-    return (
-        f"{FIGURES[name].label} {_tenth(audit['figure'])}, retrained models {_tenth(mean)} in the mean, band up to "
-        f"{_tenth(end)}"
-    )
+    return f"{FIGURES[name].label} {_tenth(audit['figure'])} (retrained: mean {_tenth(mean)}, band to {_tenth(end)})"
 
 
 def _tenth(share: float) -> str:
