@@ -12,7 +12,7 @@ from conftest import write_set
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.report import _amount, _signed, write_report
-from fedunlearn.evidence.words import GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
+from fedunlearn.evidence.words import _PLAIN, GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
@@ -189,12 +189,13 @@ def test_what_lies_outside_is_told_by_what_it_means():
         "suppressed, not erased", retain="below", probe="above", relearn="inside", cka="below", int8="inside"
     )
     assert outside(found, ["int8"]) == [
-        "1 finds more of the class than in retrained models: linear probe 90.0 % (retrained: mean 47.5 %, band to "
-        "85.0 %)",
+        "1 finds more of the class than in retrained models; of its images are told by a simple reader of the model's "
+        "inside 90.0 % (retrained models: mean 47.5 %, band to 85.0 %)",
         "1 shows that it is unlike retrained models in other ways: features (CKA)",
         "1 shows that the other classes suffered: R",
         "1 lie inside their bands",
-        "1 cannot tell here, so what they ask stays open: U, 8 bits",
+        "1 cannot tell here, so what they ask stays open: U, 8 bits (Does rounding the weights to 8 bits bring "
+        "it back?)",
     ]
     first, last = outside(judged("suppressed, not erased", probe="above", artefacts="above"))
     assert first.startswith("2 find more of the class") and first.endswith("; artefacts 0.9")
@@ -205,8 +206,12 @@ def test_what_lies_outside_is_told_by_what_it_means():
 def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
     passing, failing = "indistinguishable from retraining", "suppressed, not erased"
     found = judged(failing, controls=(failing, passing), held=(passing, failing, passing), probe="above")
-    assert "of the 3 here 2 passed when the others judged them" in certainty(found)
-    assert "Of 2 controls, which must fail, 1 did." in certainty(found)
+    assert "of the 3 here 2 passed when the others judged them. Of 2 controls, which must fail, 1 did;" in certainty(
+        found
+    )
+    assert certainty(judged(passing, controls=(failing,), probe="inside")).startswith(
+        "How sure: of 1 controls, which must fail, 1 did; how often another model that still knows the class "
+    )
     assert "No model that must fail was audited" in certainty(judged(failing, probe="above"))
     assert certainty(judged("no verdict", controls=(failing,))) == ""
     assert certainty(judged(failing, held=(), probe="above")) == ""
@@ -229,6 +234,11 @@ def test_on_a_phone_no_figure_or_verdict_is_off_the_screen(opened):
         assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 390), cell.inner_text()
     labels = page.evaluate("getComputedStyle(document.querySelector('td[data-label=verdict]'), '::before').content")
     assert labels == '"verdict"'
+
+
+def test_every_figure_that_may_find_the_class_has_plain_words():
+    counted = {name for name, kind in FIGURES.items() if kind.kind == "class" and kind.fixed is None}
+    assert set(_PLAIN) == counted
 
 
 def test_names_of_classes_are_text_in_the_page(tmp_path):

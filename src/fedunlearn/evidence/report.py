@@ -314,13 +314,16 @@ def _classes(run: RunFolder) -> Plot:
     oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
     mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
     kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
-    beside = mean if oracles else _numbers(before)
-    worst = min(kept, key=lambda name: (after[name] or 0) - beside[name])
+    now, past = _numbers(after), _numbers(before)
+    lost = max(kept, key=lambda name: past[name] - now[name])
+    text = f"Of the classes that stay, {lost} lost most: {_percent(past[lost])} % before, {_percent(now[lost])} % now."
+    if oracles:
+        worst = max(kept, key=lambda name: mean[name] - now[name])
+        text += f" Farthest below the retrained models: {worst}, {_percent(now[worst])} % ({_percent(mean[worst])} %)."
     return Plot(
         "classes",
         "Accuracy per class, before and after",
-        f"Of the classes that stay, {worst} is farthest below: {_percent(after[worst])} % (before "
-        f"{_percent(before[worst])} %{f', retrained {_percent(mean[worst])} %' if oracles else ''}).",
+        text,
         plots.per_class(_numbers(before), _numbers(after), _numbers(mean)),
     )
 
@@ -338,8 +341,8 @@ def _work(run: RunFolder) -> Plot:
     return Plot(
         "work",
         "R against the work of the clients",
-        f"Unlearning ends at R {_percent(r)} % after {_flops(spent)}. {beside}. R is that on the clients' validation "
-        "images, by which retraining is stopped; on test images it may differ.",
+        f"Unlearning ends at R {_percent(r)} % on the clients' validation images after {_flops(spent)}. {beside}. On "
+        f"test images R is {_percent(result['audits']['retain']['figure'])} %.",
         plots.work([result["retraining"]], {"unlearned": [(spent, r)]}),
     )
 

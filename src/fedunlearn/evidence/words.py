@@ -39,7 +39,7 @@ GLOSSARY = {
     "never name it, so it is measured with the answer (its output row) put back; low was asked for, and is no proof",
     "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
-    "control": "a model that knows the class in one way or another and must not pass, or the audits are no good here",
+    "control": "a model that must not pass, or the audits are no good here: nearly all of them know the class",
     "band": "where the figure of one more retrained model is expected: of 20 such models 19 lie inside all bands",
     "sd": "how far a figure is from the mean of the retrained models, by their usual distance from it (standard "
     "deviation). What counts is whether it lies inside its band, which is several sd wide where there are few models",
@@ -89,11 +89,15 @@ def summary(result: Mapping[str, Any]) -> str:
         u = result["audits"]["forget"]["figure"]
         named = f"Even with the answer (its output row) put back it names {100 * u:.1f} % of the class's test images."
     if result["verdict"] == NOT_FORGOTTEN:
-        return f"The model still answers {names}. {named}"
+        return f"Not passed. The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
-        return f"In every audit the model behaves towards {names} like models retrained without it. {named}"
+        return f"Passed. In every audit the model behaves towards {names} like models retrained without it. {named}"
     if result["verdict"] == SUPPRESSED:
-        return f"The model no longer answers {names}, but it can be told from models retrained without it. {named}"
+        if any(_shows_class(result["audits"], name) for name in result["decided_by"]):
+            left = "traces of it are left: audits find more of it than in models retrained without it"
+        else:
+            left = "it is unlike models retrained without it, though no audit finds more of the class than in them"
+        return f"Not passed. The model no longer answers {names}, but {left}. {named}"
     assert result["verdict"] == NO_VERDICT
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
@@ -118,14 +122,15 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
     said = []
     if traces:
         shown = "; ".join(_against(audits[name], name) for name in traces)
-        said.append(f"{_count(traces, 'find')} more of the class than in retrained models: {shown}")
+        said.append(f"{_count(traces, 'find')} more of the class than in retrained models; of its images are {shown}")
     if unlike:
         said.append(f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}")
     if "retain" in apart:
         said.append("1 shows that the other classes suffered: R")
     said.append(f"{len(audits) - len(apart) - len(open_ones)} lie inside their bands")
     if open_ones:
-        said.append(f"{len(open_ones)} cannot tell here, so what they ask stays open: {_listed(open_ones)}")
+        asked = [f"{FIGURES[name].label} ({FIGURES[name].question})" for name in open_ones]
+        said.append(f"{len(open_ones)} cannot tell here, so what they ask stays open: {'; '.join(asked)}")
     return said
 
 
@@ -138,7 +143,22 @@ def _against(audit: Mapping[str, Any], name: str) -> str:
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
-    return f"{FIGURES[name].label} {_tenth(audit['figure'])} (retrained: mean {_tenth(mean)}, band to {_tenth(end)})"
+    return f"{_PLAIN[name]} {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
+
+
+# What is counted by a figure above its band.
+_PLAIN = {
+    "forget": "named right with the answer put back",
+    "reestimated": "named right with new statistics in the layers",
+    "probe": "told by a simple reader of the model's inside",
+    "prototype_1": "told by one sample image of each class",
+    "prototype_5": "told by five sample images of each class",
+    "prototype_10": "told by ten sample images of each class",
+    "relearn": "named right in the mean while the class is taught again",
+    "int8": "named right by a copy of 8 bits",
+    "int4": "named right by a copy of 4 bits",
+    "membership": "training images told from others (50 % is guessing)",
+}
 
 
 def _tenth(share: float) -> str:
@@ -151,18 +171,20 @@ def certainty(result: Mapping[str, Any]) -> str:
     if result["verdict"] == NO_VERDICT or not held:
         return ""
     passed = sum(own["verdict"] == INDISTINGUISHABLE for own in held.values())
+    erased = (
+        "a truly retrained model would be failed by mistake at most once in 20 times; of the "
+        f"{len(held)} here {passed} passed when the others judged them"
+    )
     controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
-    text = (
-        "How sure: a truly retrained model is wrongly failed at most once in 20 times; of the "
-        f"{len(held)} here {passed} passed when the others judged them. "
-    )
-    if not controls:
-        return text + "No model that must fail was audited, so nothing says whether one would."
     failed = sum(verdict != INDISTINGUISHABLE for verdict in controls)
-    return (
-        f"{text}Of {len(controls)} controls, which must fail, {failed} did. How often another model that still knows "
-        "the class would pass is not known."
+    known = (
+        f"of {len(controls)} controls, which must fail, {failed} did; how often another model that still knows the "
+        "class would pass is not known"
+        if controls
+        else "no model that must fail was audited, so nothing says whether one would"
     )
+    first, then = (known, erased) if result["verdict"] == INDISTINGUISHABLE else (erased, known)
+    return f"How sure: {first}. {then[0].upper()}{then[1:]}."
 
 
 def chosen(fraction: Mapping[str, Any]) -> str:
