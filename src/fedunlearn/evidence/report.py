@@ -172,7 +172,6 @@ def _record(run: RunFolder) -> dict[str, Any]:
         "before": fact("original ready", "sha256"),
         "after": fact("unlearned", "sha256"),
         "key": fact(OPERATOR, "key"),
-        "folder": run.path.resolve().name,
     }
 
 

@@ -18,6 +18,8 @@ LIMITS = (
     "find the class.",
     "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
     "wide, so that it can overlook much: read the verdicts on the controls beside it.",
+    "This is about the named files alone. It does not show that the images of the class, the model before, or copies of "
+    "either were deleted, nor which model is in use.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
     "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
     "trained for longer: then they are no counterpart of it.",
@@ -102,7 +104,7 @@ def summary(result: Mapping[str, Any]) -> str:
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
 
-def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[str]:
+def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     """Return how many of the audits lie outside their bands, by what that means, how many inside, how many cannot tell.
 
     Args:
@@ -110,7 +112,7 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
         cannot_tell: audits without a say, see ``unable``.
 
     Returns:
-        A phrase each; none where no figure outside has decided.
+        A phrase each, with the figures that it is about; none where no figure outside has decided.
     """
     audits = result["audits"]
     apart = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
@@ -119,19 +121,19 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
     traces = [name for name in apart if _shows_class(audits, name)]
     unlike = [name for name in apart if name not in traces and name != "retain"]
     open_ones = [name for name in cannot_tell if name not in apart]
-    said = []
-    if traces:
-        shown = "; ".join(_against(audits[name], name) for name in traces)
-        said.append(f"{_count(traces, 'find')} more of the class than in retrained models; of its images are {shown}")
-    if unlike:
-        said.append(f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}")
-    if "retain" in apart:
-        said.append("1 shows that the other classes suffered: R")
-    said.append(f"{len(audits) - len(apart) - len(open_ones)} lie inside their bands")
-    if open_ones:
-        asked = [f"{FIGURES[name].label} ({FIGURES[name].question})" for name in open_ones]
-        said.append(f"{len(open_ones)} cannot tell here, so what they ask stays open: {'; '.join(asked)}")
-    return said
+    asked = [f"{FIGURES[name].label} ({FIGURES[name].question})" for name in open_ones]
+    groups: list[tuple[list[str], str, list[str]]] = [
+        (
+            traces,
+            f"{_count(traces, 'find')} more of the class than in retrained models; the share of its images that is",
+            [_against(audits[name], name) for name in traces],
+        ),
+        (unlike, f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}", []),
+        (["retain"] if "retain" in apart else [], "1 shows that the other classes suffered: R", []),
+        (open_ones, f"{len(open_ones)} cannot tell here, so what they ask stays open", asked),
+    ]
+    inside = f"{len(audits) - len(apart) - len(open_ones)} lie inside their bands"
+    return [*((text, figures) for own, text, figures in groups if own), (inside, [])]
 
 
 def _count(names: Sequence[str], verb: str) -> str:
@@ -143,7 +145,7 @@ def _against(audit: Mapping[str, Any], name: str) -> str:
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
-    return f"{_PLAIN[name]} {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
+    return f"{_PLAIN[name]}: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
 
 
 # What is counted by a figure above its band.
