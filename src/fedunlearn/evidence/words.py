@@ -18,8 +18,8 @@ LIMITS = (
     "find the class.",
     "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
     "wide, so that it can overlook much: read the verdicts on the controls beside it.",
-    "This is about the named files alone. It does not show that the images of the class, the model before, or copies of "
-    "either were deleted, nor which model is in use.",
+    "This is about the named files alone. It does not show that the images of the class, the model before, or copies "
+    "of either were deleted, nor which model is in use.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
     "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
     "trained for longer: then they are no counterpart of it.",
