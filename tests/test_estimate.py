@@ -21,6 +21,9 @@ def test_what_a_run_trains_on_is_counted_before_it_starts():
     assert images_to_train(experiment, "unlearn") == pytest.approx(whole + once)
     kept = 1 - nines / held
     assert images_to_train(experiment, "run") == pytest.approx(whole + 3 * once + 3 * whole * kept)
+    more = prepare(load_recipe("digits", ["unlearn.fraction=auto", "erase.complement=1.0", "unlearn.rounds=2"]))
+    assert images_to_train(more, "unlearn") == pytest.approx(whole + 3 * once)  # three attempts, by halves
+    assert images_to_train(more, "run") == pytest.approx(whole + 8 * once + 5 * whole * kept)
     assert 0 < seconds_to_train(experiment, "train") < seconds_to_train(experiment, "run") * 1.5
     elsewhere = replace(experiment, recipe=load_recipe("digits", ["federation.engine=flower-simulation"]))
     assert seconds_to_train(elsewhere, "run") is None

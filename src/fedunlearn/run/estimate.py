@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.smallest import FRACTIONS
 from fedunlearn.training.compute import Compute, cores, own_device
 from fedunlearn.training.speed import rate
 
-_UNLEARNINGS = 3  # of a run: unlearning itself, and the two controls that train as much
+_ATTEMPTS = math.ceil(math.log2(len(FRACTIONS) + 1))  # by halves, where the tool chooses the fraction
 _FORWARD = 1 / 3  # of a training step: a pass that measures
 
 
 def images_to_train(experiment: Experiment, command: str) -> float:
-    """Return how many images pass through training in a run; a pass that measures counts for a third.
+    """Return about how many images pass through training in a run; a pass that measures counts for a third.
+
+    A method that is not the recipe's own pruning is taken to train as much.
 
     Args:
         experiment: the run.
@@ -27,11 +32,14 @@ def images_to_train(experiment: Experiment, command: str) -> float:
     kept = 1 - int(experiment.table[:, list(experiment.forget)].sum()) / held
     sample = min(held, (unlearn.sample or held) * len(experiment.clients))
     rounds = unlearn.rounds if unlearn.repair == "finetune" else 0
+    attempts = _ATTEMPTS if unlearn.fraction == "auto" else 1
     once = rounds * share * unlearn.local_epochs * held * kept + 2 * _FORWARD * sample
     if command == "unlearn":
-        return wanted + once
+        return wanted + attempts * once
     retrained = 0 if recipe.audit.models else recipe.audit.oracles
-    return wanted + _UNLEARNINGS * once + retrained * whole * kept
+    # Fine-tuning costs as much as all attempts; random channels, and the erase step alone, as one.
+    times = 2 * attempts + 1 + (recipe.erase.erasing() is not None)
+    return wanted + times * once + retrained * whole * kept
 
 
 def seconds_to_train(experiment: Experiment, command: str) -> float | None:
