@@ -15,6 +15,7 @@ import oracles
 from conftest import classifier, logits, make_net, settle, tiers
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning, plan_without_rows, prune
+from fedunlearn.channels.taps import reading
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.models import MODELS, build_model
 
@@ -260,6 +261,44 @@ def test_concatenated_branches_are_followed():
     sliced = prune(net, plan)
     assert (sliced.left.out_channels, sliced.right.out_channels, sliced.join.in_channels) == (2, 3, 5)
     torch.testing.assert_close(logits(sliced, EXAMPLE), logits(masked(net, plan), EXAMPLE), rtol=1e-5, atol=1e-6)
+
+
+def shipped(name, shortcut="A"):
+    return build_model(name, classes=10, colours=3, shortcut=shortcut), torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: shipped("resnet20", "A"),
+        lambda: shipped(
+            "resnet20", "B"
+        ),  # a convolution in the shortcut stands between a block's last one and its reader
+        lambda: shipped("vgg11"),
+        lambda: (Concatenated(), EXAMPLE),
+        lambda: (make_net(), EXAMPLE),
+        lambda: (Between(nn.Conv2d(8, 8, 3, padding=1, groups=8)), EXAMPLE),
+    ],
+)
+def test_what_is_read_for_a_layer_are_its_own_channels(make):
+    torch.manual_seed(0)
+    net, example = make()
+    settle(net, example.shape[1], side=example.shape[2])
+    net.eval()
+    taps = find_channels(net, example, hook="activation").taps
+    with torch.inference_mode(), reading(net, taps) as before:
+        net(example)
+    for layer, tap in taps.items():
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            other.get_submodule(layer).weight[0] *= -2
+        with torch.inference_mode(), reading(other, {layer: tap}) as after:
+            other(example)
+        apart = (after[layer] - before[layer]).abs().movedim(tap.axis, 0).flatten(1).amax(1)
+        each = (tap.stop - tap.start) // net.get_submodule(layer).weight.shape[0]
+        assert each >= 1
+        assert len(apart) >= tap.stop, layer
+        assert apart.nonzero().flatten().tolist() == list(range(tap.start, tap.start + each)), layer
 
 
 def test_batch_normalisation_without_weights_loses_its_statistics():

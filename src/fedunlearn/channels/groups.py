@@ -152,7 +152,7 @@ def _taps(model: nn.Module, groups: Sequence[Group], called: Sequence[str], hook
             (order[member.module], member)
             for member in group_of[name].members
             if order.get(member.module, -1) > order[name]
-            and (member.reads or isinstance(model.get_submodule(member.module), nn.Conv2d))
+            and (member.reads or passes_on(model.get_submodule(member.module)))
         ]
         if later:
             _, member = min(later, key=lambda pair: pair[0])
