@@ -191,7 +191,10 @@ def test_what_lies_outside_is_told_by_what_it_means():
     assert outside(found, ["int8"]) == [
         (
             "1 finds more of the class than in retrained models; the share of its images that is",
-            ["told by a simple reader of the model's inside: 90.0 % (retrained models: mean 47.5 %, band to 85.0 %)"],
+            [
+                "recognised by a simple reader of the model's inside: 90.0 % (retrained models: mean 47.5 %, band to "
+                "85.0 %)"
+            ],
         ),
         ("1 shows that it is unlike retrained models in other ways: features (CKA)", []),
         ("1 shows that the other classes suffered: R", []),

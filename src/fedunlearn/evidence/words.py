@@ -47,7 +47,8 @@ GLOSSARY = {
     "deviation). What counts is whether it lies inside its band, which is several sd wide where there are few models",
     "linear probe": "a simple reader trained on what the inside of the model computes: can it tell the class? Models "
     "that never saw the class often let it be told as well, so the figure says something beside theirs alone",
-    "prototypes": "can the class be told from one, five or ten sample images, by likeness inside the model?",
+    "prototypes": "can the class be recognised from one, five or ten sample images, by likeness inside it? Models "
+    "that never saw it can do so to some degree, so the figure says something beside theirs alone",
     "relearning": "how fast the class comes back when somebody trains the model on it again",
     "validation images": "images that clients hold back from training: settings, and the end of retraining, are "
     "chosen by them",
@@ -152,10 +153,10 @@ def _against(audit: Mapping[str, Any], name: str) -> str:
 _PLAIN = {
     "forget": "named right with the answer put back",
     "reestimated": "named right with new statistics in the layers",
-    "probe": "told by a simple reader of the model's inside",
-    "prototype_1": "told by one sample image of each class",
-    "prototype_5": "told by five sample images of each class",
-    "prototype_10": "told by ten sample images of each class",
+    "probe": "recognised by a simple reader of the model's inside",
+    "prototype_1": "recognised from one sample image of each class",
+    "prototype_5": "recognised from five sample images of each class",
+    "prototype_10": "recognised from ten sample images of each class",
     "relearn": "named right in the mean while the class is taught again",
     "int8": "named right by a copy of 8 bits",
     "int4": "named right by a copy of 4 bits",
