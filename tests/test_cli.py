@@ -410,6 +410,7 @@ def test_a_finished_run_is_signed_verified_audited_and_reported_from_the_command
     oracles = [part for path in sorted((out / "oracles").iterdir()) for part in ("--oracle", path)]
     model = out / "model.safetensors"
     done = fedunlearn("audit", model, "--recipe", recipe, "--out", tmp_path / "audit", *oracles)
+    assert "no model that must fail was audited" in " ".join(done.stdout.split()).lower()
     assert done.returncode == 0, done.stderr
     assert "linear probe" in done.stdout
     assert "Verdict: " in done.stdout

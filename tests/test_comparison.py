@@ -320,6 +320,7 @@ def test_a_deployment_compares_nothing(tmp_path):
 
 def test_the_methods_are_listed_with_needs_settings_and_sources():
     done = fedunlearn("methods")
+    assert "what [unlearn] and [erase] of the recipe say" in done.stdout  # not read as markup
     assert done.returncode == 0
     for name in COMPARED:
         assert name in done.stdout

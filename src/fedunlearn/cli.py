@@ -33,6 +33,7 @@ from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT
 from fedunlearn.evidence.keys import make_keys, read_private_key
+from fedunlearn.evidence.words import certainty
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
@@ -294,6 +295,7 @@ def audit(options: Options) -> None:
     elif not options.quiet:
         print_table(Console(), audit_table(result))
         Console().print(verdict_line(result), highlight=False)
+        Console().print(certainty(result), highlight=False)
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
 
 

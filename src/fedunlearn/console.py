@@ -193,7 +193,9 @@ def methods_table(methods: Iterable[Method]) -> Table:
         needs = method.needs + ("; replies are sums" if method.sums else "")
         name = method.name + ("" if method.name in METHODS else " (compare only)")
         table.add_row(name, needs, shown or "-", method.source or "-")
-    table.add_row("prune (the default)", "what [unlearn] and [erase] of the recipe say", "all of [unlearn]", "-")
+    table.add_row(
+        "prune (the default)", escape("what [unlearn] and [erase] of the recipe say"), escape("all of [unlearn]"), "-"
+    )
     return table
 
 
