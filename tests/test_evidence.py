@@ -426,11 +426,23 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
     assert dossier["models"] == {"audited": {"file": "model.safetensors", "sha256": digest}}
     page = (folder / "report.html").read_text()
     assert digest in page and dossier["key"] in page
-    again(folder, signed, verdict="not forgotten")
+    again(folder, signed, model={"file": "model.safetensors", "sha256": "0"})
+    assert problems(folder, key) == ["result.json names another audited model than rounds.jsonl"]
+    again(folder, signed, verdict="not forgotten", model=result["model"])
     assert problems(folder, key)[:2] == [
         "events.jsonl tells of another result.json",
         "events.jsonl tells of other data or another verdict",
     ]
+
+
+def test_blocks_that_the_command_does_not_write_turn_no_check_off(copied, signed):
+    folder, key = copied
+    whole = json.loads((folder / "result.json").read_text())
+    for change, drop in (({"model": {"file": "m", "sha256": "0"}}, ()), ({}, ("unlearned",)), ({}, ("verdict",))):
+        (folder / "result.json").write_text(json.dumps({k: v for k, v in whole.items() if k not in drop}))
+        again(folder, signed, **change)
+        (found,) = problems(folder, key)
+        assert found.startswith("result.json has not the blocks that run writes, but ")
 
 
 def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):

@@ -54,6 +54,8 @@ _MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anyt
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
 COSTS = ("cost", "retraining", "speedup", "speedup_whole")
+# The blocks that a command's result.json has, of those by which it is decided what is checked.
+_OF_COMMAND = {"run": {"unlearned", "verdict"}, "unlearn": {"unlearned"}, "audit": {"verdict", "model"}}
 _LEVEL = 0.95  # of all bands together
 
 
@@ -79,6 +81,8 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
         found += _dates(value, now or datetime.now(UTC))
         found += _files(folder, value)
         if not found:  # what was changed is not read any further
+            found += _blocks(folder)
+        if not found:  # by its blocks it is decided what else is checked
             audited = "verdict" in _json(folder / "result.json")
             for check in (_statements, _events, _costs, *((_figures,) if audited else ())):
                 found += check(folder, value)
@@ -156,6 +160,24 @@ def _why_added(name: str) -> str:
 def _is_of_the_system(name: str) -> bool:
     last = name.rpartition("/")[2]
     return last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
+
+
+def _blocks(folder: Path) -> Iterator[str]:
+    """Hold the blocks of result.json against the command that made the folder, by the header of rounds.jsonl."""
+    result = _json(folder / "result.json")
+    header = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0])
+    wanted = _OF_COMMAND.get(header["command"])
+    there = {name for name in ("unlearned", "verdict", "model") if name in result}
+    if wanted is None or there != wanted:
+        yield f"result.json has not the blocks that {_shown(header['command'])} writes, but {', '.join(sorted(there))}"
+    elif "model" in wanted and result["model"]["sha256"] != header["model"]:
+        yield "result.json names another audited model than rounds.jsonl"
+    elif header["command"] != "run" and any("retrain" in own or own.startswith("speedup") for own in _claims(result)):
+        yield f"result.json claims a cost of retraining, which {header['command']} does not measure"
+
+
+def _claims(result: Mapping[str, Any]) -> list[str]:
+    return [*result, *result.get("cost", {})]
 
 
 def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -356,13 +378,21 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield "the cost of retraining does not follow from rounds.jsonl"
         if not _near((dossier[ratio]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)):
             yield "the speed-up does not follow from the costs"
-    curve = dossier.get("retraining")  # older ones have none
-    if curve is not None:
-        if theirs and curve != _curve(theirs):
-            yield "the curve of retraining does not follow from rounds.jsonl"
-        wanted, retrain = result["unlearned"]["validation"]["retain"], dossier["cost"]["retrain"]
-        if retrain["reached"] and [spent for spent, r in curve if r >= wanted][:1] != [retrain["client_flops"]]:
-            yield "the cost of retraining does not follow from its curve"
+    yield from _reached(dossier, theirs, result["unlearned"]["validation"]["retain"])
+
+
+def _reached(dossier: Mapping[str, Any], theirs: Sequence[Mapping[str, Any]], wanted: float) -> Iterator[str]:
+    """Hold the cost of retraining until R was ``wanted`` against its curve."""
+    curve = dossier.get("retraining")
+    if curve is None:  # older ones have none
+        return
+    if theirs and curve != _curve(theirs):
+        yield "the curve of retraining does not follow from rounds.jsonl"
+    retrain = dossier["cost"]["retrain"]
+    if retrain["reached"] != any(r >= wanted for _, r in curve):
+        yield "whether retraining got there does not follow from its curve"
+    if retrain["reached"] and [spent for spent, r in curve if r >= wanted][:1] != [retrain["client_flops"]]:
+        yield "the cost of retraining does not follow from its curve"
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> list[list[float]]:
