@@ -54,6 +54,23 @@ def test_weights_of_another_tool_are_audited_with_their_row_or_without(signed, r
     assert "It has no output row for the class" in (tmp_path / "b" / "report.md").read_text()
 
 
+def test_the_model_before_is_two_controls_that_must_fail(signed, recipe, oracles, tmp_path):
+    before, model = signed / "run" / "original.safetensors", signed / "run" / "model.safetensors"
+    found = audit_model(recipe, tmp_path / "a", Candidate(model=model, oracles=oracles[:3], original=before))
+    ran = json.loads((signed / "run" / "result.json").read_text())
+    assert list(found["controls"]) == ["original", "head_only"]
+    for name, control in found["controls"].items():
+        assert control["accuracy"] == ran["controls"][name]["accuracy"]
+    assert found["model"]["accuracy"]["retain"] == ran["unlearned"]["accuracy"]["retain"]
+    assert found["oracles"]["retrained-1"]["accuracy"] == ran["oracles"]["retrained-1"]["accuracy"]
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert '<th scope="row" role="rowheader">head only</th>' in page
+    with pytest.raises(
+        EvidenceError, match=r"model\.safetensors has no output row for the classes to forget, so it is"
+    ):
+        audit_model(recipe, tmp_path / "b", Candidate(model=model, oracles=oracles, original=model))
+
+
 def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
     recipe = load_recipe(str(signed / "tiny.toml"), ["audit.oracles=2", "train.rounds=1"])
     found = audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors"))

@@ -426,6 +426,28 @@ def test_a_pass_needs_the_figures_that_any_model_gives():
     assert found["verdict"] == verdict.SUPPRESSED  # a trace needs no other figure beside it
 
 
+def test_a_pass_means_nothing_beside_a_control_that_fails_only_by_what_the_candidate_lacks():
+    bands = verdict.calibrate([own | {"retain": Figure(0.9)} for own in ORACLES])
+    knows = figures(probe=0.75, neighbours=0.12, forget=0.9)  # nothing but U tells it from retraining
+
+    def held(controls, **own):
+        judgement = verdict.judge(own, bands, oracles=3, chance=0.1)
+        assert judgement["verdict"] == verdict.INDISTINGUISHABLE
+        return verdict.controlled(judgement, controls, bands, oracles=3, chance=0.1)
+
+    whole = figures(probe=0.75, neighbours=0.12)
+    rowless = {name: figure for name, figure in whole.items() if name != "forget"}
+    assert held({"original": knows}, **whole)["verdict"] == verdict.INDISTINGUISHABLE
+    found = held({"original": knows}, **rowless)
+    assert (found["verdict"], found["decided_by"]) == (verdict.NO_VERDICT, [])
+    assert "the audits cannot tell original from retraining" in found["reason"]
+    assert held({}, **whole)["reason"] == verdict.NO_CONTROL
+    fails = {"original": figures(probe=1.01, neighbours=0.12)}
+    assert held(fails, **rowless)["verdict"] == verdict.INDISTINGUISHABLE
+    suppressed = verdict.judge(figures(probe=1.01), bands, oracles=3, chance=0.1)
+    assert verdict.controlled(suppressed, {}, bands, oracles=3, chance=0.1) == suppressed
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_figure_that_is_no_number_in_a_retrained_model_has_no_band(value):
     oracles = [*ORACLES, figures(probe=value, neighbours=0.12)]
@@ -555,8 +577,12 @@ def test_two_models_of_one_name_are_refused(nets, set_of_images):
 def test_a_candidate_does_not_pass_where_head_only_passes(nets, set_of_images):
     oracles = {str(k): delivered(net) for k, net in enumerate(nets[1][:3])}
     same = delivered(nets[1][0])
-    passes = audit(same, set_of_images, oracles=oracles)
+    fails = delivered(nets[0])
+    passes = audit(same, set_of_images, oracles=oracles, controls={"head_only": fails})
     assert passes.verdict == verdict.INDISTINGUISHABLE
+    alone = audit(same, set_of_images, oracles=oracles, controls={"finetune": fails})
+    assert alone.verdict == verdict.NO_VERDICT
+    assert "no model that must fail was audited beside it" in alone.judgements["unlearned"]["reason"]
     blind = audit(same, set_of_images, oracles=oracles, controls={"head_only": same})
     assert blind.verdict == verdict.NO_VERDICT
     assert "cannot tell head_only from retraining" in blind.judgements["unlearned"]["reason"]

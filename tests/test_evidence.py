@@ -416,7 +416,10 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
     folder, key, model = tmp_path / "run", signed / "operator.pub", signed / "run" / "model.safetensors"
     recipe = load_recipe(str(signed / "tiny.toml"))
     oracles = sorted((signed / "run" / "oracles").iterdir())
-    result = audit_model(recipe, folder, Candidate(model=model, oracles=oracles), key=signed / "operator")
+    before = signed / "run" / "original.safetensors"
+    result = audit_model(
+        recipe, folder, Candidate(model=model, oracles=oracles, original=before), key=signed / "operator"
+    )
     assert verify.main([str(folder), "--key", str(key)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(" events and figures")
@@ -426,8 +429,21 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
     assert dossier["models"] == {"audited": {"file": "model.safetensors", "sha256": digest}}
     page = (folder / "report.html").read_text()
     assert digest in page and dossier["key"] in page
-    again(folder, signed, model={"file": "model.safetensors", "sha256": "0"})
-    assert problems(folder, key) == ["result.json names another audited model than rounds.jsonl"]
+    for change, text in (
+        ({"model": result["model"] | {"sha256": "0"}}, "names another audited model than rounds.jsonl"),
+        (
+            {"model": result["model"], "oracles": {"retrained-1": {}, "retrained-2": {}}},
+            "names other retrained models than rounds.jsonl",
+        ),
+        (
+            {"oracles": result["oracles"], "controls": {}},
+            "and rounds.jsonl differ in whether the model before was audited",
+        ),
+    ):
+        again(folder, signed, **change)
+        assert problems(folder, key) == [f"result.json {text}"]
+    again(folder, signed, controls=result["controls"])
+    assert problems(folder, key) == ["events.jsonl tells of another result.json"] or problems(folder, key) == []
     again(folder, signed, verdict="not forgotten", model=result["model"])
     assert problems(folder, key)[:2] == [
         "events.jsonl tells of another result.json",
@@ -530,6 +546,26 @@ def test_the_verifier_judges_as_the_tool_does(oracles, candidate, error):
     found = verify._judged({name: (f.value, f.error) for name, f in figures.items()}, exact, len(oracles), 0.1)
     assert found[:2] == (tool["verdict"], tool["decided_by"])
     assert found[2] == {name: audit["verdict"] for name, audit in tool["audits"].items()}
+
+
+@given(st.lists(models, min_size=3, max_size=4), models, st.dictionaries(st.sampled_from(verdict.MUST_FAIL), models))
+def test_the_verifier_asks_for_the_controls_that_the_tool_asks_for(oracles, candidate, controls):
+    own, beside = (
+        {name: {figure: Figure(value) for figure, value in figures.items()} for name, figures in group.items()}
+        for group in (dict(enumerate(oracles)), controls)
+    )
+    bands = verdict.calibrate(list(own.values()))
+    # Whatever the candidate's own verdict is: it is asked of a pass.
+    judgement = {"verdict": verdict.INDISTINGUISHABLE, "audits": candidate, "decided_by": []}
+    tool = verdict.controlled(judgement, beside, bands, oracles=len(oracles), chance=0.1)
+    found = verify._controlled(
+        {name: (value, 0.0) for name, value in candidate.items()},
+        {name: {figure: (value, 0.0) for figure, value in figures.items()} for name, figures in controls.items()},
+        {name: (band.mean, band.sd, band.low, band.high) for name, band in bands.items()},
+        len(oracles),
+        0.1,
+    )
+    assert found == (tool["verdict"] == verdict.INDISTINGUISHABLE)
 
 
 @pytest.mark.parametrize("df", [*range(1, 40), 100, 1000])

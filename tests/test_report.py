@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
@@ -176,8 +178,8 @@ def test_what_the_class_is_named_now_by_hand():
 def judged(verdict, controls=(), held=("indistinguishable from retraining",) * 3, **figures):
     """Return what the words look at: figures by the side of the band on which they lie."""
     return {
+        "forget": [2],
         "verdict": verdict,
-        "decided_by": [name for name, side in figures.items() if side != "inside"],
         "audits": {name: {"verdict": side, "figure": 0.9, "band": (0.1, 0.85)} for name, side in figures.items()},
         "controls": {str(k): {"verdict": own} for k, own in enumerate(controls)},
         "calibration": {"models": {str(k): {"verdict": own} for k, own in enumerate(held)}},
@@ -186,7 +188,9 @@ def judged(verdict, controls=(), held=("indistinguishable from retraining",) * 3
 
 def test_what_lies_outside_is_told_by_what_it_means():
     found = judged(
-        "suppressed, not erased", retain="below", probe="above", relearn="inside", cka="below", int8="inside"
+        "suppressed, not erased",
+        **{"retain": "below", "probe": "above", "relearn": "inside", "cka": "below", "int8": "inside"},
+        **{"neighbours": "below", "membership": None},  # nearer to retrained models than they are to each other
     )
     assert outside(found, ["int8"]) == [
         (
@@ -199,16 +203,33 @@ def test_what_lies_outside_is_told_by_what_it_means():
         ("1 shows that it is unlike retrained models in other ways: features (CKA)", []),
         ("1 shows that the other classes suffered: R", []),
         (
-            "1 cannot tell here, so what they ask stays open",
+            "1 cannot tell here, so what is asked stays open",
             ["U, 8 bits (Does rounding the weights to 8 bits bring it back?)"],
         ),
-        ("1 lie inside their bands", []),
+        ("1 lies outside on the side that speaks for the model: neighbours (TV)", []),
+        ("1 cannot be held against a band: membership AUC", []),
+        ("1 lies inside its band", []),
     ]
-    first, last = outside(judged("suppressed, not erased", probe="above", artefacts="above"))
-    assert first[0].startswith("2 find more of the class")
-    assert first[1][1] == "artefacts 0.9"
-    assert last == ("0 lie inside their bands", [])
-    assert outside(judged("indistinguishable from retraining", probe="inside")) == []
+    (only,) = outside(judged("suppressed, not erased", probe="above", artefacts="above") | {"forget": [2, 3]})
+    assert only[0].startswith("2 find more of the classes than")
+    assert only[1][1] == "artefacts 0.9"
+    passed = judged("indistinguishable from retraining", probe="inside", relearn="inside", int8="inside")
+    assert outside(passed, ["int8"])[1:] == [("2 lie inside their bands", [])]
+    assert outside(judged("no verdict", probe="inside", artefacts="inside")) == []
+
+
+@given(st.data())
+def test_each_audit_is_counted_once_whatever_the_verdict(data):
+    sides = {name: data.draw(st.sampled_from(("above", "inside", "below", None)), name) for name in FIGURES}
+    open_ones = [name for name, side in sides.items() if side == "inside" and data.draw(st.booleans(), f"open {name}")]
+    phrases = [
+        text
+        for text, _ in outside(
+            judged(data.draw(st.sampled_from(sorted(set(VERDICTS) - {"no verdict"}))), **sides), open_ones
+        )
+    ]
+    counted = sum(int(text.split()[0]) for text in phrases)
+    assert counted == len(sides)
 
 
 def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
@@ -218,7 +239,7 @@ def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
         found
     )
     assert certainty(judged(passing, controls=(failing,), probe="inside")).startswith(
-        "How sure: of 1 controls, which must fail, 1 did; how often another model that still knows the class "
+        "How sure: of 1 control, which must fail, 1 did; how often another model that still knows the class "
     )
     assert "No model that must fail was audited" in certainty(judged(failing, probe="above"))
     assert certainty(judged("no verdict", controls=(failing,))) == ""

@@ -64,6 +64,7 @@ class Options:
     key: Path | None = None
     model: Path | None = None
     oracle: Sequence[Path] | None = None
+    original: Path | None = None
     client: str | None = None
     quiet: bool = False
     as_json: bool = False
@@ -131,6 +132,9 @@ OPTIONS = {
         _option("ca", Path | None, "With --superlink: the certificate that its HTTPS certificate is checked by."),
         _option("key", Path | None, "Your private key (fedunlearn keygen): sign a dossier of the run."),
         _option("oracle", list[Path] | None, "A model retrained without the class; at least three."),
+        _option(
+            "original", Path | None, "The model before unlearning: the control that must fail, so that a pass counts."
+        ),
         _option("method", str | None, "How to forget (fedunlearn methods lists them); sets unlearn.method."),
         _option("methods", str, "all, or names with commas between them.", default="all"),
         _option("seeds", int, "How many seeds each method is done with.", default=3),
@@ -272,7 +276,7 @@ def export(options: Options) -> None:
 
 @_command(
     _argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
-    *("recipe", "out", "data", "oracle", "client", "overrides", "precision", "key", *_SHOWN),
+    *("recipe", "out", "data", "oracle", "original", "client", "overrides", "precision", "key", *_SHOWN),
 )
 def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
@@ -285,7 +289,12 @@ def audit(options: Options) -> None:
         result = audit_model(
             recipe,
             folder,
-            Candidate(model=options.model, oracles=options.oracle or (), client=options.client),
+            Candidate(
+                model=options.model,
+                oracles=options.oracle or (),
+                original=options.original,
+                client=options.client,
+            ),
             key=options.key,
             prepared=lambda experiment: console.print(describe(experiment), highlight=False),
             observe=observe,

@@ -17,12 +17,12 @@ from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.table import AUDITS
 from fedunlearn.audits.verdict import (
     FEWEST,
-    INDISTINGUISHABLE,
+    MUST_FAIL,
     calibrate,
+    controlled,
     judge,
     leave_one_out,
     never_known,
-    powerless,
     thresholds_json,
 )
 from fedunlearn.errors import EvidenceError, ModelError, RunError
@@ -31,7 +31,6 @@ from fedunlearn.files import write_text
 THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
 ORIGINAL = "original"
-_MUST_FAIL = (ORIGINAL, "head_only")  # where one of these passes, the audits have no power
 # Figures and details come first in a file in this order, which is older than the table; all others follow.
 _ORDER = (
     "retain",
@@ -83,7 +82,7 @@ def audit(
         candidate: the model.
         images: what to audit with.
         oracles: retrained models by name; fewer than three give figures and no verdict.
-        controls: models that should fail, by name.
+        controls: models that should fail, by name; without ``original`` or ``head_only`` no model passes.
         record: where thresholds and figures go.
 
     Raises:
@@ -173,14 +172,10 @@ class Calibrated:
         return judge(self.models[name].figures, self.bands, oracles=len(self._views), chance=self._chance)
 
     def judged_beside(self, name: str) -> dict[str, Any]:
-        """Return the verdict on a candidate: none where the original did not know the class, or a control passes."""
-        original = self.models[ORIGINAL].figures if ORIGINAL in self.models else {}
-        judgement = never_known(self.judged(name), original, self.bands, chance=self._chance)
-        for control in _MUST_FAIL:
-            passes = control in self.models and self.judged(control)["verdict"] == INDISTINGUISHABLE
-            if passes and judgement["verdict"] == INDISTINGUISHABLE:
-                judgement = powerless(judgement, control)
-        return judgement
+        """Return the verdict on a candidate: none where the original did not know the class, see ``controlled``."""
+        beside = {control: self.models[control].figures for control in MUST_FAIL if control in self.models}
+        judgement = never_known(self.judged(name), beside.get(ORIGINAL, {}), self.bands, chance=self._chance)
+        return controlled(judgement, beside, self.bands, oracles=len(self._views), chance=self._chance)
 
     def held_out(self, controls: Iterable[str]) -> dict[str, Any]:
         """Return the verdicts on each retrained model by the bands of the others, see ``leave_one_out``."""

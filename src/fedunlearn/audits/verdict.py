@@ -29,7 +29,14 @@ SUPPRESSED = "suppressed, not erased"
 NOT_FORGOTTEN = "not forgotten"
 NO_VERDICT = "no verdict"
 
+MUST_FAIL = ("original", "head_only")  # controls that know the class: where one of them passes, so may anything
+
 UNLIKE = "no audit finds more of the class than in models retrained without it, but it is unlike them"
+
+NO_CONTROL = (
+    "its figures lie where those of retrained models do, but no model that must fail was audited beside it, so nobody "
+    "knows whether one would: give the model before unlearning as the control original"
+)
 
 FEWEST = 3  # retrained models for a verdict
 # No pass without these: does it name the other classes, is the class told apart in the features, is it soon relearned,
@@ -172,10 +179,34 @@ def outside(judgement: Mapping[str, Any]) -> list[str]:
     return [name for name, side in beyond.items() if (KINDS[name], side) not in _HARMLESS]
 
 
-def powerless(judgement: Mapping[str, Any], control: str) -> dict[str, Any]:
-    """Return ``judgement`` without a verdict, because by the same bands ``control`` passes, which must not."""
-    reason = f"the audits cannot tell {control} from retraining, so a pass means nothing: use more images"
-    return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []}
+def controlled(
+    judgement: Mapping[str, Any],
+    controls: Mapping[str, Mapping[str, Figure]],
+    bands: Mapping[str, Band],
+    *,
+    oracles: int,
+    chance: float,
+) -> dict[str, Any]:
+    """Return ``judgement``, without a verdict where it is a pass that would mean nothing.
+
+    It does where no model of ``MUST_FAIL`` was measured, or one of them does not fail by the figures that the candidate
+    has: a candidate without its output row is judged without U, by which its controls may fail.
+
+    Args:
+        judgement: on the candidate.
+        controls: figures by name of those of ``MUST_FAIL`` that were measured.
+        bands: of the retrained models.
+        oracles: how many they are.
+        chance: U of a model that guesses.
+    """
+    if judgement["verdict"] != INDISTINGUISHABLE:
+        return dict(judgement)
+    reason = "" if controls else NO_CONTROL
+    for name, figures in controls.items():
+        own = {figure: value for figure, value in figures.items() if figure in judgement["audits"]}
+        if judge(own, bands, oracles=oracles, chance=chance)["verdict"] not in (SUPPRESSED, NOT_FORGOTTEN):
+            reason = f"the audits cannot tell {name} from retraining, so a pass means nothing: use more images"
+    return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []} if reason else dict(judgement)
 
 
 def never_known(

@@ -203,7 +203,7 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
     rows = [
         {"text": text, "block": block, "verdict": _short(block), "candidate": name == "unlearned"}
         for name, text in MODELS.items()
-        for block in [{**result.get(name, {}), **result.get("controls", {}).get(name, {})}]
+        for block in [{**_own(result, name), **result.get("controls", {}).get(name, {})}]
         if block
     ]
     for row in rows:
@@ -216,6 +216,11 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
         if block
     ]
     return rows
+
+
+def _own(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the block of a model on the way to the candidate, which an audit of a file has as ``model``."""
+    return result.get("model" if name == "unlearned" and "model" in result else name, {})
 
 
 def _short(block: Mapping[str, Any]) -> str:

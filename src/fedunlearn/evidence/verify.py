@@ -50,7 +50,8 @@ _OF_THE_ROW = {"forget", "reestimated", "int8", "int4"}  # figures of a model th
 _FEWEST = 3
 _PASS = "indistinguishable from retraining"
 _NEEDED = ("retain", "probe", "relearn", "neighbours")  # of a pass
-_MUST_FAIL = ("original", "head_only")  # where one of these passes, so may anything
+_MUST_FAIL = {"original", "head_only"}  # without one of these, or where one passes, so may anything
+_FAILED = ("suppressed, not erased", "not forgotten")
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
 COSTS = ("cost", "retraining", "speedup", "speedup_whole")
@@ -170,10 +171,21 @@ def _blocks(folder: Path) -> Iterator[str]:
     there = {name for name in ("unlearned", "verdict", "model") if name in result}
     if wanted is None or there != wanted:
         yield f"result.json has not the blocks that {_shown(header['command'])} writes, but {', '.join(sorted(there))}"
-    elif "model" in wanted and result["model"]["sha256"] != header["model"]:
-        yield "result.json names another audited model than rounds.jsonl"
+    elif "model" in wanted and (problem := _other_models(result, header)):
+        yield problem
     elif header["command"] != "run" and any("retrain" in own or own.startswith("speedup") for own in _claims(result)):
         yield f"result.json claims a cost of retraining, which {header['command']} does not measure"
+
+
+def _other_models(result: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+    """Return what an audit names otherwise than its header: the model, the retrained ones, the model before."""
+    if result["model"]["sha256"] != header["model"]:
+        return "result.json names another audited model than rounds.jsonl"
+    if header["oracles"] and header["oracles"].keys() != result["oracles"].keys():
+        return "result.json names other retrained models than rounds.jsonl"
+    if ("original" in header) != bool(result["controls"]):
+        return "result.json and rounds.jsonl differ in whether the model before was audited"
+    return ""
 
 
 def _claims(result: Mapping[str, Any]) -> list[str]:
@@ -207,7 +219,7 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
 def models(result: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a dossier says of the models, by the content of result.json and the hash of each file."""
     if "model" in result:  # audited where it lay
-        return {"audited": result["model"]}
+        return {"audited": {key: result["model"][key] for key in ("file", "sha256")}}
     return {"before": files["original.safetensors"], "after": files["model.safetensors"]}
 
 
@@ -299,7 +311,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
         yield "thresholds.json does not follow from the figures of the retrained models"
-    if missing := _missing(written, candidate, elsewhere="model" in result):
+    if missing := _missing(written, candidate, elsewhere=_rowless(result)):
         yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
     chance, count = 1 / len(result["classes"]), len(oracles)
     judged = {name: _judged(own, written, count, chance) for name, own in controls.items()}
@@ -311,7 +323,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     known = original is None or original[0] > max(chance, written["forget"][3] if "forget" in written else chance)
     if not known and verdict != "not forgotten":
         verdict, decided = "no verdict", []
-    if verdict == _PASS and any(judged[name][0] == _PASS for name in _MUST_FAIL if name in judged):
+    if verdict == _PASS and not _controlled(candidate, controls, written, count, chance):
         verdict, decided = "no verdict", []
     if (verdict, decided) != (result["verdict"], result["decided_by"]):
         yield f"the verdict {result['verdict']!r} does not follow from the figures: they give {verdict!r}"
@@ -325,6 +337,11 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"result.json: the audit {name} does not follow from audits/unlearned.json"
     if result["calibration"] != _held_out(oracles, controls, chance):
         yield "the held-out verdicts do not follow from the figures"
+
+
+def _rowless(result: Mapping[str, Any]) -> bool:
+    """Return whether the model was audited where it lay, and had no output row for the class."""
+    return "model" in result and result["model"].get("accuracy", {}).get("forget_row_kept") is None
 
 
 def _missing(bands: _Bands, figures: _Figures, *, elsewhere: bool) -> set[str]:
@@ -484,6 +501,15 @@ def _judged(
     if any(sides.get(name) is None for name in _NEEDED):
         return "no verdict", [], sides
     return _PASS, [name for name, side in sides.items() if side is not None], sides
+
+
+def _controlled(
+    candidate: _Figures, controls: Mapping[str, _Figures], bands: _Bands, oracles: int, chance: float
+) -> bool:
+    """Return whether a pass counts: models that must fail are there, and do by the figures that the candidate has."""
+    beside = [own for name, own in controls.items() if name in _MUST_FAIL]
+    shown = [{name: own[name] for name in own.keys() & candidate.keys()} for own in beside]
+    return bool(shown) and all(_judged(own, bands, oracles, chance)[0] in _FAILED for own in shown)
 
 
 def _side(value: float, low: float, high: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
+from fedunlearn.audits.verdict import outside as verdict_outside
 from fedunlearn.methods.table import CONTROLS
 
 _LABELS = {control.name: control.label for control in CONTROLS}
@@ -33,7 +34,8 @@ VERDICTS = {
     SUPPRESSED: "the model does not name the class any more, and audits can still tell it from models that never saw "
     "it: by traces of the class, or as unlike them in other ways; no pass",
     NOT_FORGOTTEN: "the model still names the class, more often than models that never saw it; no pass",
-    NO_VERDICT: "too few retrained models, or a model that must not pass did: nothing can be said",
+    NO_VERDICT: "nothing can be said: there are too few retrained models, a figure that a pass needs is missing, the "
+    "model before never knew the class, or of the controls that must fail none is there or one passed",
 }
 # Words of the page that not everybody knows; those of each figure are in the table of audits.
 GLOSSARY = {
@@ -87,10 +89,12 @@ def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
 def summary(result: Mapping[str, Any]) -> str:
     """Return the verdict in plain words."""
     names = ", ".join(f"“{result['classes'][label]}”" for label in result["forget"])
-    named = "It has no output row for the class, so its accuracy on it says nothing."
+    row = "no output row for the class" if len(result["forget"]) == 1 else "no output rows for the classes"
+    named = f"It has {row}, so its accuracy there says nothing."
     if "forget" in result["audits"]:
-        u = result["audits"]["forget"]["figure"]
-        named = f"Even with the answer (its output row) put back it names {100 * u:.1f} % of the class's test images."
+        put_back = "It" if "model" in result else "Even with the answer (its output row) put back it"
+        share, whose = _tenth(result["audits"]["forget"]["figure"]), _whose(result)
+        named = f"{put_back} names {share} of {whose} test images."
     if result["verdict"] == NOT_FORGOTTEN:
         return f"Not passed. The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
@@ -113,28 +117,40 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
         cannot_tell: audits without a say, see ``unable``.
 
     Returns:
-        A phrase each, with the figures that it is about; none where no figure outside has decided.
+        A phrase each, with the figures that it is about; each audit is counted in one. None without a verdict.
     """
-    audits = result["audits"]
-    apart = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
-    if not apart:
+    if result["verdict"] == NO_VERDICT:
         return []
+    audits = result["audits"]
+    held = [name for name in audits if audits[name]["verdict"] is not None]
+    apart = verdict_outside(result)
+    beyond = [name for name in held if audits[name]["verdict"] != "inside" and name not in apart]
     traces = [name for name in apart if _shows_class(audits, name)]
     unlike = [name for name in apart if name not in traces and name != "retain"]
-    open_ones = [name for name in cannot_tell if name not in apart]
+    suffered = [name for name in apart if name == "retain"]
+    open_ones = [name for name in cannot_tell if name not in (*apart, *beyond)]
+    without = [name for name in audits if name not in held]
+    inside = [name for name in held if name not in (*apart, *beyond, *open_ones)]
     asked = [f"{FIGURES[name].label} ({FIGURES[name].question})" for name in open_ones]
+    of = "the class" if len(result["forget"]) == 1 else "the classes"
     groups: list[tuple[list[str], str, list[str]]] = [
         (
             traces,
-            f"{_count(traces, 'find')} more of the class than in retrained models; the share of its images that is",
+            f"{_count(traces, 'find')} more of {of} than in retrained models; the share of its images that is",
             [_against(audits[name], name) for name in traces],
         ),
         (unlike, f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}", []),
-        (["retain"] if "retain" in apart else [], "1 shows that the other classes suffered: R", []),
-        (open_ones, f"{len(open_ones)} cannot tell here, so what they ask stays open", asked),
+        (suffered, "1 shows that the other classes suffered: R", []),
+        (open_ones, f"{len(open_ones)} cannot tell here, so what is asked stays open", asked),
+        (beyond, f"{_count(beyond, 'lie')} outside on the side that speaks for the model: {_listed(beyond)}", []),
+        (without, f"{len(without)} cannot be held against a band: {_listed(without)}", []),
+        (inside, f"{_count(inside, 'lie')} inside {'its band' if len(inside) == 1 else 'their bands'}", []),
     ]
-    inside = f"{len(audits) - len(apart) - len(open_ones)} lie inside their bands"
-    return [*((text, figures) for own, text, figures in groups if own), (inside, [])]
+    return [(text, figures) for own, text, figures in groups if own]
+
+
+def _whose(result: Mapping[str, Any]) -> str:
+    return "the class's" if len(result["forget"]) == 1 else "the classes'"
 
 
 def _count(names: Sequence[str], verb: str) -> str:
@@ -181,13 +197,17 @@ def certainty(result: Mapping[str, Any]) -> str:
     controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
     failed = sum(verdict != INDISTINGUISHABLE for verdict in controls)
     known = (
-        f"of {len(controls)} controls, which must fail, {failed} did; how often another model that still knows the "
-        "class would pass is not known"
+        f"of {_number(len(controls), 'control')}, which must fail, {failed} did; how often another model that still "
+        "knows the class would pass is not known"
         if controls
         else "no model that must fail was audited, so nothing says whether one would"
     )
     first, then = (known, erased) if result["verdict"] == INDISTINGUISHABLE else (erased, known)
     return f"How sure: {first}. {then[0].upper()}{then[1:]}."
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def chosen(fraction: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.audit import Record, audit
+from fedunlearn.audits.audit import ORIGINAL, Record, audit
 from fedunlearn.audits.base import Subject
 from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
@@ -24,7 +24,7 @@ from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, normalised_for, read_data, set_up
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
-from fedunlearn.run.result import engine_block, judged
+from fedunlearn.run.result import engine_block, evaluate, judged
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 
 
@@ -37,11 +37,14 @@ class Candidate:
             without those of the forgotten classes.
         oracles: weights of models retrained without the classes; where there are none, they are retrained by the
             recipe, or read from the cache.
+        original: weights of the model before, audited as it is and without the rows of the classes: two controls that
+            must fail, without which no model passes.
         client: audit with the images of this client alone: its training images, and its validation images as test.
     """
 
     model: Path
     oracles: Sequence[Path] = ()
+    original: Path | None = None
     client: str | None = None
 
 
@@ -77,14 +80,17 @@ def audit_model(
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     subject = _subject(weights, experiment)
     named = _retrained(oracles, experiment, besides=model)
+    controls = {} if candidate.original is None else _controls(candidate.original, experiment)
     about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
+    if candidate.original is not None:
+        about["original"] = sha256(candidate.original)
     rates: Mapping[str, float] = {}
     if not oracles:
         experiment, rates = settled(experiment, out)
     work = opened("audit", experiment, out, about=about, rates=rates, observe=observe)
     work.probed()
     prepared(work.experiment)
-    finished(work, lambda: _blocks(work, subject, named, images) | {"model": _file(model), "client": client})
+    finished(work, lambda: _blocks(work, _Audited(model, subject, named, controls, images)) | {"client": client})
     work.events.once("result written", sha256=sha256(out / RESULT))
     work.fed.journal.close()
     from fedunlearn.evidence.report import write_report  # slow to import
@@ -99,13 +105,20 @@ def audit_model(
     return read_result(out)
 
 
-def _file(path: Path) -> dict[str, str]:
-    return {"file": path.name, "sha256": sha256(path)}
+@dataclass(frozen=True)
+class _Audited:
+    """What is audited: the model and its file, beside those retrained without the classes and those that must fail."""
+
+    path: Path
+    subject: Subject
+    oracles: Mapping[str, Subject]
+    controls: Mapping[str, Subject]
+    images: AuditImages
 
 
-def _blocks(work: Work, candidate: Subject, named: Mapping[str, Subject], images: AuditImages) -> dict[str, Any]:
+def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
     """Retrain where no retrained model was given, audit, and return the blocks of result.json."""
-    experiment = work.experiment
+    experiment, named = work.experiment, given.oracles
     if not named:
         count = experiment.recipe.audit.oracles
         retrained = retrained_models(experiment, work.fed, data=work.data, count=count)
@@ -117,32 +130,45 @@ def _blocks(work: Work, candidate: Subject, named: Mapping[str, Subject], images
     def fixed(digest: str) -> None:
         work.events.once("thresholds fixed", sha256=digest)
 
-    findings = audit(candidate, images, oracles=named, record=Record(work.out, fixed, work.fed.journal.report))
+    record = Record(work.out, fixed, work.fed.journal.report)
+    findings = audit(given.subject, given.images, oracles=named, controls=given.controls, record=record)
     work.events.once("audited", verdict=findings.verdict)
     judgement = findings.judgements[CANDIDATE]
+
+    def figures(subject: Subject) -> dict[str, Any]:
+        return evaluate(subject.model, given.images.test, forget=experiment.forget, row_kept=subject.row_kept)
+
     return {
         "forget": list(experiment.forget),
         "classes": list(experiment.splits.test.classes),
         "engine": engine_block(experiment),
-        "oracles": {name: {} for name in named},
-        "controls": {},
+        "model": {"file": given.path.name, "sha256": sha256(given.path)} | figures(given.subject),
+        "oracles": {name: figures(subject) for name, subject in named.items()},
+        "controls": {
+            name: figures(subject) | judged(findings.judgements[name]) for name, subject in given.controls.items()
+        },
         "audits": judgement["audits"],
         "calibration": findings.held_out,
     } | judged(judgement)
+
+
+def _controls(path: Path, experiment: Experiment) -> dict[str, Subject]:
+    """Return the model before as it is and without the rows of the classes, both of which must fail."""
+    subject = _subject(_comparable(path, experiment), experiment)
+    if subject.row_kept is None:
+        raise EvidenceError(
+            f"{path} has no output row for the classes to forget, so it is not the model before: give --original the "
+            "weights that were there before unlearning"
+        )
+    return {ORIGINAL: subject, "head_only": Subject(subject.model.without_rows(experiment.forget))}
 
 
 def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Path) -> dict[str, Subject]:
     """Return the retrained models in files; refuse what would let one model stand for several."""
     hashes = {sha256(besides): besides}
     named: dict[str, Subject] = {}
-    images = experiment.splits.train
     for path in paths:
-        weights = read_weights(path)
-        if weights.mean not in (None, images.mean) or weights.std not in (None, images.std):
-            raise EvidenceError(
-                f"{path} was trained on images normalised by {weights.mean} and {weights.std}, the audited model by "
-                f"{images.mean} and {images.std}: models that see images differently cannot be compared"
-            )
+        weights = _comparable(path, experiment)
         same = hashes.setdefault(sha256(path), path)
         if same != path:
             raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
@@ -150,6 +176,17 @@ def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Path) 
             raise EvidenceError(f"{path}: the name {path.stem!r} is taken by another model: rename the file")
         named[path.stem] = _without_forgotten(_subject(weights, experiment), experiment.forget)
     return named
+
+
+def _comparable(path: Path, experiment: Experiment) -> Weights:
+    """Return weights of a model that sees images as the audited one does."""
+    weights, images = read_weights(path), experiment.splits.train
+    if weights.mean not in (None, images.mean) or weights.std not in (None, images.std):
+        raise EvidenceError(
+            f"{path} was trained on images normalised by {weights.mean} and {weights.std}, the audited model by "
+            f"{images.mean} and {images.std}: models that see images differently cannot be compared"
+        )
+    return weights
 
 
 def _of_client(experiment: Experiment, client: str) -> AuditImages:
