@@ -394,7 +394,8 @@ def test_a_finished_run_is_signed_verified_audited_and_reported_from_the_command
     folder, _ = told
     key, out, recipe = tmp_path / "operator", tmp_path / "out", write_set(tmp_path, oracles=3)
     shutil.copytree(folder / "out", out)
-    assert "give it to those who verify" in fedunlearn("keygen", "--out", key).stdout
+    made = fedunlearn("keygen", "--out", key).stdout
+    assert "give it to those who verify" in made
     public = tmp_path / "operator.pub"
     unsigned = fedunlearn("verify", out, "--key", public)
     assert (unsigned.returncode, unsigned.stderr) == (
@@ -403,7 +404,9 @@ def test_a_finished_run_is_signed_verified_audited_and_reported_from_the_command
     )
     signed = fedunlearn("run", recipe, "--out", out, "--set", "train.rounds=2", "--key", key, "--quiet")
     assert signed.returncode == 0, signed.stderr  # a finished run is signed later
-    assert "verified: signature" in fedunlearn("verify", out, "--key", public).stdout
+    seen = fedunlearn("verify", out, "--key", public).stdout
+    assert "verified: signature" in seen
+    assert f"operator not named, signed by the key {made.split()[-1]}: is that" in seen
     done = fedunlearn("report", out)
     assert (done.returncode, done.stdout) == (0, f"{out / 'report.html'}\n")
     assert fedunlearn("verify", out, "--key", public).returncode == 0  # the same bytes

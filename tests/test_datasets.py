@@ -1,7 +1,9 @@
 """Images of torch data sets: drawn when they are needed, and all the rest as with images in memory."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -256,10 +258,37 @@ def test_what_a_train_function_cannot_do_is_refused():
     lazy = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=lambda model, data, lr: None)))
     with pytest.raises(FederationError, match=r"Compute\(train=...\) returned None, expected how many images it saw"):
         fu.train_rounds(make_net(), lazy, Training(0.1, 8), rounds=1)
+
+    def wider(model, data, lr):
+        model[-1] = torch.nn.Linear(model[-1].in_features, 7)
+        return by_hand(model, data, lr)
+
+    grown = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=wider)))
+    with pytest.raises(FederationError, match="left a model with other tensors than it was given: change the values"):
+        fu.train_rounds(make_net(), grown, Training(0.1, 8), rounds=1)
     own = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=by_hand)))
     erasing = Training(0.1, 8, objective=fu.Erasing(complement=1.0))
     with pytest.raises(FederationError, match="it cannot do the objective of this job: leave the objective out of"):
         fu.unlearn(make_net(), own, forget=1, cut=fu.Cut(0.2), repair=fu.Repair(erasing))
+
+
+def test_what_a_train_function_leaves_on_the_model_does_not_reach_the_next_client(tmp_path):
+    clients = fu.partition(make_images(60), by="iid", clients=2, seed=0)
+    found = []
+
+    def train(model, data, lr):
+        found.append(all(own.requires_grad and own.grad is None for own in model.parameters()))
+        seen = by_hand(model, data, lr)
+        model.requires_grad_(False)
+        return np.int64(seen)  # as a count of numpy's
+
+    journal = fu.Journal(tmp_path, header={})
+    fed = fu.Federation(fu.LocalEngine(clients, compute=Compute(train=train, workers=1)), journal)
+    net = fu.train_rounds(make_net(), fed, Training(0.1, 8), rounds=2)
+    assert found == [True] * 4
+    assert all(own.requires_grad for own in net.module.parameters())
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["entries"][0]["samples"] for line in lines] == [120, 120]
 
 
 def test_images_are_a_data_set_that_ends():
@@ -270,6 +299,8 @@ def test_images_are_a_data_set_that_ends():
     assert as_dataset(own)[-1][1] == int(own.labels[-1])
     with pytest.raises(IndexError, match="there are 3 images, got 3"):
         as_dataset(own)[3]
+    with pytest.raises(IndexError, match=r"got slice\(0, 2, None\): give the number of one"):
+        as_dataset(own)[0:2]
 
 
 def test_from_training_to_findings_with_data_model_and_optimiser_of_the_users_own():

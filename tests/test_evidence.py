@@ -23,7 +23,7 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.base import Figure
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
-from fedunlearn.evidence.dossier import write_dossier
+from fedunlearn.evidence.dossier import acknowledge, write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
@@ -410,6 +410,10 @@ def test_a_signed_unlearning_verifies_without_a_verdict(signed, tmp_path, capsys
     ]
     run(recipe, tmp_path / "trained", command="train", key=signed / "operator")
     assert not (tmp_path / "trained" / "dossier.json").exists()  # nothing was forgotten
+    events = (tmp_path / "trained" / "events.jsonl").read_bytes()
+    with pytest.raises(EvidenceError, match="nothing was forgotten or audited here, so no deletion can be confirmed"):
+        acknowledge(tmp_path / "trained", ["client-0"], read_private_key(signed / "operator", outside=tmp_path))
+    assert (tmp_path / "trained" / "events.jsonl").read_bytes() == events
 
 
 def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signed, tmp_path, capsys):

@@ -13,10 +13,11 @@ from playwright.sync_api import sync_playwright
 from conftest import write_set
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.report import _amount, _signed, write_report
+from fedunlearn.evidence.report import _signed, write_report
 from fedunlearn.evidence.words import _PLAIN, GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.tabular import amount
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -247,7 +248,7 @@ def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
 
 
 def test_numbers_keep_three_digits_and_nothing_has_a_minus_zero():
-    assert [_amount(value) for value in (0, 2, 2.694, 15.94, 175.2, 16380, 0.034)] == [
+    assert [amount(value) for value in (0, 2, 2.694, 15.94, 175.2, 16380, 0.034)] == [
         *("0", "2", "2.69", "15.9", "175", "16,380", "0.0340")
     ]
     assert [_signed(value) for value in (-0.04, 0.04, -7.46, 9.3)] == ["0.0", "0.0", "\N{MINUS SIGN}7.5", "+9.3"]

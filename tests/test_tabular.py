@@ -34,9 +34,9 @@ FINDINGS = Findings(
 def test_findings_are_printed_with_bands_cut_to_what_a_figure_can_reach():
     assert str(FINDINGS).splitlines() == [
         "suppressed, not erased: a < b & c",
-        "audit             figure      retrained  in %",
-        "R, other classes    90.0  85.0 to 100.0  inside",
-        "linear probe        50.0                 no band",
+        "audit             figure, %   retrained, %",
+        "R, other classes       90.0  85.0 to 100.0  inside",
+        "linear probe           50.0                 no band",
     ]
 
 
@@ -83,4 +83,4 @@ def test_what_was_forgotten_is_printed_with_its_cost_and_a_row_per_layer():
         cost=Cost(client_flops=1_500_000_000, bytes_up=10**6),
     )
     assert str(nothing).startswith("forgot classes 0, 1: ")
-    assert str(nothing).endswith(" 0 rounds, 0 images, 1.5 GFLOP, 1 MB")  # and no table without rows
+    assert str(nothing).endswith(" 0 rounds, 0 images, 1.50 GFLOP, 1 MB")  # and no table without rows

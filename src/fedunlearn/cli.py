@@ -31,7 +31,7 @@ from fedunlearn.console import (
 )
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
-from fedunlearn.evidence.folder import REPORT
+from fedunlearn.evidence.folder import REPORT, RESULT
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.words import certainty
 from fedunlearn.run.experiment import Experiment
@@ -345,8 +345,9 @@ def keygen(
 ) -> None:
     """Make the operator's keys, which sign and verify dossiers."""
     with _told(debug):
-        make_keys(out)
+        digest = verifier.fingerprint(make_keys(out))
         typer.echo(f"{out}: private, keep it\n{out}.pub: give it to those who verify")
+        typer.echo(f"fingerprint, to tell them by another way: {digest}")
 
 
 @app.command()
@@ -392,7 +393,8 @@ def _work(command: str, options: Options) -> None:
 
         def described(experiment: Experiment) -> None:
             console.print(describe(experiment), highlight=False)
-            seconds = None if options.quiet else seconds_to_train(experiment, command)
+            told = options.quiet or (folder / RESULT).exists()
+            seconds = None if told else seconds_to_train(experiment, command)
             if seconds is not None:
                 console.print(expected(seconds), highlight=False)
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import NO_VERDICT
 from fedunlearn.evidence.comparison import summary, telling
-from fedunlearn.evidence.words import MODELS, chosen, clipped
+from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
@@ -166,7 +166,7 @@ def expected(seconds: float) -> str:
     time = (
         "less than a minute"
         if minutes < 1
-        else f"about {minutes:.0f} minutes"
+        else f"about {minutes:.0f} minute{'s' * (round(minutes) != 1)}"
         if minutes < 90
         else f"about {minutes / 60:.1f} hours"
     )
@@ -290,11 +290,14 @@ def audit_table(result: Mapping[str, Any]) -> Table:
 
 
 def verdict_line(result: Mapping[str, Any]) -> str:
-    """Return the verdict, why, and how far the figures that decided it are from their bands."""
+    """Return the verdict, why, and the figures outside their bands by what that means, with their distances."""
     audits = result["audits"]
-    outside = [name for name in result["decided_by"] if audits[name]["verdict"] in ("above", "below")]
-    names = ", ".join(f"{FIGURES[name].label} {audits[name]['distance']:+.1f} sd" for name in outside)
-    return f"Verdict: {result['verdict']}: {result['reason']}{f': {names}' if names else ''}."
+    lines = [f"Verdict: {result['verdict']}: {result['reason']}."]
+    if result["verdict"] != NO_VERDICT:
+        for what, names in apart(audits):
+            far = ", ".join(f"{FIGURES[name].label} {audits[name]['distance']:+.1f} sd" for name in names)
+            lines.append(f"  {what}: {far}")
+    return "\n".join(lines)
 
 
 def notes(result: Mapping[str, Any]) -> str:

@@ -37,11 +37,11 @@ def append_line(path: Path, line: bytes) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give an error the name of the file: that of a full disk has none."""
+    """Give an error of the disk the name of the file: a full one gives none, or that of the part that is written."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.errno is None or (error.filename is not None and not str(error.filename).endswith(PART)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

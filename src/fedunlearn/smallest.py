@@ -46,9 +46,11 @@ class Smallest(Unlearned):
 
     Attributes:
         attempts: the cuts that were tried, in their order.
+        passed: whether one of them passed; where none did, the cut is that of the lowest probability.
     """
 
     attempts: tuple[Attempt, ...]
+    passed: bool
 
 
 def unlearn_smallest(
@@ -67,7 +69,8 @@ def unlearn_smallest(
     probability that validation images of the classes are given for their class, its row in place, is at most ``MOST``:
     clients hold out few images, of which right answers tell little (none of 16 leaves U at up to 17 %). Of
     ``FRACTIONS`` the middle one is tried first, then the middle of those below it where it passed, of those above it
-    where not: three attempts, which find the smallest if a larger cut never forgets less. The cost is that of all.
+    where not: three attempts, which find the smallest if a larger cut never forgets less. Where none passes, the cut
+    after which the probability was lowest is the result, and ``passed`` is False. The cost is that of all.
 
     Args:
         model: a CNN with a row per class at its end, see ``head_layer``.
@@ -80,7 +83,7 @@ def unlearn_smallest(
 
     Raises:
         ModelError, PlanError, RecipeError: as in ``unlearn``, before any client is asked.
-        PlanError: no cut passes.
+        PlanError: no cut removes a channel.
         FederationError: too few clients gave usable replies, or none counts validation images of the classes.
         RunError: the journal holds steps of another request.
     """
@@ -103,7 +106,7 @@ def unlearn_smallest(
         )
     ranked = rank_channels(original, federation, wanted, rank=rank)
     attempts: list[Attempt] = []
-    best: Unlearned | None = None
+    best: tuple[Attempt, Unlearned] | None = None
     # Of narrow layers, and of blocks, a small share is no channel: the repair alone would pass for a cut.
     left: Sequence[float] = [own for own in FRACTIONS if ranked.removes(Cut(own, scope=scope))]
     if not left:
@@ -112,18 +115,14 @@ def unlearn_smallest(
         middle = len(left) // 2
         attempt, done = _attempt(ranked, federation, Cut(left[middle], scope=scope), wanted, repair=repair, rank=rank)
         attempts.append(attempt)
-        if attempt.probability <= MOST:
-            best, left = done, left[:middle]
-        else:
-            left = left[middle + 1 :]
-    if best is None:
-        shown = ", ".join(f"{own.probability:.3f} at {own.fraction}" for own in attempts)
-        raise PlanError(
-            f"no cut up to {FRACTIONS[-1]} brings the mean probability of the classes on validation images to {MOST:g} "
-            f"(it is {shown}): choose a fraction yourself, another criterion, or an erase step (erase.complement)"
-        )
+        passed = attempt.probability <= MOST
+        if passed or best is None or attempt.probability < best[0].probability:
+            best = attempt, done
+        left = left[:middle] if passed else left[middle + 1 :]
+    assert best is not None  # a cut was tried
+    chosen, result = best
     cost = federation.cost("measure", "attempt-")
-    return Smallest(**{**vars(best), "cost": cost}, attempts=tuple(attempts))
+    return Smallest(**{**vars(result), "cost": cost}, attempts=tuple(attempts), passed=chosen.probability <= MOST)
 
 
 def _attempt(

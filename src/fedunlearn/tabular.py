@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -60,3 +61,9 @@ class Tabular(ABC):
         names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
         body = "".join(f"<tr>{line}</tr>" for line in (names, *lines))
         return f"<table><caption>{html.escape(self.headline())}</caption>{body}</table>"
+
+
+def amount(value: float) -> str:
+    """Return a positive number with three digits that count, all before the point kept; a whole number as it is."""
+    digits = 0 if float(value).is_integer() else max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f}"

@@ -20,7 +20,7 @@ from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.rounds import Repair
 from fedunlearn.federation.tasks import channels_of
-from fedunlearn.tabular import Tabular
+from fedunlearn.tabular import Tabular, amount
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,8 +55,9 @@ class Forgotten(Tabular):
         weights = sum(parameter.numel() for parameter in self.model.module.parameters())
         c = self.cost
         return (
-            f"forgot {classes}: {weights:,} parameters stay; {c.rounds} rounds, {c.client_samples:,} images, "
-            f"{c.client_flops / 1e9:,.3g} GFLOP, {(c.bytes_up + c.bytes_down) / 1e6:,.3g} MB"
+            f"forgot {classes}: {weights:,} parameters stay; {c.rounds} round{'s' * (c.rounds != 1)}, "
+            f"{c.client_samples:,} images, {amount(c.client_flops / 1e9)} GFLOP, "
+            f"{amount((c.bytes_up + c.bytes_down) / 1e6)} MB"
         )
 
     def cells(self) -> list[Sequence[str]]:

@@ -62,4 +62,4 @@ class Findings(Tabular):
             )
             for row in self.table()
         ]
-        return [("audit", "figure", "retrained", "in %"), *rows]
+        return [("audit", "figure, %", "retrained, %", ""), *rows]

@@ -150,8 +150,8 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return len(self._images)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"there are {len(self)} images, got {row}")  # a loop over the data set ends by it
+        if not is_whole(row, -len(self)) or row >= len(self):  # a loop over the data set ends by it
+            raise IndexError(f"there are {len(self)} images, got {row!r}: give the number of one")
         place = row % len(self)
         return self._images.pixels(slice(place, place + 1))[0], int(self._images.labels[place])
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedunlearn.errors import DataError
 
+MOST_IMAGES = 10**9  # that one client may say it holds, or saw in a round
+
 COLOURS = (1, 3, 4)  # numbers of colours by which the axis of the colours is known
 _CONSTANT = 1e-6
 

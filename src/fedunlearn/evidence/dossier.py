@@ -57,9 +57,14 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
 
     Raises:
         RunError: the folder does not hold a finished run.
-        EvidenceError: a client took no part in the run, or the folder is signed by another key.
+        EvidenceError: the run only trained a model, a client took no part in it, or another key signed the folder.
     """
     run = RunFolder.read(folder)
+    if "unlearned" not in run.result and "verdict" not in run.result:
+        raise EvidenceError(
+            f"{folder}: nothing was forgotten or audited here, so no deletion can be confirmed: give the folder of "
+            "fedunlearn run, unlearn or audit"
+        )
     lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
     known = {name for line in lines for entry in json.loads(line)["entries"] for name in entry["clients"]}
     for name in clients:

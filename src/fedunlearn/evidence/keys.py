@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -18,8 +18,11 @@ from cryptography.hazmat.primitives.serialization import (
 from fedunlearn.errors import EvidenceError
 
 
-def make_keys(path: Path) -> None:
+def make_keys(path: Path) -> Ed25519PublicKey:
     """Write a new private key to ``path``, readable by its owner alone, and its public key to ``path`` + ``.pub``.
+
+    Returns:
+        The public key.
 
     Raises:
         EvidenceError: one of the files is there already, or cannot be written.
@@ -40,6 +43,7 @@ def make_keys(path: Path) -> None:
             raise EvidenceError(
                 f"{file}: the key cannot be written ({error.strerror}): choose another --out"
             ) from error
+    return key.public_key()
 
 
 def read_private_key(path: Path, *, outside: Path) -> Ed25519PrivateKey:
@@ -60,8 +64,9 @@ def read_private_key(path: Path, *, outside: Path) -> Ed25519PrivateKey:
             raise EvidenceError(f"{path} is a public key: to sign, give the private one it belongs to")
         key = load_pem_private_key(text, password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise EvidenceError(
-            f"{path}: expected a private key in PEM, but {error}: make one with fedunlearn keygen"
+            f"{path}: expected a private key in PEM, but {why}: make one with fedunlearn keygen"
         ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise EvidenceError(f"{path}: expected an Ed25519 key, got {type(key).__name__}: use fedunlearn keygen")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from fedunlearn.evidence.words import (
     summary,
     unable,
 )
+from fedunlearn.tabular import amount
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -117,7 +117,7 @@ def write_report(folder: Path) -> None:
         environment.filters["percent"] = _percent
         environment.filters["clipped"] = clipped
         environment.filters["signed"] = _signed
-        environment.filters["amount"] = _amount
+        environment.filters["amount"] = amount
         texts[name] = environment.get_template(name).render(values)
     for name, text in texts.items():
         write_unsigned(folder, name, text)
@@ -187,12 +187,6 @@ def _signed(distance: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 
 
-def _amount(value: float) -> str:
-    """Return a positive number with three digits that count, all before the point kept; a whole number as it is."""
-    digits = 0 if float(value).is_integer() else max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{digits}f}"
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
@@ -220,7 +214,8 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
 
 def _own(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the block of a model on the way to the candidate, which an audit of a file has as ``model``."""
-    return result.get("model" if name == "unlearned" and "model" in result else name, {})
+    own: Mapping[str, Any] = result.get("model" if name == "unlearned" and "model" in result else name, {})
+    return own
 
 
 def _short(block: Mapping[str, Any]) -> str:
@@ -352,7 +347,7 @@ def _work(run: RunFolder) -> Plot:
 
 
 def _flops(count: float) -> str:
-    return f"{_amount(count / 1e9)} GFLOP"
+    return f"{amount(count / 1e9)} GFLOP"
 
 
 def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:

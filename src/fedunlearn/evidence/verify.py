@@ -557,7 +557,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value.get("acknowledged"):
             print(f"deletion confirmed, as the operator says, by: {_shown(', '.join(value['acknowledged']))}")
         verdict = f"verdict: {value['verdict']}" if value["verdict"] else "not audited: no verdict"
-        print(f"{verdict} (request {value['request'] or 'not named'}, {value['created']})")
+        operator = _shown(value["recipe"]["evidence"].get("operator") or "not named")
+        print(f"{verdict} (request {_shown(value['request'] or 'not named')}, {value['created']})")
+        print(f"operator {operator}, signed by the key {value['key']}: is that the fingerprint the operator told you?")
     return 1 if found else 0
 
 

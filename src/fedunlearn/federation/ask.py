@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import torch
 
+from fedunlearn.data.images import MOST_IMAGES
 from fedunlearn.errors import FederationError, printable
-from fedunlearn.federation.jobs import MOST_IMAGES, SUM, Engine, Job, Layout, Reply
+from fedunlearn.federation.jobs import SUM, Engine, Job, Layout, Reply
 from fedunlearn.federation.ledger import Entry, Meter
 
 _logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from fedunlearn.seeding import generator
 from fedunlearn.training.compute import FLOAT32, Compute
 
 SUM = "the secure sum"
-MOST_IMAGES = 10**9  # that one client may say it holds
 
 Sample = Annotated[int, Field(ge=1)] | None
 # A task arrives as JSON from another process: what it has beyond its fields is refused there.

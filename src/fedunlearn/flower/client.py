@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.slicing import Kept
-from fedunlearn.data.images import Meaning
+from fedunlearn.data.images import MOST_IMAGES, Meaning
 from fedunlearn.errors import FederationError, FedUnlearnError
-from fedunlearn.federation.jobs import MOST_IMAGES, ClientData, Reply, enough, handle
+from fedunlearn.federation.jobs import ClientData, Reply, enough, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
 from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower.messages import (

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier, PruningPlan
+from fedunlearn.data.images import MOST_IMAGES
 from fedunlearn.errors import FederationError, printable
-from fedunlearn.federation.jobs import MOST_IMAGES, Job, Reply, Task
+from fedunlearn.federation.jobs import Job, Reply, Task
 from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 

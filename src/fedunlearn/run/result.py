@@ -44,6 +44,7 @@ def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Fo
     if isinstance(unlearned, Smallest):
         blocks["fraction"] = {
             "chosen": unlearned.cut.fraction,
+            "passed": unlearned.passed,
             "attempts": [asdict(attempt) for attempt in unlearned.attempts],
         }
     return blocks | {

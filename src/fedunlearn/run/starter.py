@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from fedunlearn.data.images import LabelledImages
@@ -12,6 +13,9 @@ from fedunlearn.files import write_text
 from fedunlearn.run.experiment import class_numbers
 
 _SIZE = 32
+_CLIENTS, _BATCH = 10, 16
+_STEPS = 200  # of training at each client, or too little is learned; the repair takes a tenth of the rounds
+_ROUNDS = 20, 100
 _RECIPE = """\
 # Made by fedunlearn init; every key is explained in docs/recipes.md. Run it in this folder: fedunlearn run {recipe}
 [data]
@@ -20,20 +24,20 @@ path = {path}
 size = {size}
 
 [federation]
-clients = 10            # equal shares of the images; partition = "group" makes a client of each group
+clients = {clients}            # equal shares of the images; partition = "group" makes a client of each group
 
 [model]
 name = "{module}:net"    # the function net in {module}.py beside this file
 
 [train]
-rounds = 20
-batch_size = 16
+rounds = {rounds}
+batch_size = {batch}
 
 [unlearn]
 forget = [{forget}]
 criterion = "contrast"
 fraction = "auto"       # the smallest cut that forgets, by validation images; a number is three times as cheap
-rounds = 2
+rounds = {repair}
 
 [audit]
 oracles = 5             # models retrained without the class, to judge by; 0 for a first look
@@ -83,10 +87,16 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
     images = (read_npz(data) if packed else read_folder(data, size=_SIZE)).train
     label = int(forget) if forget not in images.classes and forget.isdecimal() else forget
     class_numbers([label], images.classes)  # refused here, by name
+    steps = math.ceil(len(images) / _CLIENTS / _BATCH)
+    rounds = min(max(math.ceil(_STEPS / steps), _ROUNDS[0]), _ROUNDS[1])
     text = _RECIPE.format(
         recipe=recipe.name,
         source="npz" if packed else "folder",
         path=json.dumps(str(data.resolve()), ensure_ascii=False),
+        clients=_CLIENTS,
+        rounds=rounds,
+        batch=_BATCH,
+        repair=rounds // 10,
         size=0 if packed else _SIZE,
         module=model.stem,
         forget=json.dumps(label, ensure_ascii=False),

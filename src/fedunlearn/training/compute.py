@@ -34,7 +34,8 @@ class Compute:
             does not know it: go on with the same one.
         train: trains a client's model in place of all that ``Training`` says of a round: called with the model, in
             training mode, a ``torch.utils.data.Dataset`` of ``(image, label)`` without the classes to leave out, and
-            the learning rate; returns how many images it saw, repeats counted, from which costs follow. Its draws are
+            the learning rate; returns how many images it saw, repeats counted, from which costs follow. The model is a
+            copy for this round, of which the values of its tensors are taken, nothing else. The function's draws are
             its own: a run repeats bit for bit only if they do, whichever thread runs it.
 
     Raises:

@@ -19,7 +19,7 @@ from fedunlearn.channels.copying import copied
 from fedunlearn.channels.taps import Tap, head_input, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.datasets import as_dataset
-from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
 from fedunlearn.training.mixing import again_and_again, is_forgotten, mixed
@@ -266,14 +266,20 @@ def _by_function(
             "Compute(train=...) is a function that knows its own loss alone, it cannot do the objective of this job: "
             "leave the objective out of Training, or give Compute(optimiser=...) instead"
         )
-    seen = train(model.train(), as_dataset(images), lr)
-    if not is_whole(seen, 1):
+    own = copied(model).train()  # what it freezes, hooks or leaves behind must not reach the next client
+    seen = train(own, as_dataset(images), lr)
+    if not is_whole(seen, 1) or int(seen) > MOST_IMAGES:
         raise FederationError(
             f"Compute(train=...) returned {seen!r}, expected how many images it saw, repeats counted, at least 1"
         )
-    for parameter in model.parameters():
-        parameter.grad = None  # the model waits for its next client without gradients
-    return seen
+    state = own.state_dict()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes:
+        raise FederationError(
+            "Compute(train=...) left a model with other tensors than it was given: change the values alone, not layers"
+        )
+    model.load_state_dict(state)
+    return int(seen)
 
 
 def _optimiser(model: nn.Module, training: Training, lr: float, compute: Compute) -> Sgd | torch.optim.Optimizer:
