@@ -51,7 +51,9 @@ def _among(table: Collection[str]) -> AfterValidator:
 
     def known(name: str) -> str:
         if name not in table:
-            raise ValueError(f"Input should be one of {', '.join(table)}")  # pydantic says which key it is
+            near = difflib.get_close_matches(name, table, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"Input should be one of {', '.join(table)}{hint}")  # pydantic says which key it is
         return name
 
     return AfterValidator(known)
@@ -381,6 +383,8 @@ def _read(name: str) -> dict[str, Any]:
     if path.suffix != ".toml":
         near = difflib.get_close_matches(name, SHIPPED, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder: give the recipe file, such as {path / 'recipe.toml'}")
         raise RecipeError(
             f"there is no shipped recipe {name!r}{hint} (fedunlearn recipes lists them; a file ends in .toml)"
         )
