@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, median
@@ -62,6 +63,7 @@ def measured(name: str) -> str:
         "networks": network_table,
         "own_networks": own_table,
         "norms": norm_table,
+        "requests": request_table,
     }
     file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(name, name)
     return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
@@ -184,6 +186,26 @@ def norm_table(rows: list[dict[str, Any]]) -> str:
         for letter, kind in (("U", "forget"), ("R", "retain"))
     }
     return _by_setting(flat, {"norm": "norm"}, figures)
+
+
+def request_table(rows: list[dict[str, Any]]) -> str:
+    """Return U, R and the retrained R of each kind of request, mean and range over seeds, in percent."""
+    lines = ["| request | class | R before | U | R | retrained R | parameters | verdict |", "|---" * 8 + "|"]
+    for name in dict.fromkeys(row["request"] for row in rows):
+        own = [row for row in rows if row["request"] == name]
+        cells = [
+            _spread([100 * row[key] for row in own]) for key in ("before", "forget_row_kept", "retain", "retrained")
+        ]
+        verdicts = Counter(row["verdict"] for row in own)
+        told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        sizes = sorted({row["parameters"] for row in own})
+        size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        lines.append(f"| {name} | {', '.join(own[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def network_table(value: Mapping[str, Mapping[str, Any]]) -> str:

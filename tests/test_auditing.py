@@ -75,6 +75,7 @@ def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
     recipe = load_recipe(str(signed / "tiny.toml"), ["audit.oracles=2", "train.rounds=1"])
     found = audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors"))
     assert list(found["oracles"]) == ["retrained-1", "retrained-2"]
+    assert [path.stem for path in sorted((tmp_path / "out" / "oracles").iterdir())] == list(found["oracles"])
     assert found["verdict"] == "no verdict"
     assert all(audit["band"] is None for audit in found["audits"].values())
     (tmp_path / "out" / "report.html").unlink()
@@ -129,6 +130,6 @@ def test_retrained_models_that_are_not_several_or_not_comparable_are_refused(sig
 def test_a_model_that_lacks_a_kept_class_is_refused(signed, oracles, tmp_path):
     other = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[3]"])
     with pytest.raises(
-        ModelError, match=r"has output rows for the classes \[0, 1, 3\], without \[3\] it needs \[0, 1, 2\]"
+        ModelError, match=r"has output rows for the classes \[0, 1, 2, 3\], without \[2\] it needs \[0, 1\]: check unl"
     ):
         audit_model(other, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=oracles))

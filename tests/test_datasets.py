@@ -6,11 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fedunlearn as fu
 from conftest import make_images, make_net, normalised
 from fedunlearn.audits.images import audit_images
+from fedunlearn.audits.verdict import NEEDED
 from fedunlearn.data.batches import batches
 from fedunlearn.data.datasets import DatasetImages, as_dataset, from_dataset
 from fedunlearn.data.images import joined
@@ -299,6 +300,8 @@ def test_images_are_a_data_set_that_ends():
     assert as_dataset(own)[-1][1] == int(own.labels[-1])
     with pytest.raises(IndexError, match="there are 3 images, got 3"):
         as_dataset(own)[3]
+    drawn = DataLoader(Subset(as_dataset(own), torch.tensor([2, 0])), batch_size=2)  # numbers as torch draws them
+    assert next(iter(drawn))[1].tolist() == own.labels[[2, 0]].tolist()
     with pytest.raises(IndexError, match=r"got slice\(0, 2, None\): give the number of one"):
         as_dataset(own)[0:2]
 
@@ -321,5 +324,6 @@ def test_from_training_to_findings_with_data_model_and_optimiser_of_the_users_ow
     images = audit_images(train, test, forget=1, per_class=20, seed=0)
     before = {"original": fu.Subject(model, model)}
     findings = fu.audit(fu.Subject(result.model, result.repaired), images, oracles=oracles, controls=before)
-    assert findings.verdict in VERDICTS
-    assert str(findings).startswith(f"{findings.verdict}: ")
+    assert set(NEEDED) <= set(findings.models["unlearned"].figures)
+    assert findings.judgements["original"]["verdict"] in VERDICTS
+    assert f"{findings.verdict}: {findings.judgements['unlearned']['reason']}" == str(findings).splitlines()[0]

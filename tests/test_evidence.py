@@ -54,6 +54,23 @@ def again(folder, signed, **change):
     write_dossier(folder, read_private_key(signed / "operator", outside=folder))
 
 
+def forged(folder, signed, change):
+    """Let ``change`` alter the content of result.json, and make event log and dossier say the same: all but figures."""
+    result = json.loads((folder / "result.json").read_text())
+    change(result)
+    (folder / "result.json").write_text(json.dumps(result))
+    facts = {"result written": {"sha256": hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()}}
+    facts["audited"] = {"verdict": result.get("verdict")}
+    previous, lines = "0" * 64, []
+    for line in (folder / "events.jsonl").read_bytes().splitlines():
+        event = json.loads(line)
+        event |= {"previous": previous, "facts": event["facts"] | facts.get(event["event"], {})}
+        lines.append(json.dumps(event).encode())
+        previous = hashlib.sha256(lines[-1]).hexdigest()
+    (folder / "events.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    again(folder, signed)
+
+
 # keys
 
 
@@ -312,6 +329,7 @@ def test_retrained_models_left_out_are_found_though_signed_by_the_operator(copie
     folder, key = copied
     oracles = json.loads((folder / "result.json").read_text())["oracles"]
     oracles.pop("retrained-4")
+    (folder / "audits" / "retrained-4.json").unlink()
     again(folder, signed, oracles=oracles)
     found = problems(folder, key)
     assert "events.jsonl tells of other retrained models than result.json" in found
@@ -445,14 +463,41 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
         ),
     ):
         again(folder, signed, **change)
-        assert problems(folder, key) == [f"result.json {text}"]
-    again(folder, signed, controls=result["controls"])
-    assert problems(folder, key) == ["events.jsonl tells of another result.json"] or problems(folder, key) == []
-    again(folder, signed, verdict="not forgotten", model=result["model"])
+        assert problems(folder, key)[-1] == f"result.json {text}"
+    again(folder, signed, **(result | {"verdict": "not forgotten"}))
     assert problems(folder, key)[:2] == [
         "events.jsonl tells of another result.json",
         "events.jsonl tells of other data or another verdict",
     ]
+    forged(folder, signed, told(result["verdict"], "verdict"))
+    assert problems(folder, key) == []
+    forged(folder, signed, told({"unlearn": {}}, "cost"))
+    assert problems(folder, key) == ["result.json has not the blocks that audit writes: cost is too much"]
+
+
+def test_an_audit_of_before_there_were_controls_is_reported_and_its_pass_is_not_relied_on(signed, tmp_path):
+    folder, key, model = (
+        tmp_path / "run",
+        signed / "operator.pub",
+        signed / "run" / "oracles" / "retrained-4.safetensors",
+    )
+    oracles = sorted((signed / "run" / "oracles").iterdir())[:3]
+    recipe = load_recipe(str(signed / "tiny.toml"))
+    result = audit_model(recipe, folder, Candidate(model=model, oracles=oracles), key=signed / "operator")
+    assert (result["verdict"], result["reason"]) == (verdict.NO_VERDICT, verdict.NO_CONTROL)
+
+    def as_before(result):
+        result["model"] = {name: result["model"][name] for name in ("file", "sha256")}
+        result |= {"oracles": {name: {} for name in result["oracles"]}, "verdict": verdict.INDISTINGUISHABLE}
+        result["decided_by"] = [name for name, own in result["audits"].items() if own["verdict"] is not None]
+
+    forged(folder, signed, as_before)
+    (found,) = problems(folder, key)
+    assert found.startswith("this audit passes without a model that must fail, by an older rule: take the verifier")
+    for name in ("dossier.json", "dossier.sig"):
+        (folder / name).unlink()
+    write_report(folder)
+    assert "indistinguishable from retraining" in (folder / "report.html").read_text()
 
 
 def test_blocks_that_the_command_does_not_write_turn_no_check_off(copied, signed):
@@ -462,7 +507,74 @@ def test_blocks_that_the_command_does_not_write_turn_no_check_off(copied, signed
         (folder / "result.json").write_text(json.dumps({k: v for k, v in whole.items() if k not in drop}))
         again(folder, signed, **change)
         (found,) = problems(folder, key)
-        assert found.startswith("result.json has not the blocks that run writes, but ")
+        assert found.startswith("result.json has not the blocks that run writes: ")
+
+
+def lost(*path):
+    """Return a change that takes a block out of result.json."""
+
+    def change(result):
+        block = result
+        for name in path[:-1]:
+            block = block[name]
+        del block[path[-1]]
+
+    return change
+
+
+def told(value, *path):
+    """Return a change that writes ``value`` into result.json."""
+
+    def change(result):
+        block = result
+        for name in path[:-1]:
+            block = block[name]
+        block[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lost("controls", "head_only"), "audits has not a file for each model of result.json: head_only"),
+        (
+            lost("cost", "retrain_whole"),
+            "result.json has costs that run does not count, or a speed-up without its cost",
+        ),
+        (lost("speedup"), "result.json has costs that run does not count, or a speed-up without its cost"),
+        (told({}, "cost", "audit"), "result.json has costs that run does not count, or a speed-up without its cost"),
+        (told(99.0, "speedup", "client_samples"), "the speed-up does not follow from the costs"),
+        (told(99.0, "speedup_whole", "bytes"), "the speed-up does not follow from the costs"),
+        (
+            told(0.31, "unlearned", "accuracy", "retain"),
+            "the accuracy of unlearned is not that of audits/unlearned.json",
+        ),
+        (
+            told(0.31, "controls", "finetune", "accuracy", "forget_row_kept"),
+            "the accuracy of finetune is not that of audits/finetune.json",
+        ),
+        (told(9.5, "audits", "probe", "distance"), "result.json: the distance of probe does not follow from its band"),
+        (told("erased", "controls", "original", "verdict"), "the verdict on original does not follow from the figures"),
+    ],
+)
+def test_what_an_operator_writes_into_a_result_is_held_against_the_rest(copied, signed, change, text):
+    folder, key = copied
+    forged(folder, signed, change)
+    assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def test_a_control_is_not_lost_with_its_figures(copied, signed):
+    folder, key = copied
+    (folder / "audits" / "head_only.json").unlink()
+    forged(folder, signed, lost("controls", "head_only"))
+    assert "result.json lacks one of the controls that must fail: head_only, original" in problems(folder, key)
+
+
+def test_what_was_forged_nowhere_verifies(copied, signed):
+    folder, key = copied
+    forged(folder, signed, lambda result: None)
+    assert problems(folder, key) == []
 
 
 def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):
@@ -562,9 +674,9 @@ def test_the_verifier_asks_for_the_controls_that_the_tool_asks_for(oracles, cand
     # Whatever the candidate's own verdict is: it is asked of a pass.
     judgement = {"verdict": verdict.INDISTINGUISHABLE, "audits": candidate, "decided_by": []}
     tool = verdict.controlled(judgement, beside, bands, oracles=len(oracles), chance=0.1)
+    plain = {name: {figure: (value, 0.0) for figure, value in own.items()} for name, own in controls.items()}
     found = verify._controlled(
-        {name: (value, 0.0) for name, value in candidate.items()},
-        {name: {figure: (value, 0.0) for figure, value in figures.items()} for name, figures in controls.items()},
+        verify._shown_by(plain, {name: (value, 0.0) for name, value in candidate.items()}),
         {name: (band.mean, band.sd, band.low, band.high) for name, band in bands.items()},
         len(oracles),
         0.1,

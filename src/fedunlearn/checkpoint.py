@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Weights:
         mean: per colour, how images were normalised.
         std: likewise.
         shortcut: ``"A"`` or ``"B"``.
+        classes: the name of the class of each output row.
     """
 
     path: Path
@@ -51,6 +52,16 @@ class Weights:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     shortcut: str | None = None
+    classes: tuple[str, ...] | None = None
+
+    def numbered(self, classes: Sequence[str]) -> Weights:
+        """Return them with the labels that ``classes`` has for the names of their rows, where it has all of them.
+
+        A file that was written after an earlier request numbers the classes that were left then.
+        """
+        if self.classes is None or not set(self.classes) <= set(classes):
+            return self
+        return replace(self, labels=tuple(classes.index(name) for name in self.classes))
 
 
 def save_checkpoint(
@@ -257,6 +268,7 @@ def _safetensors(path: Path) -> Weights:
         tuple(value["mean"]),
         tuple(value["std"]),
         value["architecture"].get("shortcut"),
+        tuple(value["classes"]),
     )
 
 

@@ -286,6 +286,8 @@ def audit(options: Options) -> None:
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
     recipe = options.recipe_set()
     with _progress(options.quiet) as (console, observe):
+        if options.original is None:
+            console.print("without --original, the model before, no verdict can be a pass", highlight=False)
         result = audit_model(
             recipe,
             folder,
@@ -304,7 +306,8 @@ def audit(options: Options) -> None:
     elif not options.quiet:
         print_table(Console(), audit_table(result))
         Console().print(verdict_line(result), highlight=False)
-        Console().print(certainty(result), highlight=False)
+        if sure := certainty(result):
+            Console().print(sure, highlight=False)
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
 
 

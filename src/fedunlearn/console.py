@@ -149,9 +149,11 @@ def describe(experiment: Experiment) -> str:
         for label in experiment.forget
     )
     used = int(sizes.sum())
+    names = ", ".join(escape(experiment.all_classes[label]) for label in experiment.earlier)
+    before = f"forgotten before, so without images now: {names}\n" if names else ""
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
-        f"{forgotten}"
+        f"{before}{forgotten}"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
         f"{per_class[-1]} per class\n"
@@ -285,7 +287,9 @@ def audit_table(result: Mapping[str, Any]) -> Table:
         if audit is not None:
             band = audit["band"] and " to ".join(_percent(end) for end in clipped(audit["band"], name))
             away = "" if audit["distance"] is None else f"{audit['distance']:+.1f}"
-            table.add_row(figure.label, _percent(audit["figure"]), band or "", away, audit["verdict"] or "no band")
+            counted = figure.fixed is not None
+            shown = (f"{audit['figure']:g} found", "", "") if counted else (_percent(audit["figure"]), band or "", away)
+            table.add_row(figure.label, *shown, audit["verdict"] or "no band")
     return table
 
 

@@ -109,9 +109,9 @@ def audit(
     for name in [*controls, CANDIDATE]:
         calibrated.measured(name, checked[name])
     record.observe("audit", len(names), len(names))
-    judgements = {name: calibrated.judged(name) for name in controls}
+    judgements = {name: calibrated.judged(name, beside=CANDIDATE) for name in controls}
     judgements[CANDIDATE] = calibrated.judged_beside(CANDIDATE)
-    return Findings(calibrated.bands, calibrated.models, judgements, calibrated.held_out(controls))
+    return Findings(calibrated.bands, calibrated.models, judgements, calibrated.held_out(controls, beside=CANDIDATE))
 
 
 class Calibrated:
@@ -167,9 +167,14 @@ class Calibrated:
         self.models[name] = _measured(self._record.folder, name, about, seen, references)
         return self.models[name]
 
-    def judged(self, name: str) -> dict[str, Any]:
-        """Return the verdict on a model that was measured, see ``judge``."""
-        return judge(self.models[name].figures, self.bands, oracles=len(self._views), chance=self._chance)
+    def judged(self, name: str, *, beside: str | None = None) -> dict[str, Any]:
+        """Return the verdict on a model that was measured, by the figures that the model ``beside`` has too."""
+        return judge(self._figures(name, beside), self.bands, oracles=len(self._views), chance=self._chance)
+
+    def _figures(self, name: str, beside: str | None) -> Mapping[str, Figure]:
+        """Return the figures of a control: it could fail by what the candidate ``beside`` it lacks."""
+        own = self.models[name].figures
+        return own if beside is None else {key: own[key] for key in own if key in self.models[beside].figures}
 
     def judged_beside(self, name: str) -> dict[str, Any]:
         """Return the verdict on a candidate: none where the original did not know the class, see ``controlled``."""
@@ -177,10 +182,10 @@ class Calibrated:
         judgement = never_known(self.judged(name), beside.get(ORIGINAL, {}), self.bands, chance=self._chance)
         return controlled(judgement, beside, self.bands, oracles=len(self._views), chance=self._chance)
 
-    def held_out(self, controls: Iterable[str]) -> dict[str, Any]:
+    def held_out(self, controls: Iterable[str], *, beside: str | None = None) -> dict[str, Any]:
         """Return the verdicts on each retrained model by the bands of the others, see ``leave_one_out``."""
         retrained = {name: self.models[name].figures for name in self._views}
-        others = {name: self.models[name].figures for name in controls}
+        others = {name: self._figures(name, beside) for name in controls}
         return leave_one_out(retrained, others, chance=self._chance)
 
 

@@ -56,10 +56,17 @@ class Findings(Tabular):
         rows = [
             (
                 row["label"],
-                f"{100 * row['figure']:.1f}",
-                "" if row["low"] is None else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                *_shares(row),
                 row["lies"],
             )
             for row in self.table()
         ]
         return [("audit", "figure, %", "retrained, %", ""), *rows]
+
+
+def _shares(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return figure and band in percent; what is counted, as it is."""
+    if FIGURES[row["audit"]].fixed is not None:
+        return f"{row['figure']:g} found", ""
+    band = "" if row["low"] is None else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+    return f"{100 * row['figure']:.1f}", band

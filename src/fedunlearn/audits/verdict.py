@@ -34,8 +34,8 @@ MUST_FAIL = ("original", "head_only")  # controls that know the class: where one
 UNLIKE = "no audit finds more of the class than in models retrained without it, but it is unlike them"
 
 NO_CONTROL = (
-    "its figures lie where those of retrained models do, but no model that must fail was audited beside it, so nobody "
-    "knows whether one would: give the model before unlearning as the control original"
+    "the model's figures lie where those of retrained models do, but no model that must fail was audited beside it, so "
+    "nobody knows whether one would: give the model before unlearning, --original FILE or the control named original"
 )
 
 FEWEST = 3  # retrained models for a verdict
@@ -201,11 +201,15 @@ def controlled(
     """
     if judgement["verdict"] != INDISTINGUISHABLE:
         return dict(judgement)
-    reason = "" if controls else NO_CONTROL
+    passing = []
     for name, figures in controls.items():
         own = {figure: value for figure, value in figures.items() if figure in judgement["audits"]}
         if judge(own, bands, oracles=oracles, chance=chance)["verdict"] not in (SUPPRESSED, NOT_FORGOTTEN):
-            reason = f"the audits cannot tell {name} from retraining, so a pass means nothing: use more images"
+            passing.append(name)
+    reason = "" if controls else NO_CONTROL
+    if passing:
+        names = " and ".join(passing)
+        reason = f"the audits cannot tell {names} from retraining, so a pass means nothing: use more images"
     return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []} if reason else dict(judgement)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -150,9 +151,13 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return len(self._images)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        if not is_whole(row, -len(self)) or row >= len(self):  # a loop over the data set ends by it
-            raise IndexError(f"there are {len(self)} images, got {row!r}: give the number of one")
-        place = row % len(self)
+        try:
+            number = operator.index(row)  # of numpy and torch too
+        except TypeError as error:
+            raise IndexError(f"there are {len(self)} images, got {row!r}: give the number of one") from error
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there are {len(self)} images, got {number}")  # a loop over the data set ends by it
+        place = number % len(self)
         return self._images.pixels(slice(place, place + 1))[0], int(self._images.labels[place])
 
 

@@ -139,6 +139,14 @@ class LabelledImages:
         unwanted = torch.isin(self.labels, torch.tensor(sorted(classes)))
         return self.take((~unwanted).nonzero().flatten())
 
+    def narrowed(self, gone: Collection[int]) -> LabelledImages:
+        """Return the images of all classes but ``gone`` as images of the others alone, which are numbered anew."""
+        kept = [label for label in range(len(self.classes)) if label not in gone]
+        own = self.without(gone)
+        numbers = torch.zeros(len(self.classes), dtype=torch.int64)
+        numbers[kept] = torch.arange(len(kept))
+        return replace(own, labels=numbers[own.labels], classes=tuple(self.classes[label] for label in kept))
+
     def followed_by(self, others: Sequence[LabelledImages], groups: Tensor | None) -> LabelledImages:
         """Return these images and those of ``others``, in order.
 

@@ -67,6 +67,11 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
         )
     lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
     known = {name for line in lines for entry in json.loads(line)["entries"] for name in entry["clients"]}
+    if not known:
+        raise EvidenceError(
+            f"{folder}: no client took part here, where a model from elsewhere was audited: confirm deletions in the "
+            "folder of the run that forgot"
+        )
     for name in clients:
         if name not in known:
             raise EvidenceError(

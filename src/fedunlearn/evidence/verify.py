@@ -55,8 +55,20 @@ _FAILED = ("suppressed, not erased", "not forgotten")
 # Keys of a cost -> keys of the entries of rounds.jsonl that add up to them.
 _COUNTED = {"client_samples": "samples", "client_flops": "flops", "bytes_up": "bytes_up", "bytes_down": "bytes_down"}
 COSTS = ("cost", "retraining", "speedup", "speedup_whole")
-# The blocks that a command's result.json has, of those by which it is decided what is checked.
-_OF_COMMAND = {"run": {"unlearned", "verdict"}, "unlearn": {"unlearned"}, "audit": {"verdict", "model"}}
+_ANY = {"schema", "version", "versions", "recipe", "forget", "classes", "engine"}
+_FORGOT = {"original", "unlearned", "cost", "privacy"}
+_AUDITED = {"controls", "oracles", "audits", "calibration", "verdict", "reason", "decided_by"}
+_MAY_HAVE_FORGOT = {"pruned", "fraction", "method", "earlier"}
+_COMPARED = set(COSTS) - {"cost"}
+# Which blocks a command's result.json must have, which it may have, and what costs it counts: they decide what is
+# checked.
+_OF_COMMAND: dict[str, tuple[set[str], set[str], set[str]]] = {
+    "run": (_ANY | _FORGOT | _AUDITED, _MAY_HAVE_FORGOT | _COMPARED, {"unlearn", "retrain", "retrain_whole"}),
+    "unlearn": (_ANY | _FORGOT, _MAY_HAVE_FORGOT, {"unlearn"}),
+    "audit": (_ANY | _AUDITED | {"model", "client"}, {"earlier"}, set()),
+}
+_RATIOS = {"speedup": "retrain", "speedup_whole": "retrain_whole"}
+_SAME = 0.005  # accuracies, of two passes over the images
 _LEVEL = 0.95  # of all bands together
 
 
@@ -167,14 +179,31 @@ def _blocks(folder: Path) -> Iterator[str]:
     """Hold the blocks of result.json against the command that made the folder, by the header of rounds.jsonl."""
     result = _json(folder / "result.json")
     header = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0])
-    wanted = _OF_COMMAND.get(header["command"])
-    there = {name for name in ("unlearned", "verdict", "model") if name in result}
-    if wanted is None or there != wanted:
-        yield f"result.json has not the blocks that {_shown(header['command'])} writes, but {', '.join(sorted(there))}"
-    elif "model" in wanted and (problem := _other_models(result, header)):
+    if header["command"] not in _OF_COMMAND:
+        yield f"rounds.jsonl is of {_shown(header['command'])}, whose folders are not signed"
+        return
+    required, optional, costs = _OF_COMMAND[header["command"]]
+    missing, added = required - result.keys(), result.keys() - required - optional
+    if missing or added:
+        wrong = [
+            *(f"{name} is missing" for name in sorted(missing)),
+            *(f"{name} is too much" for name in sorted(added)),
+        ]
+        yield f"result.json has not the blocks that {header['command']} writes: {_shown(', '.join(wrong))}"
+        return
+    if result.get("cost", {}).keys() - costs or any(
+        (ratio in result) != (retrained in result.get("cost", {})) for ratio, retrained in _RATIOS.items()
+    ):
+        yield f"result.json has costs that {header['command']} does not count, or a speed-up without its cost"
+    if "verdict" in result:
+        named = {"unlearned", *result["oracles"], *result["controls"]}
+        there = {path.stem for path in (folder / "audits").glob("*.json")}
+        if there != named:
+            yield f"audits has not a file for each model of result.json: {_shown(', '.join(sorted(there ^ named)))}"
+        if header["command"] == "run" and not result["controls"].keys() >= _MUST_FAIL:
+            yield f"result.json lacks one of the controls that must fail: {', '.join(sorted(_MUST_FAIL))}"
+    if "model" in result and (problem := _other_models(result, header)):
         yield problem
-    elif header["command"] != "run" and any("retrain" in own or own.startswith("speedup") for own in _claims(result)):
-        yield f"result.json claims a cost of retraining, which {header['command']} does not measure"
 
 
 def _other_models(result: Mapping[str, Any], header: Mapping[str, Any]) -> str:
@@ -183,13 +212,9 @@ def _other_models(result: Mapping[str, Any], header: Mapping[str, Any]) -> str:
         return "result.json names another audited model than rounds.jsonl"
     if header["oracles"] and header["oracles"].keys() != result["oracles"].keys():
         return "result.json names other retrained models than rounds.jsonl"
-    if ("original" in header) != bool(result["controls"]):
+    if result["controls"].keys() != (_MUST_FAIL if "original" in header else set()):
         return "result.json and rounds.jsonl differ in whether the model before was audited"
     return ""
-
-
-def _claims(result: Mapping[str, Any]) -> list[str]:
-    return [*result, *result.get("cost", {})]
 
 
 def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -290,8 +315,8 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     """Compute bands, verdicts and held-out verdicts from the figures of each model."""
     result = _json(folder / "result.json")
     oracles = {name: _own_figures(folder, name) for name in result["oracles"]}
-    controls = {name: _own_figures(folder, name) for name in result["controls"]}
     candidate = _own_figures(folder, "unlearned")
+    whole = {name: _own_figures(folder, name) for name in result["controls"]}
     thresholds = _json(folder / "thresholds.json")
     if "figures" not in thresholds:
         yield (
@@ -300,7 +325,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         )
         return
     fixed = thresholds["bands"]
-    unknown = set().union(fixed, result["audits"], candidate, *oracles.values(), *controls.values()) - _KINDS.keys()
+    unknown = set().union(fixed, result["audits"], candidate, *oracles.values(), *whole.values()) - _KINDS.keys()
     if unknown:
         yield (
             f"this verifier does not know the figure {_shown(', '.join(sorted(unknown)))}, so it computes no verdict: "
@@ -313,30 +338,68 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "thresholds.json does not follow from the figures of the retrained models"
     if missing := _missing(written, candidate, elsewhere=_rowless(result)):
         yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
-    chance, count = 1 / len(result["classes"]), len(oracles)
-    judged = {name: _judged(own, written, count, chance) for name, own in controls.items()}
-    for name, found in judged.items():
-        if found[0] != result["controls"][name]["verdict"]:
-            yield f"the verdict on {name} does not follow from the figures: they give {found[0]!r}"
-    verdict, decided, sides = _judged(candidate, written, count, chance)
-    original = controls.get("original", {}).get("forget")
-    known = original is None or original[0] > max(chance, written["forget"][3] if "forget" in written else chance)
+    chance = 1 / len(result["classes"])
+    yield from _verdicts(result, candidate, whole, written, chance)
+    for name, own in {"unlearned": candidate, **whole, **oracles}.items():
+        if problem := _accuracy(result, name, own):
+            yield problem
+    yield from _places(result, candidate, written)
+    if result["calibration"] != _held_out(oracles, _shown_by(whole, candidate), chance):
+        yield "the held-out verdicts do not follow from the figures"
+
+
+def _shown_by(controls: Mapping[str, _Figures], candidate: _Figures) -> dict[str, _Figures]:
+    """Return controls by the figures that the candidate has: a control could fail by what the candidate lacks."""
+    return {name: {key: own[key] for key in own if key in candidate} for name, own in controls.items()}
+
+
+def _verdicts(
+    result: Mapping[str, Any], candidate: _Figures, whole: Mapping[str, _Figures], bands: _Bands, chance: float
+) -> Iterator[str]:
+    """Judge the controls and the candidate."""
+    controls, count = _shown_by(whole, candidate), len(result["oracles"])
+    for name, own in controls.items():
+        found, _, _ = _judged(own, bands, count, chance)
+        if found != result["controls"][name]["verdict"]:
+            yield f"the verdict on {name} does not follow from the figures: they give {found!r}"
+    verdict, decided, _ = _judged(candidate, bands, count, chance)
+    known = "original" not in whole or whole["original"]["forget"][0] > max(
+        chance, bands["forget"][3] if "forget" in bands else chance
+    )
     if not known and verdict != "not forgotten":
         verdict, decided = "no verdict", []
-    if verdict == _PASS and not _controlled(candidate, controls, written, count, chance):
+    if verdict == result["verdict"] == _PASS and "model" in result and not controls:
+        yield (
+            "this audit passes without a model that must fail, by an older rule: take the verifier of the version that "
+            "made the folder, and do not rely on the pass"
+        )
+    elif verdict == _PASS and not _controlled(controls, bands, count, chance):
         verdict, decided = "no verdict", []
     if (verdict, decided) != (result["verdict"], result["decided_by"]):
         yield f"the verdict {result['verdict']!r} does not follow from the figures: they give {verdict!r}"
-    expected = {
-        name: (value, error, list(written[name][2:]) if name in written else None, sides[name])
-        for name, (value, error) in candidate.items()
-    }
-    for name in sorted(expected.keys() | result["audits"].keys()):
-        own = result["audits"].get(name, {})
-        if tuple(own.get(key) for key in ("figure", "error", "band", "verdict")) != expected.get(name):
+
+
+def _places(result: Mapping[str, Any], candidate: _Figures, bands: _Bands) -> Iterator[str]:
+    """Hold each figure of the candidate, and where it lies, against its file and its band."""
+    for name in sorted(candidate.keys() | result["audits"].keys()):
+        own, figure = result["audits"].get(name, {}), candidate.get(name, (math.nan, math.nan))
+        band = bands.get(name)
+        side = None if band is None else _side(figure[0], *band[2:])
+        told = tuple(own.get(key) for key in ("figure", "error", "band", "verdict"))
+        if told != (*figure, None if band is None else list(band[2:]), side):
             yield f"result.json: the audit {name} does not follow from audits/unlearned.json"
-    if result["calibration"] != _held_out(oracles, controls, chance):
-        yield "the held-out verdicts do not follow from the figures"
+        elif band is not None and not _near((own["distance"],), ((figure[0] - band[0]) / band[1],)):
+            yield f"result.json: the distance of {name} does not follow from its band"
+
+
+def _accuracy(result: Mapping[str, Any], name: str, figures: _Figures) -> str:
+    """Return what is wrong with U and R in the block of a model: they are told there and among its figures."""
+    own = result["controls"].get(name) or result["oracles"].get(name) or result.get("unlearned") or result["model"]
+    for key, figure in (("retain", "retain"), ("forget_row_kept", "forget")):
+        told, audited = own.get("accuracy", {}).get(key), figures.get(figure)
+        if told is not None and audited is not None and abs(told - audited[0]) > _SAME:
+            return f"result.json: the accuracy of {_shown(name)} is not that of audits/{_shown(name)}.json"
+    return ""
 
 
 def _rowless(result: Mapping[str, Any]) -> bool:
@@ -384,7 +447,7 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
     first = next(iter(result.get("oracles", ())), "")
     theirs = [step for step in steps if step["phase"] == f"{first}.retrain"]  # none where it came from the cache
-    for name, ratio in (("retrain", "speedup"), ("retrain_whole", "speedup_whole")):
+    for ratio, name in _RATIOS.items():
         retrain = dossier["cost"].get(name)
         if retrain is None:
             continue
@@ -393,15 +456,29 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield "the rounds of retraining are not those of rounds.jsonl"
         if theirs and sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
             yield "the cost of retraining does not follow from rounds.jsonl"
-        if not _near((dossier[ratio]["client_flops"],), (retrain["client_flops"] / unlearn["client_flops"],)):
+        told, expected = dossier[ratio], _ratio(unlearn, retrain)
+        if told.keys() - {"client_seconds"} != expected.keys() or not all(
+            _near((told[unit],), (own,)) for unit, own in expected.items()
+        ):
             yield "the speed-up does not follow from the costs"
     yield from _reached(dossier, theirs, result["unlearned"]["validation"]["retain"])
+
+
+def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, float]:
+    """Return the cost of retraining over that of unlearning, of what is counted; seconds are of another day."""
+
+    def counted(cost: Mapping[str, Any]) -> dict[str, float]:
+        units = {name: cost[name] for name in ("client_flops", "client_samples", "rounds")}
+        return units | {"bytes": cost["bytes_up"] + cost["bytes_down"]}
+
+    below, above = counted(unlearn), counted(retrain)
+    return {unit: above[unit] / own for unit, own in below.items() if own}
 
 
 def _reached(dossier: Mapping[str, Any], theirs: Sequence[Mapping[str, Any]], wanted: float) -> Iterator[str]:
     """Hold the cost of retraining until R was ``wanted`` against its curve."""
     curve = dossier.get("retraining")
-    if curve is None:  # older ones have none
+    if curve is None or "retrain" not in dossier["cost"]:  # older ones have no curve
         return
     if theirs and curve != _curve(theirs):
         yield "the curve of retraining does not follow from rounds.jsonl"
@@ -503,13 +580,10 @@ def _judged(
     return _PASS, [name for name, side in sides.items() if side is not None], sides
 
 
-def _controlled(
-    candidate: _Figures, controls: Mapping[str, _Figures], bands: _Bands, oracles: int, chance: float
-) -> bool:
+def _controlled(controls: Mapping[str, _Figures], bands: _Bands, oracles: int, chance: float) -> bool:
     """Return whether a pass counts: models that must fail are there, and do by the figures that the candidate has."""
     beside = [own for name, own in controls.items() if name in _MUST_FAIL]
-    shown = [{name: own[name] for name in own.keys() & candidate.keys()} for own in beside]
-    return bool(shown) and all(_judged(own, bands, oracles, chance)[0] in _FAILED for own in shown)
+    return bool(beside) and all(_judged(own, bands, oracles, chance)[0] in _FAILED for own in beside)
 
 
 def _side(value: float, low: float, high: float) -> str:
@@ -532,7 +606,7 @@ def _json(path: Path) -> Any:
 
 def _shown(name: str) -> str:
     """Return a name without characters that could write a line of their own."""
-    return name.encode("unicode_escape").decode()
+    return "".join(own if own.isprintable() else own.encode("unicode_escape").decode() for own in name)
 
 
 def _hash(path: Path) -> str:

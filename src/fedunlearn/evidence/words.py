@@ -22,8 +22,8 @@ LIMITS = (
     "This is about the named files alone. It does not show that the images of the class, the model before, or copies "
     "of either were deleted, nor which model is in use.",
     "The server learned which class was forgotten, which classes each client holds and their summed activations.",
-    "Retrained models follow the recipe's training, also where the original's weights came from elsewhere and were "
-    "trained for longer: then they are no counterpart of it.",
+    "Retrained models follow the recipe's training, or are those that the operator gave. Where the original's weights "
+    "came from another training, they are no counterpart of it.",
     "Nothing is claimed about the privacy of single images of the classes that stay.",
 )
 
@@ -31,8 +31,8 @@ LIMITS = (
 # What each verdict means, from best to worst.
 VERDICTS = {
     INDISTINGUISHABLE: "in no audit can the model be told from models that never saw the class: the pass",
-    SUPPRESSED: "the model does not name the class any more, and audits can still tell it from models that never saw "
-    "it: by traces of the class, or as unlike them in other ways; no pass",
+    SUPPRESSED: "the model names the class no more often than models that never saw it, or than by chance, and audits "
+    "can still tell it from them: by traces of the class, or as unlike them in other ways; no pass",
     NOT_FORGOTTEN: "the model still names the class, more often than models that never saw it; no pass",
     NO_VERDICT: "nothing can be said: there are too few retrained models, a figure that a pass needs is missing, the "
     "model before never knew the class, or of the controls that must fail none is there or one passed",
@@ -72,6 +72,9 @@ GLOSSARY = {
 }
 
 
+_GONE = 0.01  # U below which a class is said not to be answered
+
+
 def sent_to(counts: Sequence[int], classes: Sequence[str], label: int) -> str:
     """Return what the images of a class are named now, the three most frequent answers, of a row of the confusion."""
     total = sum(counts)
@@ -100,11 +103,18 @@ def summary(result: Mapping[str, Any]) -> str:
     if result["verdict"] == INDISTINGUISHABLE:
         return f"Passed. In every audit the model behaves towards {names} like models retrained without it. {named}"
     if result["verdict"] == SUPPRESSED:
+        it = "it" if len(result["forget"]) == 1 else "them"
         if any(_shows_class(result["audits"], name) for name in result["decided_by"]):
-            left = "traces of it are left: audits find more of it than in models retrained without it"
+            left = f"traces of {it} are left: audits find more of {it} than in models retrained without {it}"
         else:
-            left = "it is unlike models retrained without it, though no audit finds more of the class than in them"
-        return f"Not passed. The model no longer answers {names}, but {left}. {named}"
+            left = f"it is unlike models retrained without {it}, though no audit finds more of {it} than in them"
+        u = result["audits"].get("forget", {"figure": 0.0, "verdict": None})
+        answers = (
+            f"names {names} no more often than {'by chance' if u['verdict'] == 'above' else 'retrained models may'}"
+        )
+        if u["figure"] < _GONE:
+            answers = f"no longer answers {names}"
+        return f"Not passed. The model {answers}, but {left}. {named}"
     assert result["verdict"] == NO_VERDICT
     return f"There is no verdict on {names}: {result['reason']}. {named}"
 
@@ -135,7 +145,7 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
         (
             traces,
             f"{_count(traces, 'find')} more of {of} than in retrained models; the share of its images that is",
-            [_against(audits[name], name) for name in traces],
+            [_against(audits[name], name, delivered="model" not in result) for name in traces],
         ),
         (unlike, f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}", []),
         (suffered, "1 shows that the other classes suffered: R", []),
@@ -168,17 +178,19 @@ def _count(names: Sequence[str], verb: str) -> str:
     return f"{len(names)} {verb}{'s' * (len(names) == 1)}"
 
 
-def _against(audit: Mapping[str, Any], name: str) -> str:
+def _against(audit: Mapping[str, Any], name: str, *, delivered: bool) -> str:
     """Return a figure above its band beside the mean of the retrained models, and where the band ends."""
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
-    return f"{_PLAIN[name]}: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
+    plain = _PLAIN[name] if delivered else _PLAIN[name].removesuffix(_PUT_BACK)
+    return f"{plain}: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
 
 
+_PUT_BACK = " with the answer put back"  # of a model that was delivered without
 # What is counted by a figure above its band.
 _PLAIN = {
-    "forget": "named right with the answer put back",
+    "forget": f"named right{_PUT_BACK}",
     "reestimated": "named right with new statistics in the layers",
     "probe": "recognised by a simple reader of the model's inside",
     "prototype_1": "recognised from one sample image of each class",
@@ -206,7 +218,7 @@ def certainty(result: Mapping[str, Any]) -> str:
         f"{len(held)} here {passed} passed when the others judged them"
     )
     controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
-    failed = sum(verdict != INDISTINGUISHABLE for verdict in controls)
+    failed = sum(verdict in (SUPPRESSED, NOT_FORGOTTEN) for verdict in controls)
     known = (
         f"of {_number(len(controls), 'control')}, which must fail, {failed} did; how often another model that still "
         "knows the class would pass is not known"

@@ -12,7 +12,7 @@ from typing import IO, cast
 from pydantic import ValidationError
 from torch import nn
 
-from fedunlearn.data.images import Meaning
+from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
@@ -96,21 +96,24 @@ def recipe_rules(context: Context) -> Privacy:
 
 def held_by(recipe: Recipe, context: Context) -> ClientData:
     """Return what the client of the node's ``partition-id`` holds by ``recipe``."""
-    try:
-        number = int(context.node_config["partition-id"])
-    except (KeyError, ValueError) as error:
-        raise RecipeError("the node configuration must say which client this is: partition-id=0, 1, ...") from error
-    return _held(recipe.model_dump_json(), number)
+    return _held(recipe.model_dump_json(), _number(context))[0]
 
 
 def built_by(recipe: Recipe, context: Context) -> nn.Module:
     """Return the architecture of ``recipe`` for the images of this client."""
-    return new_model(recipe, held_by(recipe, context).train, seed=0).module
+    return new_model(recipe, _held(recipe.model_dump_json(), _number(context))[1], seed=0).module
+
+
+def _number(context: Context) -> int:
+    try:
+        return int(context.node_config["partition-id"])
+    except (KeyError, ValueError) as error:
+        raise RecipeError("the node configuration must say which client this is: partition-id=0, 1, ...") from error
 
 
 @lru_cache(maxsize=2)
-def _held(recipe: str, number: int) -> ClientData:
-    """Return what a client holds; kept, as a simulation answers many messages in one process."""
+def _held(recipe: str, number: int) -> tuple[ClientData, LabelledImages]:
+    """Return what a client holds and sees; kept, as a simulation answers many messages in one process."""
     return client_data(Recipe.model_validate_json(recipe), number)
 
 

@@ -21,10 +21,18 @@ from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.run.compare import retrained_models
-from fedunlearn.run.experiment import Experiment, new_model, normalised_for, read_data, set_up
+from fedunlearn.run.experiment import (
+    Experiment,
+    class_numbers,
+    new_model,
+    normalised_for,
+    read_data,
+    save_model,
+    set_up,
+)
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
-from fedunlearn.run.result import engine_block, evaluate, judged
+from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 
 
@@ -74,7 +82,8 @@ def audit_model(
     signer = None if key is None else read_private_key(key, outside=out)
     model, oracles, client = candidate.model, candidate.oracles, candidate.client
     weights = read_weights(model)
-    experiment = set_up(recipe, normalised_for(read_data(recipe), weights, recipe), None)
+    splits = normalised_for(read_data(recipe), weights, recipe)
+    experiment = set_up(recipe, splits, None, _earlier(weights, splits.train.classes, recipe))
     images = experiment.audit_images() if client is None else _of_client(experiment, client)
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
@@ -122,6 +131,9 @@ def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
     if not named:
         count = experiment.recipe.audit.oracles
         retrained = retrained_models(experiment, work.fed, data=work.data, count=count)
+        (work.out / "oracles").mkdir(exist_ok=True)
+        for name, oracle in retrained.items():  # for another audit
+            save_model(work.out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
         named = {
             name: Subject(oracle.model.without_rows(experiment.forget), oracle.model)
             for name, oracle in retrained.items()
@@ -142,6 +154,7 @@ def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
         "forget": list(experiment.forget),
         "classes": list(experiment.splits.test.classes),
         "engine": engine_block(experiment),
+        **earlier_block(experiment),
         "model": {"file": given.path.name, "sha256": sha256(given.path)} | figures(given.subject),
         "oracles": {name: figures(subject) for name, subject in named.items()},
         "controls": {
@@ -178,6 +191,12 @@ def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Path) 
     return named
 
 
+def _earlier(weights: Weights, classes: Sequence[str], recipe: Recipe) -> tuple[int, ...]:
+    """Return the classes that a model forgot before those that the recipe asks for: it has no rows for them."""
+    labels, forget = weights.numbered(classes).labels, class_numbers(recipe.unlearn.forget, classes)
+    return () if labels is None else tuple(sorted(set(range(len(classes))) - set(labels) - set(forget)))
+
+
 def _comparable(path: Path, experiment: Experiment) -> Weights:
     """Return weights of a model that sees images as the audited one does."""
     weights, images = read_weights(path), experiment.splits.train
@@ -208,8 +227,9 @@ def _of_client(experiment: Experiment, client: str) -> AuditImages:
 def _subject(weights: Weights, experiment: Experiment) -> Subject:
     """Return the model in a file; one without a label map has a row for every class, or for every class but these."""
     train, forget = experiment.splits.train, experiment.forget
-    empty = new_model(experiment.recipe, train, seed=0)
-    weights = named_for(weights, empty)
+    # The architecture is that of all classes; the plan of a file says which rows went.
+    empty = new_model(experiment.recipe, replace(train, classes=experiment.all_classes), seed=0)
+    weights = named_for(weights, empty).numbered(train.classes)
     everything = tuple(range(len(train.classes)))
     rows = weights.state.get(f"{head_layer(empty.module, empty.example)}.weight")
     labels = weights.labels

@@ -37,7 +37,15 @@ from fedunlearn.run.experiment import (
 )
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
-from fedunlearn.run.result import audit_blocks, cost_blocks, engine_block, evaluate, privacy_block, unlearned_blocks
+from fedunlearn.run.result import (
+    audit_blocks,
+    cost_blocks,
+    earlier_block,
+    engine_block,
+    evaluate,
+    privacy_block,
+    unlearned_blocks,
+)
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 from fedunlearn.unlearn import Forgotten, Unlearned
 from fedunlearn.version import __version__
@@ -110,6 +118,7 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     events.once("original ready", sha256=sha256(out / "original.safetensors"))
     test = experiment.splits.test
     result = {"forget": list(experiment.forget), "classes": list(test.classes), "engine": engine_block(experiment)}
+    result |= earlier_block(experiment)
     if command == "train":
         return result | {"original": evaluate(original, test, forget=experiment.forget)}
     result |= method_block(experiment, work.fed)
@@ -132,8 +141,8 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used.
     """
-    model, test = _loaded(recipe)
-    return evaluate(model, test, forget=class_numbers(recipe.unlearn.forget, test.classes))
+    model, test, forget = _loaded(recipe)
+    return evaluate(model, test, forget=forget)
 
 
 def export_weights(recipe: Recipe, path: Path) -> float:
@@ -142,15 +151,26 @@ def export_weights(recipe: Recipe, path: Path) -> float:
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used, or the model cannot be exported.
     """
-    model, test = _loaded(recipe)
+    model, test, _ = _loaded(recipe)
     return export_onnx(path, model, images=test)
 
 
-def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages]:
-    """Return the model that ``model.weights`` names and the test images as it takes them."""
+def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages, tuple[int, ...]]:
+    """Return the model that ``model.weights`` names, test images and the classes to forget.
+
+    Classes without a row that are not to be forgotten now were forgotten before: their images are left out.
+    """
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
-    return load_weights(new_model(recipe, test, seed=0), weights), test
+    weights = weights.numbered(test.classes)
+    model = load_weights(new_model(recipe, test, seed=0), weights)
+    forget = class_numbers(recipe.unlearn.forget, test.classes)
+    if model.labels is None:
+        return model, test, forget
+    earlier = set(range(len(test.classes))) - set(model.labels) - set(forget)
+    left = [label for label in range(len(test.classes)) if label not in earlier]
+    own = replace(model, labels=tuple(left.index(label) for label in model.labels))
+    return own, test.narrowed(earlier), tuple(left.index(label) for label in forget)
 
 
 def _audited(

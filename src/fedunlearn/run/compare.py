@@ -244,7 +244,8 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
 
 def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
     recipe = experiment.recipe
-    fresh = new_model(recipe, experiment.splits.train, seed=fed.seed)
+    earlier = experiment.earlier
+    fresh = new_model(recipe, experiment.splits.train, seed=fed.seed, earlier=earlier)
     if recipe.audit.models:
         path = Path(recipe.audit.models) / f"retrained-{fed.seed}.safetensors"
         known = RetrainedCache(path).restore(fresh.module)
@@ -254,7 +255,9 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
                 "(audit.oracles), or leave audit.models out to retrain"
             )
         return Oracle(fresh, known, True)
-    cache = RetrainedCache.of(recipe, experiment.forget, data, fed.seed)
+    # The shares of clients depend on the images of all classes.
+    place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
+    cache = RetrainedCache.of(recipe, experiment.forget, place, fed.seed)
     if cache is not None and not fed.journal.steps("retrain"):
         restored = cache.restore(fresh.module)
         if restored is not None:

@@ -37,10 +37,10 @@ def images_to_train(experiment: Experiment, command: str) -> float:
     if command == "unlearn":
         return wanted + attempts * once
     retrained = 0 if recipe.audit.models else recipe.audit.oracles
-    # Fine-tuning costs as much as all attempts, or all classes in turn; random channels, and the erase step alone, as
-    # one attempt.
-    each = 1 if unlearn.fraction == "auto" else attempts
-    times = 2 * attempts + each * (1 + (recipe.erase.erasing() is not None))
+    # Fine-tuning costs as much as all attempts, or all classes in turn; random channels as one attempt, or all classes;
+    # the erase step alone as one.
+    once_each = 1 if unlearn.fraction == "auto" else attempts
+    times = 2 * attempts + once_each + (recipe.erase.erasing() is not None)
     return wanted + times * once + retrained * whole * kept
 
 

@@ -42,7 +42,8 @@ class Experiment:
 
     Attributes:
         recipe: the recipe.
-        splits: training and test images; the weights' own normalisation where they have one.
+        splits: training and test images; the weights' own normalisation where they have one, and no image or number
+            of a class that they forgot before.
         engine: the clients.
         model: the original architecture; fresh weights, or those of ``weights``.
         weights: what ``model.weights`` names.
@@ -50,6 +51,8 @@ class Experiment:
         table: training images per client and class, int64, shape ``(clients, classes)``.
         clients: training images of each client.
         validation: validation images of each client that has some.
+        earlier: numbers, among all classes of the data, of those that ``weights`` forgot before.
+        all_classes: names of all classes of the data.
     """
 
     recipe: Recipe
@@ -61,6 +64,8 @@ class Experiment:
     table: torch.Tensor
     clients: Mapping[str, LabelledImages]
     validation: Mapping[str, LabelledImages]
+    earlier: tuple[int, ...]
+    all_classes: tuple[str, ...]
 
     def holders(self) -> tuple[str, ...]:
         """Return the clients that hold images of the kept classes."""
@@ -127,32 +132,51 @@ def prepare(recipe: Recipe) -> Experiment:
     """
     weights = read_weights(Path(recipe.model.weights)) if recipe.model.weights else None
     splits = read_data(recipe)
+    earlier: tuple[int, ...] = ()
     if weights is not None:
         splits = normalised_for(splits, weights, recipe)
-    return set_up(recipe, splits, weights)
+        weights, earlier = _numbered(weights, splits.train.classes)
+        again = sorted(set(class_numbers(recipe.unlearn.forget, splits.train.classes)) & set(earlier))
+        if again:
+            raise PlanError(
+                f"{weights.path} has no output row for class {again[0]} ({splits.train.classes[again[0]]}), which was "
+                "forgotten before: give unlearn.forget another class, or model.weights a model that knows this one"
+            )
+    return set_up(recipe, splits, weights, earlier)
 
 
-def set_up(recipe: Recipe, splits: Splits, weights: Weights | None) -> Experiment:
+def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Sequence[int] = ()) -> Experiment:
     """Share ``splits`` out and build the model, with fresh weights where ``weights`` is None; refuse what cannot work.
+
+    Args:
+        recipe: the recipe.
+        splits: all images.
+        weights: of the original, its rows numbered as the classes of ``splits``.
+        earlier: classes that were forgotten before: the original has no row for them, and nobody an image.
 
     Raises:
         FedUnlearnError: the recipe, the data, the weights or the model cannot be used.
     """
+    everything, wanted = splits.train, class_numbers(recipe.unlearn.forget, splits.train.classes)
+    splits = Splits(*(images.narrowed(earlier) for images in splits)) if earlier else splits
     train = splits.train
-    forget = class_numbers(recipe.unlearn.forget, train.classes)
-    model = new_model(recipe, train, seed=recipe.federation.seed)
-    if weights is not None:
-        _check_rows(weights, len(train.classes), forget)
-        model = load_weights(model, weights)
+    forget = tuple(train.classes.index(everything.classes[label]) for label in wanted)
+    seed = recipe.federation.seed
+    if weights is None:
+        model = new_model(recipe, train, seed=seed, earlier=earlier)
+    else:
+        model = load_weights(new_model(recipe, everything, seed=seed), weights)
+        model = replace(model, labels=None) if earlier else model
     head_layer(model.module, model.example)  # refused here, not after hours of training
     find_channels(model.module, model.example)
-    clients, validation = share_out(recipe, train)
+    clients, validation = share_out(recipe, everything, earlier)
     engine = _local_engine(recipe, clients, validation)
     table = class_table(clients)
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
-    return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation)
+    about = tuple(earlier), everything.classes
+    return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
 
 
 def computing(experiment: Experiment, table: ComputeTable) -> Experiment:
@@ -172,29 +196,44 @@ def _local_engine(
     return LocalEngine(clients, validation=validation, rules=rules, compute=compute)
 
 
-def share_out(recipe: Recipe, train: LabelledImages) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:
-    """Return the training images of each client, and the validation images of each that has some."""
+def share_out(
+    recipe: Recipe, train: LabelledImages, earlier: Sequence[int] = ()
+) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:
+    """Return the training images of each client, and the validation images of each that has some.
+
+    Those of classes that were forgotten ``earlier`` go from each client: the others stay where they were.
+    """
     fed = recipe.federation
     shares = partition(
         train, by=fed.partition, clients=fed.clients or None, alpha=fed.alpha, bias=fed.bias, seed=fed.seed
     )
-    return hold_out(shares, recipe.data.validation, seed=fed.seed)
+    clients, validation = hold_out(shares, recipe.data.validation, seed=fed.seed)
+    if earlier:
+        clients, validation = (
+            {name: images.narrowed(earlier) for name, images in part.items()} for part in (clients, validation)
+        )
+    return clients, {name: images for name, images in validation.items() if len(images)}
 
 
-def client_data(recipe: Recipe, number: int) -> ClientData:
-    """Return what client ``number`` of the recipe holds, for clients that are processes of their own.
+def client_data(recipe: Recipe, number: int) -> tuple[ClientData, LabelledImages]:
+    """Return what client ``number`` holds, for clients that are processes of their own, and images to build models for.
+
+    The latter are none, of all classes: the architecture is made for them, whatever was forgotten before.
 
     Raises:
         FedUnlearnError: the recipe or the data cannot be used, or it has no such client.
     """
     splits = read_data(recipe)
+    earlier: tuple[int, ...] = ()
     if recipe.model.weights:
-        splits = normalised_for(splits, read_weights(Path(recipe.model.weights)), recipe)
-    clients, validation = share_out(recipe, splits.train)
+        weights = read_weights(Path(recipe.model.weights))
+        splits = normalised_for(splits, weights, recipe)
+        _, earlier = _numbered(weights, splits.train.classes)
+    clients, validation = share_out(recipe, splits.train, earlier)
     if not 0 <= number < len(clients):
         raise RecipeError(f"the recipe has clients 0 .. {len(clients) - 1}, this one is to be {number}")
     name = list(clients)[number]
-    return ClientData(name, clients[name], validation.get(name))
+    return ClientData(name, clients[name], validation.get(name)), splits.train.take(slice(0, 0))
 
 
 def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> tuple[int, ...]:
@@ -219,15 +258,22 @@ def _is_number(name: str, number: int) -> bool:
     return name.isascii() and name.isdigit() and int(name) == number
 
 
-def _check_rows(weights: Weights, classes: int, forget: tuple[int, ...]) -> None:
-    """Refuse weights whose output rows are not those of classes ``0 .. classes - 1``, in this order."""
-    if weights.labels is None or weights.labels == tuple(range(classes)):
-        return
-    gone = sorted(set(range(classes)) - set(weights.labels))
-    raise ModelError(
-        f"{weights.path} has output rows for the classes {list(weights.labels)}, not for all of 0 .. {classes - 1}: "
-        f"start from the model before they were forgotten, with unlearn.forget={sorted({*gone, *forget})}"
-    )
+def _numbered(weights: Weights, classes: Sequence[str]) -> tuple[Weights, tuple[int, ...]]:
+    """Return weights with the numbers that ``classes`` has for their rows, and the classes that they forgot before.
+
+    Raises:
+        ModelError: their rows are not in the order of ``classes``.
+    """
+    weights = weights.numbered(classes)
+    labels = weights.labels
+    if labels is None:
+        return weights, ()
+    if list(labels) != sorted(labels) or not set(labels) <= set(range(len(classes))):
+        raise ModelError(
+            f"{weights.path} has output rows for the classes {list(labels)}, expected some of 0 .. {len(classes) - 1} "
+            "in their order: give the data in the order of classes that the model was trained with"
+        )
+    return weights, tuple(sorted(set(range(len(classes))) - set(labels)))
 
 
 def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
@@ -263,13 +309,21 @@ def read_data(recipe: Recipe) -> Splits:
     return READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
 
 
-def new_model(recipe: Recipe, images: LabelledImages, *, seed: int) -> Classifier:
-    """Return the recipe's architecture with fresh weights, which depend on ``seed`` alone."""
-    classes, colours = len(images.classes), images.colours
+def new_model(recipe: Recipe, images: LabelledImages, *, seed: int, earlier: Sequence[int] = ()) -> Classifier:
+    """Return the recipe's architecture with fresh weights, which depend on ``seed`` alone.
+
+    Args:
+        recipe: the recipe.
+        images: of the kind the model takes.
+        seed: of the weights.
+        earlier: numbers, among all classes of the data, of those that ``images`` lack: the model has no rows for them.
+    """
+    classes, colours = len(images.classes) + len(earlier), images.colours
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build_model(recipe.model.name, classes=classes, colours=colours, shortcut=recipe.model.shortcut)
-    return Classifier(module, images.shape)
+    model = Classifier(module, images.shape)
+    return replace(model.without_rows(earlier), labels=None) if earlier else model
 
 
 def _criterion(recipe: Recipe) -> Criterion:

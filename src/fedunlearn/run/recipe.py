@@ -378,13 +378,14 @@ def _read(name: str) -> dict[str, Any]:
             value.setdefault("model", {})["name"] = model
         return value
     path = Path(name)
+    if path.is_dir():
+        there = next(iter(sorted(path.glob("*.toml"))), "a file that ends in .toml")
+        raise RecipeError(f"{path} is a folder: give a recipe, {there}")
     if path.suffix == ".toml" and not path.exists():
         raise RecipeError(f"{path}: there is no such recipe file")
     if path.suffix != ".toml":
         near = difflib.get_close_matches(name, SHIPPED, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        if path.is_dir():
-            raise RecipeError(f"{path} is a folder: give the recipe file, such as {path / 'recipe.toml'}")
         raise RecipeError(
             f"there is no shipped recipe {name!r}{hint} (fedunlearn recipes lists them; a file ends in .toml)"
         )

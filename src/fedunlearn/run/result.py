@@ -137,6 +137,12 @@ def engine_block(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def earlier_block(experiment: Experiment) -> dict[str, Any]:
+    """Return the block ``earlier``: names of the classes that the model forgot before; none where it forgot none."""
+    names = [experiment.all_classes[label] for label in experiment.earlier]
+    return {"earlier": names} if names else {}
+
+
 def speedup(unlearned: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[str, float]:
     """Return retraining cost over unlearning cost, of two cost blocks of result.json."""
     counted = ("client_flops", "client_samples", "rounds", "client_seconds")

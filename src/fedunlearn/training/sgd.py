@@ -270,7 +270,8 @@ def _by_function(
     seen = train(own, as_dataset(images), lr)
     if not is_whole(seen, 1) or int(seen) > MOST_IMAGES:
         raise FederationError(
-            f"Compute(train=...) returned {seen!r}, expected how many images it saw, repeats counted, at least 1"
+            f"Compute(train=...) returned {seen!r}, expected how many images it saw, repeats counted, from 1 to "
+            f"{MOST_IMAGES:,}"
         )
     state = own.state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

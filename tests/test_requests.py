@@ -1,0 +1,143 @@
+"""A second request: a model that forgot a class before forgets another, and nobody needs the first one's images."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import make_images, write_set
+from fedunlearn.checkpoint import read_weights
+from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.federation.journal import Journal
+from fedunlearn.flower.app import built_by, engine_on, held_by
+from fedunlearn.flower.client import client_app
+from fedunlearn.run.audit_file import Candidate, audit_model
+from fedunlearn.run.commands import evaluate_weights, run
+from fedunlearn.run.experiment import prepare, share_out
+from fedunlearn.run.recipe import load_recipe
+from loopback import Loopback, nodes
+
+NAMES = ("cat", "dog", "owl", "yak")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder in which the run ``one`` forgot the dog, the second of four classes."""
+    folder = tmp_path_factory.mktemp("requests")
+    recipe = str(write_set(folder, names=NAMES, oracles=3))
+    run(load_recipe(recipe, ["unlearn.forget=dog"]), folder / "one", command="unlearn")
+    return folder
+
+
+def second(first, *overrides):
+    """Return a recipe that goes on from the model without the dog."""
+    weights = f"model.weights={json.dumps(str(first / 'one' / 'model.safetensors'))}"
+    return load_recipe(str(first / "tiny.toml"), [weights, "unlearn.forget=yak", *overrides])
+
+
+def test_images_of_fewer_classes_are_numbered_anew():
+    images = LabelledImages(
+        torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1),
+        torch.tensor([0, 1, 2, 3, 1, 3]),
+        NAMES,
+        (0.5,),
+        (0.5,),
+        groups=torch.arange(6),
+    )
+    own = images.narrowed([1])
+    assert own.classes == ("cat", "owl", "yak")
+    assert own.labels.tolist() == [0, 1, 2, 2]
+    assert own.images.flatten().tolist() == own.groups.tolist() == [0, 2, 3, 5]
+
+
+def test_who_holds_what_stays_and_only_the_forgotten_images_are_gone(first):
+    experiment, whole = prepare(second(first)), prepare(load_recipe(str(first / "tiny.toml")))
+    assert experiment.splits.test.classes == ("cat", "owl", "yak")
+    assert (experiment.forget, experiment.earlier, experiment.all_classes) == ((2,), (1,), NAMES)
+    for part, before in ((experiment.clients, whole.clients), (experiment.validation, whole.validation)):
+        for name, images in part.items():
+            assert torch.equal(images.images, before[name].without([1]).images)
+
+
+def test_a_second_run_neither_knows_nor_needs_the_first_class(first, tmp_path):
+    found = run(second(first), tmp_path / "two")
+    assert (found["earlier"], found["classes"], found["forget"]) == (["dog"], ["cat", "owl", "yak"], [2])
+    assert list(found["original"]["accuracy"]["per_class"]) == ["cat", "owl", "yak"]
+    before = json.loads((first / "one" / "result.json").read_text())["unlearned"]
+    # What the first run delivered is where the second begins.
+    assert found["original"]["parameters"] == before["parameters"]
+    weights = read_weights(tmp_path / "two" / "model.safetensors")
+    assert (weights.labels, weights.classes) == ((0, 1), ("cat", "owl"))
+    assert weights.state["linear.weight"].shape[0] == 2
+    retrained = read_weights(tmp_path / "two" / "oracles" / "retrained-1.safetensors")
+    assert retrained.state["linear.weight"].shape[0] == 3
+    assert "“dog”" in (tmp_path / "two" / "report.html").read_text()
+
+    again = second(first, f"model.weights={json.dumps(str(tmp_path / 'two' / 'model.safetensors'))}")
+    for asked in (again, again.model_copy(update={"unlearn": again.unlearn.model_copy(update={"forget": [3]})})):
+        accuracy = evaluate_weights(asked)["accuracy"]
+        assert accuracy["retain"] == found["unlearned"]["accuracy"]["retain"]
+
+    oracles = sorted((tmp_path / "two" / "oracles").iterdir())
+    audited = audit_model(
+        second(first),
+        tmp_path / "audit",
+        Candidate(
+            model=tmp_path / "two" / "model.safetensors",
+            oracles=oracles,
+            original=tmp_path / "two" / "original.safetensors",
+        ),
+    )
+    assert audited["earlier"] == ["dog"]
+    for name in ("retain", "probe", "relearn", "neighbours"):
+        assert audited["audits"][name] == found["audits"][name]
+    assert audited["controls"]["original"]["accuracy"] == found["original"]["accuracy"]
+
+
+def test_third_and_fourth_requests_go_on_by_the_names_of_the_classes(first, tmp_path):
+    run(second(first), tmp_path / "two", command="unlearn")
+    weights = f"model.weights={json.dumps(str(tmp_path / 'two' / 'model.safetensors'))}"
+    found = run(second(first, weights, "unlearn.forget=0"), tmp_path / "three", command="unlearn")
+    assert (found["earlier"], found["classes"], found["forget"]) == (["dog", "yak"], ["cat", "owl"], [0])
+    assert read_weights(tmp_path / "three" / "model.safetensors").classes == ("owl",)
+
+
+def test_a_class_is_not_forgotten_twice_and_classes_in_another_order_are_refused(first, tmp_path):
+    with pytest.raises(PlanError, match=r"has no output row for class 1 \(dog\), which was forgotten before: give"):
+        prepare(second(first, "unlearn.forget=dog"))
+    other = str(write_set(tmp_path, names=("yak", "owl", "dog", "cat")))
+    weights = f"model.weights={json.dumps(str(first / 'one' / 'model.safetensors'))}"
+    with pytest.raises(ModelError, match=r"has output rows for the classes \[3, 1, 0\], expected some of 0 .. 3 in th"):
+        prepare(load_recipe(other, [weights, "unlearn.forget=owl"]))
+
+
+def test_names_that_the_data_does_not_have_leave_the_labels_as_they_are(first):
+    weights = read_weights(first / "one" / "model.safetensors")
+    assert weights.numbered(("yak", "owl", "cat")).labels == (2, 1, 0)
+    assert weights.numbered(("a", "b", "c", "d")).labels == weights.labels == (0, 2, 3)
+
+
+def test_clients_on_flower_give_the_weights_that_clients_of_this_process_give(tmp_path):
+    small = ["federation.clients=2", "train.rounds=2", "unlearn.rounds=1", "compute.precision=float32"]
+    run(load_recipe("digits", small), tmp_path / "one", command="unlearn")
+    weights = f"model.weights={json.dumps(str(tmp_path / 'one' / 'model.safetensors'))}"
+    recipe = load_recipe("digits", [*small, weights, "unlearn.forget=4"])
+    app = client_app(
+        lambda own: built_by(recipe, own), lambda own: held_by(recipe, own), rules=lambda own: recipe.rules()
+    )
+    run(recipe, tmp_path / "here", command="unlearn")
+    run(recipe, tmp_path / "flower", command="unlearn", engine=engine_on(Loopback(nodes(app, 2))))
+    states = [read_weights(tmp_path / name / "model.safetensors").state for name in ("here", "flower")]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_a_client_that_held_nothing_else_keeps_its_place(first):
+    recipe = second(first)
+    images = make_images(120, 4)
+    clients, validation = share_out(recipe, images, (1, 2, 3))
+    assert len(clients) == recipe.federation.clients
+    assert set(validation) <= set(clients)
+    assert all(own.classes == images.classes[:1] for own in clients.values())
+    assert prepare(recipe).federation(Journal()).engine.clients == tuple(clients)
