@@ -63,7 +63,7 @@ def test_the_readme_s_script_for_a_data_set_of_ones_own_runs(capsys):
     short = code.replace("rounds=10", "rounds=1").replace("range(1, 6)", "range(1, 4)")
     exec(compile(short, "README.md", "exec"), {})
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1].split() == ["audit", "figure", "retrained", "in", "%"]
+    assert shown[1].split() == ["audit", "figure,", "%", "retrained,", "%"]
     assert len(shown) == 2 + 14
 
 

@@ -59,7 +59,9 @@ class Weights:
 
         A file that was written after an earlier request numbers the classes that were left then.
         """
-        if self.classes is None or not set(self.classes) <= set(classes):
+        if self.labels is None or self.classes is None or len(self.classes) != len(self.labels):
+            return self
+        if not set(self.classes) <= set(classes):
             return self
         return replace(self, labels=tuple(classes.index(name) for name in self.classes))
 
@@ -268,7 +270,7 @@ def _safetensors(path: Path) -> Weights:
         tuple(value["mean"]),
         tuple(value["std"]),
         value["architecture"].get("shortcut"),
-        tuple(value["classes"]),
+        tuple(value["classes"]) if "classes" in value else None,
     )
 
 

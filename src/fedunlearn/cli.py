@@ -286,8 +286,12 @@ def audit(options: Options) -> None:
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
     recipe = options.recipe_set()
     with _progress(options.quiet) as (console, observe):
-        if options.original is None:
-            console.print("without --original, the model before, no verdict can be a pass", highlight=False)
+
+        def described(experiment: Experiment) -> None:
+            console.print(describe(experiment), highlight=False)
+            if options.original is None:
+                console.print("without --original, the model before, no verdict can be a pass", highlight=False)
+
         result = audit_model(
             recipe,
             folder,
@@ -298,7 +302,7 @@ def audit(options: Options) -> None:
                 client=options.client,
             ),
             key=options.key,
-            prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+            prepared=described,
             observe=observe,
         )
     if options.as_json:
