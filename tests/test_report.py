@@ -202,20 +202,23 @@ def test_what_lies_outside_is_told_by_what_it_means():
             ],
         ),
         ("1 shows that it is unlike retrained models in other ways: features (CKA)", []),
-        ("1 shows that the other classes suffered: R", []),
+        (
+            "1 shows that the other classes suffered; of their images",
+            ["named right: 90.0 % (retrained models: mean 47.5 %, band from 10.0 %)"],
+        ),
         (
             "1 cannot tell here, so what is asked stays open",
             ["U, 8 bits (Does rounding the weights to 8 bits bring it back?)"],
         ),
         ("1 lies outside on the side that speaks for the model: neighbours (TV)", []),
         ("1 cannot be held against a band: membership AUC", []),
-        ("1 lies inside its band", []),
+        ("1 lies inside its band: relearning", []),
     ]
     (only,) = outside(judged("suppressed, not erased", probe="above", artefacts="above") | {"forget": [2, 3]})
     assert only[0].startswith("2 find more of the classes than")
     assert only[1][1] == "artefacts 0.9"
     passed = judged("indistinguishable from retraining", probe="inside", relearn="inside", int8="inside")
-    assert outside(passed, ["int8"])[1:] == [("2 lie inside their bands", [])]
+    assert outside(passed, ["int8"])[1:] == [("2 lie inside their bands: linear probe; relearning", [])]
     assert outside(judged("no verdict", probe="inside", artefacts="inside")) == []
 
 

@@ -172,6 +172,7 @@ def _record(run: RunFolder) -> dict[str, Any]:
         "before": fact("original ready", "sha256"),
         "after": fact("unlearned", "sha256"),
         "key": fact(OPERATOR, "key"),
+        "signed": when(OPERATOR),
     }
 
 
@@ -274,7 +275,7 @@ def _bands(run: RunFolder) -> Plot:
     return Plot(
         "bands",
         "Every figure beside its band",
-        "The band is where one more retrained model is expected. Outside: " + (", ".join(outside) or "none") + ".",
+        "The band is where one more retrained model is expected. Outside: " + ("; ".join(outside) or "none") + ".",
         plots.bands(
             audits,
             [run.figures(name) for name in run.oracles],
@@ -381,8 +382,8 @@ def _channels(run: RunFolder) -> list[Plot]:
             Plot(
                 "maps",
                 "What channels saw",
-                f"Feature maps of the original in {own.layer}: the forgotten class in the upper rows; the {half} "
-                f"channels ranked highest, then the {half} ranked lowest. Bright: the channel reacts there.",
+                f"Test images, and feature maps of the original in {own.layer}: the forgotten class in the upper rows; "
+                f"the {half} channels ranked highest, then the {half} ranked lowest. Bright: the channel reacts there.",
                 plots.feature_maps(own.pictures, own.maps, own.rows, titles),
             )
         )

@@ -31,11 +31,11 @@ LIMITS = (
 # What each verdict means, from best to worst.
 VERDICTS = {
     INDISTINGUISHABLE: "in no audit can the model be told from models that never saw the class: the pass",
-    SUPPRESSED: "the model names the class no more often than models that never saw it, or than by chance, and audits "
-    "can still tell it from them: by traces of the class, or as unlike them in other ways; no pass",
+    SUPPRESSED: "the model no longer names the class, but audits can tell it from models that never saw it: they find "
+    "traces of the class, or that it is unlike those models in other ways, as the line says; no pass",
     NOT_FORGOTTEN: "the model still names the class, more often than models that never saw it; no pass",
-    NO_VERDICT: "nothing can be said: there are too few retrained models, a figure that a pass needs is missing, the "
-    "model before never knew the class, or of the controls that must fail none is there or one passed",
+    NO_VERDICT: "nothing can be said, for one of these reasons: there are too few retrained models; a figure that a "
+    "pass needs is missing; the model before never knew the class; no control was audited, or one passed",
 }
 # Words of the page that not everybody knows; those of each figure are in the table of audits.
 GLOSSARY = {
@@ -43,22 +43,26 @@ GLOSSARY = {
     "never name it, so it is measured with the answer (its output row) put back; low was asked for, and is no proof",
     "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
-    "control": "a model that must not pass, or the audits are no good here: nearly all of them know the class",
+    "control": "a model that must not pass, or the audits are no good here",
     "band": "where the figure of one more retrained model is expected: of 20 such models 19 lie inside all bands",
     "sd": "how far a figure is from the mean of the retrained models, by their usual distance from it (standard "
-    "deviation). What counts is whether it lies inside its band, which is several sd wide where there are few models",
+    "deviation), or by what few images leave uncertain where that is more. What counts is whether it lies inside its "
+    "band, which is several sd wide where there are few models",
     "linear probe": "a simple reader trained on what the inside of the model computes: can it tell the class? Models "
-    "that never saw the class often let it be told as well, so the figure says something beside theirs alone",
+    "that never saw the class often let it be told as well: only what goes beyond theirs is a trace",
     "prototypes": "can the class be recognised from one, five or ten sample images, by likeness inside it? Models "
-    "that never saw it can do so to some degree, so the figure says something beside theirs alone",
+    "that never saw it can do so to some degree, since they learned what other classes have in common with it: only "
+    "what goes beyond theirs is a trace",
     "relearning": "how fast the class comes back when somebody trains the model on it again",
     "validation images": "images that clients hold back from training: settings, and the end of retraining, are "
     "chosen by them",
     "membership AUC": "can the very images that were trained on be told from others? 50 is guessing, 100 is certain",
     "neighbours (TV)": "the share of images of the class that goes elsewhere than in retrained models, among the other "
-    "answers; 0 is the same (total variation)",
+    "answers; 0 is the same (total variation). Outside, the class is answered in another way, which need not mean that "
+    "the model knows it",
     "features (CKA), features (Procrustes)": "how alike what the layers compute is to retrained models. CKA: 100 is "
-    "the same; Procrustes: 0 is. Outside, the model is another one, which need not mean that it knows the class",
+    "the same; Procrustes: 0 is the same. Outside, the model computes in another way, which need not mean that it "
+    "knows the class",
     "8 bits, 4 bits, re-estimated": "does a coarser copy of the model, or one with new statistics in its layers, name "
     "the class again?",
     "artefacts": "pieces of the class left in the delivered file",
@@ -148,11 +152,19 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
             [_against(audits[name], name, delivered="model" not in result) for name in traces],
         ),
         (unlike, f"{_count(unlike, 'show')} that it is unlike retrained models in other ways: {_listed(unlike)}", []),
-        (suffered, "1 shows that the other classes suffered: R", []),
+        (
+            suffered,
+            "1 shows that the other classes suffered; of their images",
+            [_below(audits[name]) for name in suffered],
+        ),
         (open_ones, f"{len(open_ones)} cannot tell here, so what is asked stays open", asked),
         (beyond, f"{_count(beyond, 'lie')} outside on the side that speaks for the model: {_listed(beyond)}", []),
         (without, f"{len(without)} cannot be held against a band: {_listed(without)}", []),
-        (inside, f"{_count(inside, 'lie')} inside {'its band' if len(inside) == 1 else 'their bands'}", []),
+        (
+            inside,
+            f"{_count(inside, 'lie')} inside {'its band' if len(inside) == 1 else 'their bands'}: {_listed(inside)}",
+            [],
+        ),
     ]
     return [(text, figures) for own, text, figures in groups if own]
 
@@ -188,6 +200,13 @@ def _against(audit: Mapping[str, Any], name: str, *, delivered: bool) -> str:
 
 
 _PUT_BACK = " with the answer put back"  # of a model that was delivered without
+
+
+def _below(audit: Mapping[str, Any]) -> str:
+    mean, end = sum(audit["band"]) / 2, clipped(audit["band"], "retain")[0]
+    return f"named right: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band from {_tenth(end)})"
+
+
 # What is counted by a figure above its band.
 _PLAIN = {
     "forget": f"named right{_PUT_BACK}",
@@ -214,8 +233,8 @@ def certainty(result: Mapping[str, Any]) -> str:
         return ""
     passed = sum(own["verdict"] == INDISTINGUISHABLE for own in held.values())
     erased = (
-        "a truly retrained model would be failed by mistake at most once in 20 times; of the "
-        f"{len(held)} here {passed} passed when the others judged them"
+        "a truly retrained model would be failed by mistake at most once in 20 times, as the bands are computed; of "
+        f"the {len(held)} here {passed} passed when the others judged them"
     )
     controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
     failed = sum(verdict in (SUPPRESSED, NOT_FORGOTTEN) for verdict in controls)
@@ -285,4 +304,4 @@ def _shows_class(audits: Mapping[str, Any], name: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(FIGURES[name].label for name in names)
+    return "; ".join(FIGURES[name].label for name in names)
