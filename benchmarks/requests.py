@@ -24,6 +24,7 @@ OUT = Path(__file__).parent / "requests.json"
 SEEDS = (0, 1, 2)
 IN_A_ROW = (9, 8, 7, 6, 5)
 AT_ONCE = ((0, 9), (0, 5, 9), (1, 3, 5, 7, 9))
+ERASING = {"": (), ", erase step": ("erase.complement=1.0",)}
 CLIENTS = 10
 SETTINGS = ("audit.oracles=3", "compute.workers=1", "evidence.feature_maps=false")
 
@@ -69,12 +70,14 @@ def main(out: str) -> None:
             place = folder / f"row-{number}-seed{seed}"
             rows.append(asked(f"{number} in a row", seed, place, f"unlearn.forget={label}", *weights))
             before = place / "model.safetensors"
-        for classes in AT_ONCE:
-            place = folder / f"once-{len(classes)}-seed{seed}"
-            name = f"{len(classes)} at once"
-            rows.append(asked(name, seed, place, f"unlearn.forget={list(classes)}", "unlearn.jointly=true"))
         given = ("data.source=npz", f"data.path={json.dumps(str(one))}", "federation.partition=group")
-        rows.append(asked("held by one client", seed, folder / f"one-seed{seed}", "federation.clients=0", *given))
+        for step, overrides in ERASING.items():
+            for classes in AT_ONCE:
+                place = folder / f"once-{len(classes)}{'-erase' * bool(step)}-seed{seed}"
+                wanted = (f"unlearn.forget={list(classes)}", "unlearn.jointly=true")
+                rows.append(asked(f"{len(classes)} at once{step}", seed, place, *wanted, *overrides))
+            place = folder / f"one{'-erase' * bool(step)}-seed{seed}"
+            rows.append(asked(f"held by one client{step}", seed, place, "federation.clients=0", *given, *overrides))
         OUT.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(f"seed {seed}: done", flush=True)
 

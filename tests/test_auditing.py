@@ -127,6 +127,21 @@ def test_retrained_models_that_are_not_several_or_not_comparable_are_refused(sig
         audited(tmp_path / "other.npz")
 
 
+def test_a_model_that_knows_the_class_is_no_retrained_one(signed, recipe, oracles, tmp_path):
+    before, model = signed / "run" / "original.safetensors", signed / "run" / "model.safetensors"
+    other = dict(read_weights(before).state)
+    other["linear.bias"] = other["linear.bias"] + 1e-3
+    save_file(other, tmp_path / "knows.safetensors")
+    with pytest.raises(
+        EvidenceError, match=r"knows names the class to forget in 100\.0 % of its test images, so it was"
+    ):
+        audit_model(recipe, tmp_path / "a", Candidate(model=model, oracles=[*oracles, tmp_path / "knows.safetensors"]))
+    shutil.copy(before, tmp_path / "copy.safetensors")
+    given = Candidate(model=model, oracles=[*oracles, tmp_path / "copy.safetensors"], original=before)
+    with pytest.raises(EvidenceError, match=r"copy\.safetensors and .*original\.safetensors are the same model"):
+        audit_model(recipe, tmp_path / "b", given)
+
+
 def test_a_model_that_lacks_a_kept_class_is_refused(signed, oracles, tmp_path):
     other = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[3]"])
     with pytest.raises(

@@ -41,4 +41,9 @@ def test_the_time_to_train_is_told_in_words():
         (600, "about 10 minutes"),
         (9000, "about 2.5 hours"),
     ):
-        assert expected(seconds).startswith(f"training takes {words} from the start on this machine")
+        said = expected(seconds, load_recipe("digits"), "run")
+        assert said.startswith(f"training takes {words} from the start on this machine")
+        assert said.endswith("retrained models from the cache take none")
+    own = load_recipe("digits", ["model.name=mine:net"])
+    assert expected(600, own, "run").endswith("audits are not counted")  # by its name, its code is not known
+    assert expected(600, own, "unlearn").endswith("if nothing else runs there")

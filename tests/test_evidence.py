@@ -219,7 +219,11 @@ def test_keys_that_are_mixed_up_are_told_apart(copied, signed):
 def test_what_is_no_key_or_not_signed_is_said(copied, tmp_path):
     folder, key = copied
     (tmp_path / "text").write_text("no key")
-    assert "expected a public key in PEM" in problems(folder, tmp_path / "text")[0]
+    assert (
+        "expected a public key in PEM: give the .pub file that keygen wrote" in problems(folder, tmp_path / "text")[0]
+    )
+    (tmp_path / "text").write_text("-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n")
+    assert "expected a public key in PEM, but" in problems(folder, tmp_path / "text")[0]
     (folder / "dossier.sig").unlink()
     assert problems(folder, key) == [f"{folder}: there is no dossier.sig: the folder was not signed"]
 
@@ -754,10 +758,13 @@ def test_a_confirmed_deletion_is_an_event_and_signed_again(signed, tmp_path):
     done = fedunlearn(
         "acknowledge", folder, "--client", "client-1", "--client", "client-0", "--key", signed / "operator"
     )
-    assert (done.returncode, done.stdout) == (0, f"{folder}: recorded and signed\n")
+    assert (done.returncode, done.stdout) == (0, f"{folder}: recorded and signed again\n")
     assert json.loads((folder / "dossier.json").read_text())["acknowledged"] == ["client-0", "client-1"]
     again = fedunlearn("acknowledge", folder, "--client", "client-1", "--key", signed / "operator")
     assert again.returncode == 0
+    shutil.copytree(signed / "plain", tmp_path / "plain")
+    first = fedunlearn("acknowledge", tmp_path / "plain", "--client", "client-1", "--key", signed / "operator")
+    assert first.stdout == f"{tmp_path / 'plain'}: recorded and signed, which it was not before\n"
     seen = fedunlearn("verify", folder, "--key", signed / "operator.pub")
     assert seen.returncode == 0
     assert "deletion confirmed, as the operator says, by: client-0, client-1" in seen.stdout

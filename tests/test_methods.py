@@ -211,6 +211,23 @@ def test_pruning_by_each_ranking_is_what_unlearning_by_it_is(known):
         assert ours.plan == theirs.plan
 
 
+def test_the_random_control_loses_no_more_channels_than_spoke_for_the_class(known):
+    def few(stats, label, **_):
+        """Two channels of each layer speak for the class, whatever the cut asks for."""
+        return {layer: torch.where(torch.arange(own.shape[1]) < 2, 1.0, -1.0) for layer, own in stats.sums.items()}
+
+    request = replace(REQUEST, rank=Ranking(few), cut=Cut(0.5))
+    ours = unlearn(known, federation(), forget=[2], cut=request.cut, repair=REPAIR, rank=request.rank)
+    gone = {row["layer"]: row["removed"] for row in ours.table()}
+    beside = METHODS | COMPARED
+    control = beside["random"].run(known, federation(), replace(request, unlearned=ours), None)
+    lost = {layer: len(own) for layer, own in control.subject.model.plan.pruned.items()}
+    assert set(gone.values()) == {2}
+    assert sum(lost.values()) <= sum(gone.values())
+    alone = beside["random"].run(known, federation(), replace(request, rank=Ranking(contrast)), None)
+    assert sum(map(len, alone.subject.model.plan.pruned.values())) > sum(gone.values())
+
+
 def test_the_random_control_draws_its_channels_by_the_seed(known):
     plans = [done("random", known, replace(federation(), seed=seed)).subject.model.plan.pruned for seed in range(4)]
     assert len({str(plan) for plan in plans}) > 1

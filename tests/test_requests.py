@@ -1,12 +1,14 @@
 """A second request: a model that forgot a class before forgets another, and nobody needs the first one's images."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from conftest import make_images, write_set
 from fedunlearn.checkpoint import read_weights
+from fedunlearn.console import notes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.federation.journal import Journal
@@ -60,7 +62,7 @@ def test_who_holds_what_stays_and_only_the_forgotten_images_are_gone(first):
             assert torch.equal(images.images, before[name].without([1]).images)
 
 
-def test_a_second_run_neither_knows_nor_needs_the_first_class(first, tmp_path):
+def test_a_second_run_neither_knows_nor_needs_the_first_class(first, tmp_path, monkeypatch):
     found = run(second(first), tmp_path / "two")
     assert (found["earlier"], found["classes"], found["forget"]) == (["dog"], ["cat", "owl", "yak"], [2])
     assert list(found["original"]["accuracy"]["per_class"]) == ["cat", "owl", "yak"]
@@ -68,11 +70,17 @@ def test_a_second_run_neither_knows_nor_needs_the_first_class(first, tmp_path):
     # What the first run delivered is where the second begins.
     assert found["original"]["parameters"] == before["parameters"]
     weights = read_weights(tmp_path / "two" / "model.safetensors")
-    assert (weights.labels, weights.classes) == ((0, 1), ("cat", "owl"))
+    assert (weights.labels, weights.classes) == ((0, 2), ("cat", "owl"))  # numbers of the data
     assert weights.state["linear.weight"].shape[0] == 2
     retrained = read_weights(tmp_path / "two" / "oracles" / "retrained-1.safetensors")
     assert retrained.state["linear.weight"].shape[0] == 3
-    assert "“dog”" in (tmp_path / "two" / "report.html").read_text()
+    for page in ("report.html", "report.md", "README.md"):
+        assert re.search("orgotten before.*dog", (tmp_path / "two" / page).read_text(), re.S), page
+    monkeypatch.chdir(tmp_path / "two")
+    code = (tmp_path / "two" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    card: dict = {}
+    exec(compile(code, "README.md", "exec"), card)  # loads what it describes
+    assert sum(own.numel() for own in card["model"].parameters()) == found["unlearned"]["parameters"]
 
     again = second(first, f"model.weights={json.dumps(str(tmp_path / 'two' / 'model.safetensors'))}")
     for asked in (again, again.model_copy(update={"unlearn": again.unlearn.model_copy(update={"forget": [3]})})):
@@ -100,7 +108,12 @@ def test_third_and_fourth_requests_go_on_by_the_names_of_the_classes(first, tmp_
     weights = f"model.weights={json.dumps(str(tmp_path / 'two' / 'model.safetensors'))}"
     found = run(second(first, weights, "unlearn.forget=0"), tmp_path / "three", command="unlearn")
     assert (found["earlier"], found["classes"], found["forget"]) == (["dog", "yak"], ["cat", "owl"], [0])
-    assert read_weights(tmp_path / "three" / "model.safetensors").classes == ("owl",)
+    last = read_weights(tmp_path / "three" / "model.safetensors")
+    assert (last.labels, last.classes) == ((2,), ("owl",))
+    assert "One class stays, which any model names" in notes(found)
+    weights = f"model.weights={json.dumps(str(tmp_path / 'three' / 'model.safetensors'))}"
+    with pytest.raises(PlanError, match="owl: no other class is left, and at least one must stay"):
+        prepare(second(first, weights, "unlearn.forget=owl"))
 
 
 def test_a_class_is_not_forgotten_twice_and_classes_in_another_order_are_refused(first, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from conftest import make_images, make_net, write_set
@@ -147,7 +148,9 @@ def test_where_no_cut_passes_the_words_say_so():
         {"fraction": 0.4, "probability": 0.1, "forget": 0},
     ]
     said = words.chosen({"chosen": 0.4, "passed": False, "attempts": attempts})
-    assert said.startswith("40 % of the channels went: of the cuts that were tried none brought the probability that")
+    assert said.startswith(
+        "40 % of the channels went, by a cut of 40 %: of the cuts that were tried none brought the probability that"
+    )
     assert "and this one came nearest" in said
     assert said.endswith(": 20 % (30 %, U 0 %), 40 % (10 %, U 0 %). The cost is that of all attempts.")
 
@@ -222,7 +225,11 @@ def test_a_signed_run_says_which_cut_was_chosen_and_counts_what_the_choice_cost(
     assert result["cost"]["unlearn"]["client_flops"] == spent
     assert list(problems(tmp_path / "run", tmp_path / "operator.pub")) == []
     said = " ".join(notes(result).split())
-    assert f"{100 * result['fraction']['chosen']:g} % of the channels went: of the cuts that were tried" in said
+    cut, removed = result["fraction"]["chosen"], result["fraction"]["removed"]
+    gone = json.loads((tmp_path / "run" / "plan.json").read_text())["pruned"]
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert removed == sum(map(len, gone.values())) / sum(len(own) for own in scores.values())
+    assert f"{100 * removed:.3g} % of the channels went, by a cut of {100 * cut:g} %" in said
     assert said.count(" %, U ") == len(attempts)
     dossier = json.loads((tmp_path / "run" / "dossier.json").read_text("utf-8"))
     assert dossier["key"] in (tmp_path / "run" / "report.html").read_text("utf-8")  # signed at once: the page says it

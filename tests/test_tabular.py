@@ -75,6 +75,11 @@ def test_what_was_forgotten_is_printed_with_its_cost_and_a_row_per_layer():
     for own in result.table():
         left = result.model.module.get_submodule(own["layer"]).weight.shape[0]
         assert own["channels"] - own["removed"] == left
+    other = fu.Federation(fed.engine)
+    plan = fu.unlearn(make_net(), other, forget=1, cut=fu.Cut(0.05), repair=fu.Repair(fu.Training(0.05, 8)))
+    assert plan.removed() == 0
+    assert result.removed() == pytest.approx((1 + 2) / (6 + 8))
+    assert [(row["channels"], row["removed"]) for row in plan.table()] == [(6, 0), (8, 0)]  # too few for a channel
     nothing = Forgotten(
         forget=(0, 1),
         repaired=result.repaired,

@@ -117,6 +117,9 @@ def read_weights(path: Path | str) -> Weights:
     path = Path(path)
     readers = {".safetensors": _safetensors, ".npz": _npz, ".pt": _torch, ".pth": _torch, ".th": _torch}
     reader = readers.get(path.suffix)
+    if path.is_dir():
+        there = next(iter(sorted(path.glob("*.safetensors"))), "a file in it")
+        raise ModelError(f"{path} is a folder: give the file of the weights, such as {there}")
     if reader is None:
         raise ModelError(f"{path}: weights must be a file ending in {', '.join(readers)}, got {path.suffix!r}")
     if not path.is_file():

@@ -368,8 +368,9 @@ def acknowledge(
     with _told(debug):
         from fedunlearn.evidence import dossier  # slow to import
 
+        before = (folder / verifier.DOSSIER).exists()
         dossier.acknowledge(folder, client, read_private_key(key, outside=folder))
-        typer.echo(f"{folder}: recorded and signed")
+        typer.echo(f"{folder}: recorded and signed{' again' if before else ', which it was not before'}")
 
 
 @app.command()
@@ -403,7 +404,7 @@ def _work(command: str, options: Options) -> None:
             told = options.quiet or (folder / RESULT).exists()
             seconds = None if told else seconds_to_train(experiment, command)
             if seconds is not None:
-                console.print(expected(seconds), highlight=False)
+                console.print(expected(seconds, experiment.recipe, command), highlight=False)
 
         result = carry_out(
             Order(

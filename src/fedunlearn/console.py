@@ -28,6 +28,7 @@ from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import knew
 
 _ANY_WIDTH = 10_000
@@ -142,28 +143,29 @@ def describe(experiment: Experiment) -> str:
     per_class = experiment.table.sum(0).sort().values
     holders = (experiment.table > 0).sum(0)
     train, test = experiment.splits
+    everything = experiment.all_classes
     held, unseen = experiment.table.sum(0).tolist(), test.counts().tolist()
     forgotten = "".join(
-        f"to forget: class {label} ({escape(train.classes[label])}), {held[label]} images to train on and "
-        f"{unseen[label]} to test with\n"
+        f"to forget: class {everything.index(train.classes[label])} ({escape(train.classes[label])}), {held[label]} "
+        f"images to train on and {unseen[label]} to test with\n"
         for label in experiment.forget
     )
-    used = int(sizes.sum())
+    used, precision = int(sizes.sum()), experiment.recipe.compute.precision
     names = ", ".join(escape(experiment.all_classes[label]) for label in experiment.earlier)
     before = f"forgotten before, so without images now: {names}\n" if names else ""
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
         f"{before}{forgotten}"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
-        f"{sizes[0]} to {sizes[-1]} images per client (median {sizes[len(sizes) // 2]}), {per_class[0]} to "
-        f"{per_class[-1]} per class\n"
-        f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients; they compute in "
-        f"{experiment.recipe.compute.precision}"
+        f"{_from_to(int(sizes[0]), int(sizes[-1]))} images per client (median {sizes[len(sizes) // 2]}), "
+        f"{_from_to(int(per_class[0]), int(per_class[-1]))} per class\n"
+        f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients"
+        f"{'' if precision == 'auto' else f'; they compute in {precision}'}"
     )
 
 
-def expected(seconds: float) -> str:
-    """Return how long training will take, in words."""
+def expected(seconds: float, recipe: Recipe, command: str) -> str:
+    """Return how long the training of a command will take, in words."""
     minutes = seconds / 60
     time = (
         "less than a minute"
@@ -172,10 +174,11 @@ def expected(seconds: float) -> str:
         if minutes < 90
         else f"about {minutes / 60:.1f} hours"
     )
-    return (
-        f"training takes {time} from the start on this machine, if nothing else runs there; audits are not counted, "
-        "and retrained models from the cache take none"
-    )
+    audited = ""
+    if command == "run":
+        own = ":" in recipe.model.name or bool(recipe.audit.models)  # by its name, a network of one's own is not known
+        audited = f"; audits are not counted{'' if own else ', and retrained models from the cache take none'}"
+    return f"training takes {time} from the start on this machine, if nothing else runs there{audited}"
 
 
 def _from_to(low: int, high: int) -> str:
@@ -309,6 +312,8 @@ def notes(result: Mapping[str, Any]) -> str:
     lines = ["Accuracy in % on test images: U on the forgotten classes, R on the others."]
     if "unlearned" in result:
         lines.append("Without its output row a class is never named (U = 0): read U with the row kept.")
+    if "unlearned" in result and len(result["classes"]) - len(result["forget"]) == 1:
+        lines.append("One class stays, which any model names: R is 100, and a ratio of costs to equal R says nothing.")
     if "fraction" in result:
         lines.append(chosen(result["fraction"]))
     retraining = result.get("cost", {}).get("retrain")

@@ -44,9 +44,14 @@ class Forgotten(Tabular):
     def table(self) -> list[dict[str, Any]]:
         """Return a row per convolution that can lose channels: how many it had, how many went."""
         plan = self.model.plan
+        state = self.model.module.state_dict()
+
+        def channels(layer: str) -> int:
+            name = f"{layer}.weight"
+            return int(plan.shapes.get(name, state[name].shape)[0])  # the plan knows the layers that lost any
+
         return [
-            {"layer": layer, "channels": plan.shapes[f"{layer}.weight"][0], "removed": len(gone)}
-            for layer, gone in plan.pruned.items()
+            {"layer": layer, "channels": channels(layer), "removed": len(gone)} for layer, gone in plan.pruned.items()
         ]
 
     def headline(self) -> str:
@@ -81,6 +86,15 @@ class Unlearned(Forgotten):
     scores: ChannelScores
     cut: Cut
     pruned: Classifier
+
+    def removed(self) -> float:
+        """Return the share of the ranked channels that went: less than the cut where too few speak for the class.
+
+        Of classes that went one after another, by the ranking of the last.
+        """
+        state = self.pruned.module.state_dict()
+        ranked = sum(len(own) for own in self.scores.values())
+        return (ranked - sum(len(state[f"{layer}.weight"]) for layer in self.scores)) / ranked
 
 
 def unlearn(

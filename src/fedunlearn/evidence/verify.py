@@ -117,6 +117,8 @@ def _signed(folder: Path, path: Path) -> bytes:
         text = path.read_bytes()
         if b"PRIVATE KEY" in text:
             raise _ProblemError(f"{path} is a private key: give the public one, {path.name}.pub, and keep this secret")
+        if b"PUBLIC KEY" not in text:
+            raise _ProblemError(f"{path}: expected a public key in PEM: give the .pub file that keygen wrote")
         key = load_pem_public_key(text)
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise _ProblemError(f"{path}: expected a public key in PEM, but {error}") from error

@@ -95,6 +95,13 @@ def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
 
 def summary(result: Mapping[str, Any]) -> str:
     """Return the verdict in plain words."""
+    text = _verdict_words(result)
+    if len(result["classes"]) - len(result["forget"]) == 1:
+        text += " One class stays, which any model names: R is 100 and says nothing."
+    return text
+
+
+def _verdict_words(result: Mapping[str, Any]) -> str:
     names = ", ".join(f"“{result['classes'][label]}”" for label in result["forget"])
     row = "no output row for the class" if len(result["forget"]) == 1 else "no output rows for the classes"
     named = f"It has {row}, so its accuracy there says nothing."
@@ -258,7 +265,11 @@ def chosen(fraction: Mapping[str, Any]) -> str:
         f"{_share(own['fraction'])} ({_share(own['probability'])}, U {_share(own['forget'])})"
         for own in fraction["attempts"]
     ]
-    went = f"{_share(fraction['chosen'])} of the channels went: of the cuts that were tried"
+    removed = fraction.get("removed", fraction["chosen"])  # older results do not tell
+    went = f"{_share(removed)} of the channels went, by a cut of {_share(fraction['chosen'])}"
+    if removed < fraction["chosen"] - _ROUNDED:
+        went += " (the others of that share do not speak for the class)"
+    went += ": of the cuts that were tried"
     if fraction.get("passed", True):  # older results were there only where one did
         why = (
             ", the smallest after which the clients' validation images of the class are given little probability for "
@@ -270,6 +281,9 @@ def chosen(fraction: Mapping[str, Any]) -> str:
             "the mean, and this one came nearest (more rounds of repair, an erase step or another criterion may help)"
         )
     return f"{went}{why}: {', '.join(tried)}. The cost is that of all attempts."
+
+
+_ROUNDED = 0.03  # by whole channels a cut of a narrow layer is this much less
 
 
 def _share(value: float) -> str:

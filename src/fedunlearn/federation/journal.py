@@ -215,9 +215,7 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: expected the rounds of a run, but {error}: choose another --out") from error
         if found != header:
-            raise RunError(
-                f"{folder} holds another run ({_difference(found, header)}): choose another --out, or delete it"
-            )
+            raise RunError(f"{folder} holds another run ({_difference(found, header)}): choose another --out")
         if complete != data:
             write_text(path, complete.decode())
         for state in sorted((folder / _STATE).glob("*")):

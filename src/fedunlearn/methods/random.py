@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from fedunlearn.audits.base import Subject
-from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import random_scores
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request, prunes
-from fedunlearn.unlearn import unlearn
+from fedunlearn.unlearn import Unlearned, unlearn
 
 
 def randomly(model: Classifier, fed: Federation, request: Request, settings: None = None) -> Outcome:
@@ -20,12 +20,21 @@ def randomly(model: Classifier, fed: Federation, request: Request, settings: Non
         model,
         beside,
         forget=request.forget,
-        cut=replace(request.cut, end="highest"),
+        cut=replace(_as_much(request), end="highest"),
         repair=request.repair,
         rank=replace(request.rank, criterion=random_scores),
         jointly=request.jointly,
     )
     return Outcome(Subject(done.model, done.repaired), done.cost)
+
+
+def _as_much(request: Request) -> Cut:
+    """Return the cut of the run; where too few channels spoke for the class, that of the share that really went."""
+    cut, done = request.cut, request.unlearned
+    if not isinstance(done, Unlearned) or cut.scope != "layer":
+        return cut
+    enough = all(int((own > 0).sum()) >= int(cut.fraction * len(own)) for own in done.scores.values())
+    return cut if enough else replace(cut, fraction=done.removed())
 
 
 RANDOM = Method(

@@ -35,6 +35,8 @@ from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 
+_KNOWS = 0.5  # a share of the class that no model retrained without it names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -88,8 +90,9 @@ def audit_model(
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     subject = _subject(weights, experiment)
-    named = _retrained(oracles, experiment, besides=model)
+    named = _retrained(oracles, experiment, besides=[model, *([candidate.original] if candidate.original else [])])
     controls = {} if candidate.original is None else _controls(candidate.original, experiment)
+    _check_retrained(named, experiment)
     about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
     if candidate.original is not None:
         about["original"] = sha256(candidate.original)
@@ -176,9 +179,22 @@ def _controls(path: Path, experiment: Experiment) -> dict[str, Subject]:
     return {ORIGINAL: subject, "head_only": Subject(subject.model.without_rows(experiment.forget))}
 
 
-def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Path) -> dict[str, Subject]:
+def _check_retrained(named: Mapping[str, Subject], experiment: Experiment) -> None:
+    """Refuse a model that names most images of the classes, as none that was retrained without them does."""
+    test = experiment.splits.test
+    for name, subject in named.items():
+        accuracy = evaluate(subject.model, test, forget=experiment.forget, row_kept=subject.row_kept)["accuracy"]
+        u = accuracy["forget_row_kept"] or 0.0
+        if u > _KNOWS:
+            raise EvidenceError(
+                f"{name} names the class to forget in {100 * u:.1f} % of its test images, so it was not retrained "
+                "without it: give other models with --oracle"
+            )
+
+
+def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Sequence[Path]) -> dict[str, Subject]:
     """Return the retrained models in files; refuse what would let one model stand for several."""
-    hashes = {sha256(besides): besides}
+    hashes = {sha256(path): path for path in besides}
     named: dict[str, Subject] = {}
     for path in paths:
         weights = _comparable(path, experiment)

@@ -113,7 +113,10 @@ class Experiment:
         """
         u = self.recipe.unlearn
         if u.fraction == "auto":
-            raise RecipeError('unlearn.fraction = "auto" is chosen by unlearn and run only: give a number here')
+            raise RecipeError(
+                'unlearn.fraction = "auto" is chosen by unlearn and run only: give a number here, such as '
+                "--set unlearn.fraction=0.3"
+            )
         return Cut(u.fraction, u.end, u.scope)
 
     def repair(self) -> Repair:
@@ -160,6 +163,9 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     everything, wanted = splits.train, class_numbers(recipe.unlearn.forget, splits.train.classes)
     splits = Splits(*(images.narrowed(earlier) for images in splits)) if earlier else splits
     train = splits.train
+    if len(wanted) == len(train.classes):
+        names = ", ".join(everything.classes[label] for label in wanted)
+        raise PlanError(f"{names}: no other class is left, and at least one must stay; check unlearn.forget")
     forget = tuple(train.classes.index(everything.classes[label]) for label in wanted)
     seed = recipe.federation.seed
     if weights is None:
@@ -371,4 +377,9 @@ def unlearned_model(experiment: Experiment, original: Classifier, fed: Federatio
 def save_model(path: Path, model: Classifier, experiment: Experiment) -> None:
     """Write a model of the run."""
     test, about = experiment.splits.test, experiment.recipe.model
+    if experiment.earlier:  # the labels are the numbers that the data has for its classes, whatever was forgotten
+        kept = [label for label in range(len(experiment.all_classes)) if label not in experiment.earlier]
+        rows = range(len(kept)) if model.labels is None else model.labels
+        model = replace(model, labels=tuple(kept[label] for label in rows))
+        test = replace(test.take(slice(0, 0)), classes=experiment.all_classes)
     save_checkpoint(path, model, images=test, architecture={"name": about.name, "shortcut": about.shortcut})

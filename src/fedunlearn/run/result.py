@@ -44,6 +44,7 @@ def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Fo
     if isinstance(unlearned, Smallest):
         blocks["fraction"] = {
             "chosen": unlearned.cut.fraction,
+            "removed": unlearned.removed(),
             "passed": unlearned.passed,
             "attempts": [asdict(attempt) for attempt in unlearned.attempts],
         }
