@@ -243,7 +243,7 @@ def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
         found
     )
     assert certainty(judged(passing, controls=(failing,), probe="inside")).startswith(
-        "How sure: of 1 control, which must fail, 1 did; how often another model that still knows the class "
+        "How sure: of 1 control, which must fail, 1 did; how often a model that still knows the class "
     )
     assert "No model that must fail was audited" in certainty(judged(failing, probe="above"))
     assert certainty(judged("no verdict", controls=(failing,))) == ""

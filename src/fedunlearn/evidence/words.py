@@ -44,7 +44,7 @@ GLOSSARY = {
     "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
     "control": "a model that must not pass, or the audits are no good here",
-    "band": "where the figure of one more retrained model is expected: of 20 such models 19 lie inside all bands",
+    "band": "where the figure of one more retrained model is expected: at least 19 of 20 of them lie inside all bands",
     "sd": "how far a figure is from the mean of the retrained models, by their usual distance from it (standard "
     "deviation), or by what few images leave uncertain where that is more. What counts is whether it lies inside its "
     "band, which is several sd wide where there are few models",
@@ -246,7 +246,7 @@ def certainty(result: Mapping[str, Any]) -> str:
     controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
     failed = sum(verdict in (SUPPRESSED, NOT_FORGOTTEN) for verdict in controls)
     known = (
-        f"of {_number(len(controls), 'control')}, which must fail, {failed} did; how often another model that still "
+        f"of {_number(len(controls), 'control')}, which must fail, {failed} did; how often a model that still "
         "knows the class would pass is not known"
         if controls
         else "no model that must fail was audited, so nothing says whether one would"
