@@ -24,7 +24,7 @@ OUT = Path(__file__).parent / "requests.json"
 SEEDS = (0, 1, 2)
 IN_A_ROW = (9, 8, 7, 6, 5)
 AT_ONCE = ((0, 9), (0, 5, 9), (1, 3, 5, 7, 9))
-ERASING = {"": (), ", erase step": ("erase.complement=1.0",)}
+VARIANTS = {"": (), "erase step": ("erase.complement=1.0",), "fraction auto": ("unlearn.fraction=auto",)}
 CLIENTS = 10
 SETTINGS = ("audit.oracles=3", "compute.workers=1", "evidence.feature_maps=false")
 
@@ -71,13 +71,14 @@ def main(out: str) -> None:
             rows.append(asked(f"{number} in a row", seed, place, f"unlearn.forget={label}", *weights))
             before = place / "model.safetensors"
         given = ("data.source=npz", f"data.path={json.dumps(str(one))}", "federation.partition=group")
-        for step, overrides in ERASING.items():
+        for variant, overrides in VARIANTS.items():
+            mark, text = (f"-{variant.split()[0]}", f", {variant}") if variant else ("", "")
             for classes in AT_ONCE:
-                place = folder / f"once-{len(classes)}{'-erase' * bool(step)}-seed{seed}"
+                place = folder / f"once-{len(classes)}{mark}-seed{seed}"
                 wanted = (f"unlearn.forget={list(classes)}", "unlearn.jointly=true")
-                rows.append(asked(f"{len(classes)} at once{step}", seed, place, *wanted, *overrides))
-            place = folder / f"one{'-erase' * bool(step)}-seed{seed}"
-            rows.append(asked(f"held by one client{step}", seed, place, "federation.clients=0", *given, *overrides))
+                rows.append(asked(f"{len(classes)} at once{text}", seed, place, *wanted, *overrides))
+            place = folder / f"one{mark}-seed{seed}"
+            rows.append(asked(f"held by one client{text}", seed, place, "federation.clients=0", *given, *overrides))
         OUT.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         print(f"seed {seed}: done", flush=True)
 
