@@ -3,14 +3,18 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import make_images, write_set
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import notes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.report import _of_this_request
 from fedunlearn.federation.journal import Journal
 from fedunlearn.flower.app import built_by, engine_on, held_by
 from fedunlearn.flower.client import client_app
@@ -72,6 +76,13 @@ def test_a_second_run_neither_knows_nor_needs_the_first_class(first, tmp_path, m
     weights = read_weights(tmp_path / "two" / "model.safetensors")
     assert (weights.labels, weights.classes) == ((0, 2), ("cat", "owl"))  # numbers of the data
     assert weights.state["linear.weight"].shape[0] == 2
+    assert found["numbers"] == [0, 2, 3]
+    scores = load_file(tmp_path / "two" / "scores.safetensors")
+    plan, before = weights.plan, read_weights(tmp_path / "two" / "original.safetensors").plan
+    drawn = _of_this_request(RunFolder.read(tmp_path / "two"), {name: list(own) for name, own in plan.pruned.items()})
+    for layer, own in drawn.items():  # as the scores number them, and no more than went now
+        assert len(own) == len(plan.pruned[layer]) - len(before.pruned[layer])
+        assert set(own) <= set(range(len(scores[layer])))
     retrained = read_weights(tmp_path / "two" / "oracles" / "retrained-1.safetensors")
     assert retrained.state["linear.weight"].shape[0] == 3
     for page in ("report.html", "report.md", "README.md"):
@@ -125,10 +136,36 @@ def test_a_class_is_not_forgotten_twice_and_classes_in_another_order_are_refused
         prepare(load_recipe(other, [weights, "unlearn.forget=owl"]))
 
 
-def test_names_that_the_data_does_not_have_leave_the_labels_as_they_are(first):
+def test_rows_are_told_by_the_names_of_their_classes(first):
     weights = read_weights(first / "one" / "model.safetensors")
     assert weights.numbered(("yak", "owl", "cat")).labels == (2, 1, 0)
-    assert weights.numbered(("a", "b", "c", "d")).labels == weights.labels == (0, 2, 3)
+    assert weights.numbered(("a", "b", "c")).labels == weights.labels == (0, 2, 3)  # the same classes, called otherwise
+    for other in (("a", "b", "c", "d"), ("owl", "yak", "emu")):
+        with pytest.raises(ModelError, match="has an output row for the class 'cat', which the data does not have"):
+            weights.numbered(other)
+
+
+def test_the_class_may_be_gone_from_the_data(first, tmp_path):
+    arrays = dict(np.load(first / "set.npz"))
+    for split in ("train", "test"):
+        stay = arrays[f"y_{split}"] != 1
+        labels = arrays[f"y_{split}"][stay]
+        arrays |= {f"x_{split}": arrays[f"x_{split}"][stay], f"y_{split}": np.where(labels > 1, labels - 1, labels)}
+    np.savez(tmp_path / "set.npz", **(arrays | {"classes": np.array(["cat", "owl", "yak"])}))
+    data = f"data.path={json.dumps(str(tmp_path / 'set.npz'))}"
+    found = run(second(first, data), tmp_path / "two", command="unlearn")
+    assert "earlier" not in found  # nothing here tells of it
+    assert read_weights(tmp_path / "two" / "model.safetensors").classes == ("cat", "owl")
+
+
+def test_a_client_that_held_nothing_but_the_forgotten_class_is_left_out(first, tmp_path):
+    arrays = dict(np.load(first / "set.npz"))
+    groups = np.where(arrays["y_train"] == 1, 0, 1 + np.arange(len(arrays["y_train"])) % 2)
+    np.savez(tmp_path / "set.npz", groups_train=groups, **arrays)
+    given = (f"data.path={json.dumps(str(tmp_path / 'set.npz'))}", "federation.partition=group", "federation.clients=0")
+    experiment = prepare(second(first, *given))
+    assert len(experiment.clients) == len(prepare(load_recipe(str(first / "tiny.toml"), list(given))).clients) - 1
+    run(second(first, *given), tmp_path / "two", command="unlearn")
 
 
 def test_clients_on_flower_give_the_weights_that_clients_of_this_process_give(tmp_path):

@@ -55,14 +55,23 @@ class Weights:
     classes: tuple[str, ...] | None = None
 
     def numbered(self, classes: Sequence[str]) -> Weights:
-        """Return them with the labels that ``classes`` has for the names of their rows, where it has all of them.
+        """Return them with the labels that ``classes`` has for the names of their rows.
 
-        A file that was written after an earlier request numbers the classes that were left then.
+        Labels stay as they are where the file has no names, or as many as ``classes``, which are called otherwise.
+
+        Raises:
+            ModelError: some of the names are unknown.
         """
         if self.labels is None or self.classes is None or len(self.classes) != len(self.labels):
             return self
-        if not set(self.classes) <= set(classes):
+        unknown = [name for name in self.classes if name not in classes]
+        if len(unknown) == len(classes) == len(self.classes):
             return self
+        if unknown:
+            raise ModelError(
+                f"{self.path} has an output row for the class {unknown[0]!r}, which the data does not have (it has "
+                f"{', '.join(classes[:5])}, ...): give the model of these classes, or the data of that model"
+            )
         return replace(self, labels=tuple(classes.index(name) for name in self.classes))
 
 

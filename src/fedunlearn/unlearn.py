@@ -42,7 +42,7 @@ class Forgotten(Tabular):
     cost: Cost
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row per convolution that can lose channels: how many it had, how many went."""
+        """Return a row per convolution that can lose channels: how many the architecture has, and how many are gone."""
         plan = self.model.plan
         state = self.model.module.state_dict()
 

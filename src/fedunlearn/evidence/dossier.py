@@ -16,7 +16,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog, now
 from fedunlearn.evidence.folder import RunFolder
-from fedunlearn.evidence.verify import CONFIRMED, COSTS, DOSSIER, SIGNATURE, acknowledged, fingerprint, models, rounds
+from fedunlearn.evidence.verify import (
+    CONFIRMED,
+    COSTS,
+    DOSSIER,
+    SIGNATURE,
+    acknowledged,
+    fingerprint,
+    models,
+    rounds,
+    scope,
+)
 from fedunlearn.evidence.words import LIMITS
 from fedunlearn.federation.lock import LOCK
 from fedunlearn.files import written
@@ -103,10 +113,7 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
         "created": time,
         "expires": (datetime.fromisoformat(time) + timedelta(days=evidence["valid_days"])).isoformat(),
         "request": evidence["request"],
-        "scope": {
-            "forgotten": [result["classes"][label] for label in result["forget"]],
-            "labels_of_rows": [label for label in range(len(result["classes"])) if label not in result["forget"]],
-        },
+        "scope": scope(result),
         "kind": "approximate unlearning",
         "versions": result["versions"],
         "recipe": result["recipe"],

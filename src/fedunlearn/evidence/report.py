@@ -355,13 +355,23 @@ def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:
     return {name: share or 0.0 for name, share in shares.items()}
 
 
+def _of_this_request(run: RunFolder, pruned: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return the removed channels as the scores number them: the plan has those of before too."""
+    before = read_weights(run.path / "original.safetensors").plan.kept
+    own = {}
+    for layer, gone in pruned.items():
+        staying = before.get(f"{layer}.weight", {}).get(0)
+        own[layer] = gone if staying is None else [place for place, c in enumerate(staying) if c in gone]
+    return own
+
+
 def _channels(run: RunFolder) -> list[Plot]:
     """Return the heat map of scores and the feature maps, where the run kept them."""
     drawn = []
     file = run.path / "scores.safetensors"
     if file.exists():
         scores = safetensors.numpy.load_file(file)
-        pruned = json.loads((run.path / "plan.json").read_text("utf-8"))["pruned"]
+        pruned = _of_this_request(run, json.loads((run.path / "plan.json").read_text("utf-8"))["pruned"])
         gone = sum(len(channels) for channels in pruned.values())
         total = sum(len(own) for own in scores.values())
         drawn.append(

@@ -1,4 +1,4 @@
-"""Control: unlearning with channels drawn at random, of equal number and cost."""
+"""Control: unlearning with channels drawn at random, of the same number and cost, or nearly."""
 
 from dataclasses import replace
 

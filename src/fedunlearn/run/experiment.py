@@ -171,11 +171,14 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     if weights is None:
         model = new_model(recipe, train, seed=seed, earlier=earlier)
     else:
-        model = load_weights(new_model(recipe, everything, seed=seed), weights)
+        model = load_weights(_architecture(recipe, everything, weights), weights)
         model = replace(model, labels=None) if earlier else model
     head_layer(model.module, model.example)  # refused here, not after hours of training
     find_channels(model.module, model.example)
     clients, validation = share_out(recipe, everything, earlier)
+    if earlier:  # who held nothing else has nothing to train or measure on
+        clients = {name: images for name, images in clients.items() if len(images)}
+        validation = {name: images for name, images in validation.items() if name in clients}
     engine = _local_engine(recipe, clients, validation)
     table = class_table(clients)
     for label in forget:
@@ -183,6 +186,17 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     about = tuple(earlier), everything.classes
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
+
+
+def _architecture(recipe: Recipe, images: LabelledImages, weights: Weights) -> Classifier:
+    """Return the model that ``weights`` were cut from; with rows for classes of before that the data has no more."""
+    model = new_model(recipe, images, seed=recipe.federation.seed)
+    rows = weights.plan.shapes.get(f"{head_layer(model.module, model.example)}.weight", (model.rows,))[0]
+    gone = rows - len(images.classes)
+    if gone <= 0:
+        return model
+    names = (*images.classes, *(f"gone {number}" for number in range(gone)))
+    return new_model(recipe, replace(images, classes=names), seed=recipe.federation.seed)
 
 
 def computing(experiment: Experiment, table: ComputeTable) -> Experiment:

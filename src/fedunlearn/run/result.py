@@ -139,9 +139,17 @@ def engine_block(experiment: Experiment) -> dict[str, Any]:
 
 
 def earlier_block(experiment: Experiment) -> dict[str, Any]:
-    """Return the block ``earlier``: names of the classes that the model forgot before; none where it forgot none."""
-    names = [experiment.all_classes[label] for label in experiment.earlier]
-    return {"earlier": names} if names else {}
+    """Return the blocks ``earlier``, names of the classes that the model forgot before, and ``numbers`` of the others.
+
+    None where it forgot none: the numbers are those that the data has for ``classes``.
+    """
+    if not experiment.earlier:
+        return {}
+    everything = experiment.all_classes
+    return {
+        "earlier": [everything[label] for label in experiment.earlier],
+        "numbers": [everything.index(name) for name in experiment.splits.test.classes],
+    }
 
 
 def speedup(unlearned: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[str, float]:
