@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fedunlearn.checkpoint import read_weights
@@ -142,9 +143,16 @@ def test_a_model_that_knows_the_class_is_no_retrained_one(signed, recipe, oracle
         audit_model(recipe, tmp_path / "b", given)
 
 
-def test_a_model_that_lacks_a_kept_class_is_refused(signed, oracles, tmp_path):
-    other = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[3]"])
+def test_a_retrained_model_of_other_classes_is_refused(signed, oracles, tmp_path):
+    other = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[3]"])  # and 2 was forgotten before, by the model
+    model = signed / "run" / "model.safetensors"
+    with pytest.raises(ModelError, match="has an output row for the class '2', which the data does not have"):
+        audit_model(other, tmp_path / "out", Candidate(model=model, oracles=oracles))
+    with safe_open(oracles[0], "pt") as file:
+        about, state = json.loads(file.metadata()["fedunlearn"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["classes"]
+    save_file(state, tmp_path / "nameless.safetensors", {"fedunlearn": json.dumps(about)})
     with pytest.raises(
         ModelError, match=r"has output rows for the classes \[0, 1, 2, 3\], without \[2\] it needs \[0, 1\]: check unl"
     ):
-        audit_model(other, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=oracles))
+        audit_model(other, tmp_path / "out", Candidate(model=model, oracles=[tmp_path / "nameless.safetensors"]))
