@@ -1,6 +1,7 @@
 """Sums over images for methods that edit weights: against loops, by hand, and from client to server."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import RunError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.jobs import ClientData, Reply, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import summed
+from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.training.compute import FLOAT32
 from fedunlearn.training.moments import (
@@ -93,9 +95,35 @@ def test_second_moments_by_hand():
     assert float(found["0"]) == pytest.approx(float((x**2).sum()), rel=1e-5)
     assert not found["2"].any()  # 24 images of 64 values for 64 x 65 / 2 numbers
     assert input_moments(net, IMAGES, FLOAT32, hide=False)["2"].any()
-    many = make_images(60)
+    assert not input_moments(net, make_images(127), FLOAT32)["2"].any()  # 128 rows are twice as many as values
+    many = make_images(128)
     rows = 2 * (many.images.double().flatten(1) / 255 - many.mean[0]) / many.std[0]
     torch.testing.assert_close(input_moments(net, many, FLOAT32)["2"], rows.T @ rows, rtol=1e-4, atol=1e-2)
+
+
+def test_the_products_of_few_rows_would_be_the_rows_themselves():
+    """Of images that share no feature, each eigenvector of the products is the features of one."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 3))
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].bias.zero_()
+        net[1].weight[:, :64] = torch.eye(64)  # a feature is a pixel
+    few = make_images(5, side=32)
+    few.images.zero_()
+    for image, own in enumerate(few.images):
+        own[0, 0, 5 * image : 5 * image + 3] = torch.tensor([90, 120, 200 + image], dtype=torch.uint8)
+    few = replace(few, mean=(0.0,), std=(1.0,))
+    told = input_moments(net, few, FLOAT32, hide=False)["3"]
+    shown = torch.linalg.eigh(told).eigenvectors[:, -5:].abs().T
+    for features in few.images[:, 0, 0, :32].double():
+        nearest = float((shown[:, :32] @ (features / features.norm())).max())
+        assert nearest == pytest.approx(1, abs=1e-6)
+    rules = Privacy()
+    for data, seen in ((few, False), (make_images(127, side=32), False), (make_images(128, side=32), True)):
+        asked = job(Moments(), net)
+        reply = handle(asked, copy.deepcopy(net), ClientData("a", data), rules)
+        assert reply.error is None
+        assert bool(reply.tensors["3"].any()) == seen
 
 
 def test_grouped_convolutions_are_left_out():

@@ -14,6 +14,8 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import in_order
 
+_ROWS = 2  # for each value that a row has
+
 
 def gradient_sums(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
     """Return ``sum_i g_i`` by parameter, float64, ``g_i`` the gradient of the cross-entropy of image ``i``.
@@ -68,10 +70,11 @@ def input_moments(
 
     float64, shape ``(d, d)``, in the order of the layer's weights. With ``hide``, what is told of ``n`` images of ``P``
     values has at most ``(n - 1) P`` numbers, so that it leaves one image open: layers count in order, each with its
-    ``d (d + 1) / 2``, and one that would exceed the bound is all zeros.
+    ``d (d + 1) / 2``, and one that would exceed the bound is all zeros. So is one with less than ``2 d`` rows ``x``: of
+    ``d`` rows or fewer the sum tells each but for a rotation, and that values after a ReLU are not negative can fix it.
     """
     layers = moment_layers(model)
-    sums = {}
+    sums, rows = {}, dict.fromkeys(layers, 0)
     for name, layer in layers.items():
         sums[name] = torch.zeros(patch_width(layer), patch_width(layer), dtype=torch.float64)
     told = [*layers] if not hide else _told(layers, (len(images) - 1) * images.images[0].numel())
@@ -83,6 +86,10 @@ def input_moments(
             for name in told:
                 x = patches(read[name].float(), layers[name])
                 sums[name] += (x.T @ x).double().cpu()
+                rows[name] += len(x)
+    for name, own in sums.items():
+        if hide and rows[name] < _ROWS * len(own):
+            own.zero_()
     return sums
 
 
