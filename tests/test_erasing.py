@@ -173,6 +173,13 @@ def test_erasing_ends_after_its_share_of_the_rounds():
     assert thrifty.of_round(0, 2).objective is not None
 
 
+def test_erasing_comes_again_in_every_so_many_th_round_until_its_share_of_them_is_over():
+    training = Training(0.1, objective=Erasing(until=0.6, every=3))
+    assert [k for k in range(12) if training.of_round(k, 12).objective is not None] == [0, 3, 6]
+    assert training.of_round(3, 12) == training
+    assert training.of_round(1, 12) == Training(0.1)
+
+
 def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
     data = make_images(60, classes=3)
     net = make_net()
@@ -209,6 +216,7 @@ def test_erasing_without_pruning_forgets_what_training_on_the_others_alone_does_
         (lambda: Erasing(separation=float("nan")), "Erasing(separation=...) is out of range: got nan"),
         (lambda: Erasing(share=1.0), "Erasing(share=...) is out of range: got 1.0"),
         (lambda: Erasing(until=0), "Erasing(until=...) is out of range: got 0"),
+        (lambda: Erasing(every=0), "Erasing(every=...) is out of range: got 0"),
         (lambda: Erasing(complement=0), "are both 0, so that nothing is erased: set one"),
         (
             lambda: Training(0.1, 1, objective=Erasing()),

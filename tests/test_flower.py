@@ -59,7 +59,7 @@ def pruned(scores=None):
     return whole.cut(plan_pruning(find_channels(whole.module, whole.example), scores, Cut(0.5)))
 
 
-def forget(chosen, objective=Erasing(1.0, 0.1, 0.5, 0.5)):  # noqa: B008  # it is frozen
+def forget(chosen, objective=Erasing(1.0, 0.1, 0.5, 1.0, 2)):  # noqa: B008  # it is frozen
     fed = Federation(chosen)
     trained = train_rounds(make_net(), fed, TRAINING, rounds=2, watch=Watch(every=1))
     repair = Repair(replace(TRAINING, batch_size=16, objective=objective), rounds=2)

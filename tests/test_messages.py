@@ -41,7 +41,7 @@ def jobs():
         Measure(classes=3),
         Reestimate(exclude=(1,), sample=4),
         Train(training=Training(0.1, 8, 0.5, augment=("flip",)), lr=0.03, exclude=(0, 2)),
-        Train(training=Training(0.1, objective=Erasing(separation=0.1, until=0.5)), lr=0.03, exclude=(2,)),
+        Train(training=Training(0.1, objective=Erasing(separation=0.1, until=0.5, every=3)), lr=0.03, exclude=(2,)),
         *(
             Train(training=Training(0.1, objective=objective), lr=0.03, exclude=(2,))
             for objective in (

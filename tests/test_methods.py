@@ -260,6 +260,7 @@ def test_settings_are_resolved_to_what_is_done():
         ("delete", {"lr": 0}, "LocalSettings(lr=...) is out of range: got 0"),
         ("contrast", {"fraction": 1.0}, "Prune(fraction=...) is out of range: got 1.0"),
         ("erase", {"until": 0}, "Erasing(until=...) is out of range: got 0"),
+        ("erase_only", {"every": 0.5}, "Erasing(every=...) is out of range: got 0.5"),
         ("erase_only", {"complement": -1}, "Erasing(complement=...) is out of range: got -1"),
     ],
 )

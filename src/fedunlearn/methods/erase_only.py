@@ -24,16 +24,21 @@ class Erase(LocalSettings):
     complement: float = 1.0
     separation: float = 0.1
     until: float = 0.3
+    every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Erasing(self.complement, self.separation, until=self.until)  # refuses what is out of range
+        self.objective()  # refuses what is out of range
+
+    def objective(self) -> Objective:
+        """Return what clients minimise."""
+        return Erasing(self.complement, self.separation, until=self.until, every=self.every)
 
 
 def erasing(settings: Erase | None, request: Request) -> Objective:
     """Return what clients minimise: by ``settings``, by the erase step of the recipe where None."""
     if settings is not None:
-        return Erasing(settings.complement, settings.separation, until=settings.until)
+        return settings.objective()
     known = request.repair.training.objective
     assert known is not None  # the control applies where there is one
     return known

@@ -36,6 +36,7 @@ class PruneAndErase(Prune):
     complement: float = 1.0
     separation: float = 0.1
     until: float = 0.3
+    every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +44,7 @@ class PruneAndErase(Prune):
 
     def objective(self) -> Objective:
         """Return what clients minimise."""
-        return Erasing(self.complement, self.separation, until=self.until)
+        return Erasing(self.complement, self.separation, until=self.until, every=self.every)
 
 
 def prune(model: Classifier, fed: Federation, request: Request, settings: Prune) -> Outcome:

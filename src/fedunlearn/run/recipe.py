@@ -156,6 +156,7 @@ class EraseTable(_Table):
     separation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    every: Annotated[int, Field(ge=1)] = 1
 
     def erasing(self) -> Erasing | None:
         """Return the settings of the erase step, None where both weights are 0."""

@@ -84,8 +84,9 @@ class Training:
                 )
 
     def of_round(self, round: int, rounds: int) -> Training:
-        """Return these settings for ``round`` of ``rounds``: without objective once its share of them is over."""
-        if self.objective is None or round < max(1, int(self.objective.until * rounds + 0.5)):
+        """Return these settings for ``round`` of ``rounds``: without objective where it is not its turn."""
+        objective = self.objective
+        if objective is None or (round < max(1, int(objective.until * rounds + 0.5)) and round % objective.every == 0):
             return self
         return replace(self, objective=None)
 

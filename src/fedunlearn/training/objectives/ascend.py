@@ -30,6 +30,7 @@ class Ascend:
     until: float = 1.0
     kind: Literal["ascend"] = "ascend"
     teacher: ClassVar[bool] = False
+    every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         in_range(self, kept=is_part, share=is_part, until=is_share)

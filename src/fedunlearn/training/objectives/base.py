@@ -85,6 +85,10 @@ class Local(Protocol):
         """Share of the rounds, the first ones, in which it is used; the others minimise the cross-entropy alone."""
 
     @property
+    def every(self) -> int:
+        """Of these rounds it is used in the first and then in every ``every``-th."""
+
+    @property
     def teacher(self) -> bool:
         """Whether it needs what the model as received makes of the batch."""
 

@@ -27,6 +27,7 @@ class Distil:
     kind: Literal["distil"] = "distil"
     share: ClassVar[float] = 1.0
     teacher: ClassVar[bool] = True
+    every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         in_range(self, until=is_share)

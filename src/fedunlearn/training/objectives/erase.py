@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.errors import RecipeError
 from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_share, is_weight
 
@@ -29,6 +30,8 @@ class Erasing:
         separation: weight of ``separation``.
         share: about the part of each batch that is of the forgotten classes, at least an image.
         until: share of the rounds, the first ones, in which it is done; the others train on the other classes alone.
+        every: of these rounds it is done in the first and then in every ``every``-th, so that what the rounds between
+            bring back is erased again.
 
     Raises:
         RecipeError: a value is out of range, or both weights are 0.
@@ -38,10 +41,12 @@ class Erasing:
     separation: float = 0.0
     share: float = 0.25
     until: float = 1.0
+    every: int = 1
     kind: Literal["erase"] = "erase"
 
     def __post_init__(self) -> None:
         in_range(self, complement=is_weight, separation=is_weight, share=is_part, until=is_share)
+        in_range(self, every=lambda value: is_whole(value, 1))
         if self.complement == self.separation == 0:
             raise RecipeError("Erasing(complement=..., separation=...) are both 0, so that nothing is erased: set one")
 

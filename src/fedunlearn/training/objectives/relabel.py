@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Relabel:
     share: float = 0.25
     until: float = 1.0
     kind: Literal["relabel"] = "relabel"
+    every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         in_range(self, to=lambda value: value in ("random", "likeliest"), share=is_part, until=is_share)

@@ -35,6 +35,7 @@ class Scrub:
     until: float = 1.0
     kind: Literal["scrub"] = "scrub"
     teacher: ClassVar[bool] = True
+    every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, share=is_part, until=is_share)

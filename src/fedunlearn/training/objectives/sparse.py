@@ -30,6 +30,7 @@ class Sparse:
     kind: Literal["sparse"] = "sparse"
     share: ClassVar[float] = 0.0
     teacher: ClassVar[bool] = False
+    every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         in_range(self, penalty=is_weight, until=is_share)
