@@ -13,9 +13,11 @@ import fedunlearn as fu
 from conftest import classifier, logits, make_images, make_net
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
-from fedunlearn.errors import ModelError
+from fedunlearn.errors import ModelError, RunError
 from fedunlearn.export import export_onnx
 from fedunlearn.models import build_model
+from fedunlearn.run.commands import export_weights
+from fedunlearn.run.recipe import load_recipe
 
 
 def grouped():
@@ -93,3 +95,10 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ModelError, match=r"onnxruntime is needed to export ONNX: pip install 'fedunlearn\[onnx\]'"):
         export_onnx(tmp_path / "m.onnx", classifier(make_net()), images=make_images(6))
+
+
+def test_nothing_is_written_into_a_signed_folder(tmp_path):
+    (tmp_path / "dossier.json").write_text("{}")
+    text = f"{tmp_path} holds a signed dossier, which one more file would break: write m.onnx elsewhere"
+    with pytest.raises(RunError, match=re.escape(text)):
+        export_weights(load_recipe("digits"), tmp_path / "sub" / "m.onnx")

@@ -13,13 +13,13 @@ from fedunlearn.audits.findings import Findings
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import RecipeError
+from fedunlearn.errors import RecipeError, RunError
 from fedunlearn.evidence.dossier import write_dossier
 from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
-from fedunlearn.evidence.verify import fingerprint
+from fedunlearn.evidence.verify import DOSSIER, fingerprint
 from fedunlearn.export import export_onnx
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
@@ -149,8 +149,14 @@ def export_weights(recipe: Recipe, path: Path) -> float:
     """Write the model that ``model.weights`` names as ONNX and return how far its logits are from torch's.
 
     Raises:
-        FedUnlearnError: the recipe, the data or the weights cannot be used, or the model cannot be exported.
+        FedUnlearnError: the recipe, the data or the weights cannot be used, the model cannot be exported, or the file
+            would lie in a folder whose dossier is signed.
     """
+    for folder in path.absolute().parents:
+        if (folder / DOSSIER).exists():
+            raise RunError(
+                f"{folder} holds a signed dossier, which one more file would break: write {path.name} elsewhere"
+            )
     model, test, _ = _loaded(recipe)
     return export_onnx(path, model, images=test)
 

@@ -36,7 +36,7 @@ from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.compare import Oracle, request, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
 from fedunlearn.run.machine import settled
-from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.recipe import PRUNE, Recipe
 from fedunlearn.run.result import cost_until, evaluate, judged, validation_block, whole_cost
 from fedunlearn.run.tuning import count, made, score, tried
 from fedunlearn.run.work import Observe, Work, opened
@@ -68,6 +68,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.methods:
+            if name == PRUNE:
+                raise RecipeError("compare takes pruning by the name of its ranking: tf_idf or contrast (or erase)")
             if name not in COMPARED:
                 raise RecipeError(f"there is no method {name!r}; known are {', '.join(COMPARED)}, or all")
         if self.seeds < 1:
