@@ -53,7 +53,7 @@ def work_table(recipe: str) -> str:
                         *(_share([cell["accuracy"][key] for cell in own]) for key in ("forget_row_kept", "retain")),
                         *(_share([cell["figures"][name] for cell in own]) for name in DEPTH),
                         *(f"{fmean(cell[key] for cell in own):.1f}" for key in ("speedup", "speedup_whole")),
-                        " to ".join(str(n) for n in sorted({len(cell["outside"]) for cell in own})),
+                        _counts([len(cell["outside"]) for cell in own]),
                     ]
                 )
             )
@@ -106,6 +106,11 @@ def _draw(panel: Axes, value: dict[str, Any], method: str) -> None:
 def methods(value: dict[str, Any]) -> list[str]:
     """Return the methods in the order in which they were done."""
     return list(dict.fromkeys(cell["method"] for cells in value["epochs"].values() for cell in cells.values()))
+
+
+def _counts(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _share(values: list[float]) -> str:

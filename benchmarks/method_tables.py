@@ -34,9 +34,9 @@ def method_table(name: str) -> str:
             _row(
                 [
                     f"{row['number']} `{row['name']}`{seeds}",
-                    *(_spread(own) for own in (row["u"], row["r"])),
-                    *(_spread(row["figures"].get(figure)) for figure in shown),
-                    _spread(row["speedup"], 1),
+                    *(spread(own) for own in (row["u"], row["r"])),
+                    *(spread(row["figures"].get(figure)) for figure in shown),
+                    spread(row["speedup"], 1),
                     f"{len(outside)}: {', '.join(outside)}" if outside else "none",
                 ]
             )
@@ -99,7 +99,8 @@ def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {own:.3g}" for key, own in settings.items() if own is not None) or "as the recipe"
 
 
-def _spread(value: tuple[float, float, float] | None, factor: float = 100) -> str:
+def spread(value: tuple[float, float, float] | None, factor: float = 100) -> str:
+    """Return mean, lowest and highest as text; the one value where they agree, a dash where there is none."""
     if value is None:
         return "-"
     middle, low, high = (f"{factor * own:.1f}" for own in value)

@@ -3,7 +3,7 @@
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- KIND NAME -->`` and ``<!-- end -->``; ``--check``
 only says whether the pages are up to date. Kinds: ``table``, from ``benchmarks/results/NAME-*.json``, one row per file;
 ``audits``, from ``benchmarks/audits/NAME*.json``; ``measured``, from ``benchmarks/NAME.json``; ``cells``, see
-``benchmarks.cell_tables``; ``methods``, see ``benchmarks.method_tables``.
+``benchmarks.cell_tables``; ``methods``, see ``benchmarks.method_tables``; ``depth``, see ``benchmarks.depth_tables``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
+from benchmarks.depth_tables import pictures as depth_pictures
+from benchmarks.depth_tables import work_table
 from benchmarks.method_tables import method_table, pictures, trial_table
 from benchmarks.verdict_tables import error_table, power_table
 from benchmarks.verdict_tables import picture as power_picture
@@ -29,7 +31,7 @@ from fedunlearn.evidence.words import MODELS, clipped
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (*sorted((DOCS / "results").glob("*.md")), DOCS / "privacy.md", DOCS / "performance.md")
-_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
+_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods|depth) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
 )
@@ -41,7 +43,14 @@ def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
     groups = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
     if tables != groups:
         sys.exit(f"{DOCS} and {RESULTS} must have the same groups, these are in one alone: {sorted(tables ^ groups)}")
-    makers = {"table": table, "audits": audit_table, "measured": measured, "cells": cell_table, "methods": methods}
+    makers = {
+        "table": table,
+        "audits": audit_table,
+        "measured": measured,
+        "cells": cell_table,
+        "methods": methods,
+        "depth": work_table,
+    }
     return {
         path: _BLOCK.sub(lambda match: match[1] + makers[match[2]](match[3]) + match[4], text)
         for path, text in pages.items()
@@ -337,6 +346,7 @@ def main() -> None:
             made[DOCS / "results" / f"{recipe}.svg"] = drawn
     made[DOCS / "results" / "verdict.svg"] = power_picture()
     made |= {DOCS / "results" / f"methods-{name}.svg": drawn for name, drawn in pictures().items()}
+    made |= {DOCS / "results" / f"depth-{name}.svg": drawn for name, drawn in depth_pictures().items()}
     for path, text in made.items():
         if "--check" in sys.argv and not (path.exists() and path.read_text("utf-8") == text):
             sys.exit(f"{path}: run python -m benchmarks.tables")
