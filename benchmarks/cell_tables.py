@@ -13,6 +13,7 @@ from typing import Any
 import safetensors
 
 from benchmarks.cells import CELLS, MODELS, SEEDS, SETTINGS
+from benchmarks.method_tables import row_of
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.plots import work
 from fedunlearn.evidence.words import MODELS as LABELS
@@ -44,7 +45,7 @@ def results(recipe: str, setting: str) -> list[Result]:
 def headline() -> str:
     """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds."""
     head = ("cell", "ranking", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for recipe, (unlearned, retrained, ratio) in PAPER.items():
         paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
         for setting in SETTINGS:
@@ -59,25 +60,25 @@ def headline() -> str:
                     _times(own, "speedup_whole"),
                 ]
             some = f", {len(own)} of {len(SEEDS)} seeds" if 0 < len(own) < len(SEEDS) else ""
-            lines.append(_row((recipe, setting + some, *cells, paper)))
+            lines.append(row_of((recipe, setting + some, *cells, paper)))
     return "\n".join(lines) + "\n"
 
 
 def levels() -> str:
     """Return U and R on test images of the original and the retrained models that are kept, beside the level asked."""
     head = ("cell", "R asked", "original, U", "original, R", "retrained, R", "models")
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for recipe, asked in LEVEL.items():
         path = MODELS / recipe / "levels.json"
         if not path.exists():
-            lines.append(_row((recipe, str(asked), *[NOT_RUN] * 4)))
+            lines.append(row_of((recipe, str(asked), *[NOT_RUN] * 4)))
             continue
         found = json.loads(path.read_text("utf-8"))
         original = found.pop("original")
         cells = [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
         retrained = [100 * own["retain"] for own in found.values()]
         lines.append(
-            _row((recipe, str(asked), *cells, _spread(retrained) if retrained else NOT_RUN, str(len(retrained))))
+            row_of((recipe, str(asked), *cells, _spread(retrained) if retrained else NOT_RUN, str(len(retrained))))
         )
     return "\n".join(lines) + "\n"
 
@@ -85,15 +86,15 @@ def levels() -> str:
 def settings_table(recipe: str) -> str:
     """Return U, R and the verdicts of each setting and of its controls, mean and range over the seeds."""
     head = ("model", "U, row in place", "R", "R less retrained", "verdict")
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for setting in SETTINGS:
         own = results(recipe, setting)
         if not own:
-            lines.append(_row((setting, *[NOT_RUN] * 4)))
+            lines.append(row_of((setting, *[NOT_RUN] * 4)))
         for name, blocks in _models(setting, own):
             verdicts = Counter(block["verdict"] for block in blocks)
             lines.append(
-                _row(
+                row_of(
                     (
                         name,
                         _spread([_u(block) for block in blocks]),
@@ -118,7 +119,7 @@ def depth_table(recipe: str) -> str:
         columns += [(_label(setting, name), [one["figures"][name] for one in own]) for name in shown]
         columns.append((f"**{setting}**", [one["figures"]["unlearned"] for one in own]))
     head = ["figure", "retrained", "band", *(text for text, _ in columns)]
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     oracles = [own for name, own in first["figures"].items() if name.startswith("retrained")]
     for figure, audit in first["audits"].items():
         if FIGURES[figure].fixed is not None or audit["band"] is None:
@@ -132,7 +133,7 @@ def depth_table(recipe: str) -> str:
             text = f"{100 * fmean(values):.1f}" if values else ""
             outside = any(not low <= value <= high for value in values)
             cells.append(f"**{text}**" if outside else text)
-        lines.append(_row((FIGURES[figure].label, *cells)))
+        lines.append(row_of((FIGURES[figure].label, *cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -199,7 +200,3 @@ def _times(own: Sequence[Result], name: str) -> str:
     )
     spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
     return f"{bound}{fmean(found):.1f}x{spread}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
             if (out / RESULT).exists() and path.exists():
                 continue
             chosen = load_recipe(recipe, [*settings, *models, *changes, *paper, f"unlearn.seed={seed}"])
-            _share_figures(recipe, work, out)
+            done = (folder for folder in sorted(work.glob(f"{recipe}-*-seed*")) if (folder / RESULT).exists())
+            share_figures(done, out)
             result = run(chosen, out, observe=_observer(path.stem))
             figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
             result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
@@ -137,13 +138,13 @@ def _compare(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
     _say(path.stem, f"differs from the kept figures by {largest:.4f} at most ({name})")
 
 
-def _share_figures(recipe: str, work: Path, out: Path) -> None:
-    """Copy what an earlier run measured of the models that all runs share; an audit takes it for these models alone."""
-    done = [folder for folder in sorted(work.glob(f"{recipe}-*-seed*")) if (folder / RESULT).exists()]
-    if not done or out.exists():
+def share_figures(done: Iterable[Path], out: Path) -> None:
+    """Copy what the first of ``done`` measured of the models that all share; an audit takes it for these alone."""
+    first = next(iter(done), None)
+    if first is None or out.exists():
         return
     (out / FOLDER).mkdir(parents=True)
-    for path in (done[0] / FOLDER).glob("*.json"):
+    for path in (first / FOLDER).glob("*.json"):
         if path.stem in ("original", "head_only") or path.stem.startswith("retrained"):
             shutil.copy(path, out / FOLDER)
 

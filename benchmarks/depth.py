@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cells import MODELS
+from benchmarks.cells import MODELS, share_figures
 from benchmarks.method_tables import FOLDER as COMPARED
-from fedunlearn.audits.audit import FOLDER as AUDITS
 from fedunlearn.evidence.comparison import COMPARISON
 from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.recipe import Recipe, load_recipe
@@ -24,7 +22,6 @@ FOLDER = Path(__file__).parent / "depth"
 METHODS = ("contrast", "erase", "erase_only")
 EPOCHS = (0.1, 0.3, 0.6, 1.2, 2.0)
 _MANY = 5  # rounds of which the number comes near the epochs
-_SHARED = ("original", "head_only", "retrained-")
 _COMMON = ("recipe", "forget", "retrained", "bands", "original")
 
 
@@ -50,15 +47,16 @@ def main() -> None:
 
 def _measure(name: str, settings: Sequence[str], work: Path, epochs: float, seeds: int) -> None:
     """Compare the methods with so many epochs of client work, and write what came of it."""
-    own, repair = load_recipe(name), _repair(load_recipe(name), epochs)
+    own = load_recipe(name)
+    repair = _repair(own, epochs)
     compared = COMPARED / f"{name}.json"
     if repair == own.unlearn.model_dump(include=set(repair)) and compared.exists():  # the recipe's own work
         value = json.loads(compared.read_text("utf-8"))
         value["cells"] = {cell: one for cell, one in value["cells"].items() if cell.rpartition("-")[0] in METHODS}
     else:
         out = work / f"{name}-{epochs:g}"
-        _share_figures(work, out)
-        recipe = load_recipe(name, [*settings, *(f"unlearn.{key}={own}" for key, own in repair.items())])
+        share_figures((folder for folder in sorted(work.glob("*")) if (folder / COMPARISON).exists()), out)
+        recipe = load_recipe(name, [*settings, *(f"unlearn.{key}={number}" for key, number in repair.items())])
         plan = Plan(METHODS, seeds=seeds)
         value = compare(recipe, out, plan, tell=lambda line: print(f"{epochs:g} {line}", flush=True))
     path = FOLDER / f"{name}.json"
@@ -80,17 +78,6 @@ def _repair(recipe: Recipe, epochs: float) -> dict[str, float]:
     rounds = max(1, round(epochs / unlearn.local_epochs / participation))
     length = unlearn.local_epochs if rounds >= _MANY else epochs / rounds / participation
     return {"rounds": rounds, "local_epochs": length}
-
-
-def _share_figures(work: Path, out: Path) -> None:
-    """Copy what was measured of the models that all comparisons share; an audit takes it for these models alone."""
-    done = [folder for folder in sorted(work.glob("*")) if (folder / COMPARISON).exists()]
-    if not done or out.exists():
-        return
-    (out / AUDITS).mkdir(parents=True)
-    for path in (done[0] / AUDITS).glob("*.json"):
-        if path.name.startswith(_SHARED):
-            shutil.copy(path, out / AUDITS)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.method_tables import spread
+from benchmarks.method_tables import row_of, spread
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.comparison import DEPTH
 
@@ -40,13 +40,13 @@ def work_table(recipe: str) -> str:
         "whole schedule",
         "outside",
     ]
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for method in methods(value):
         for epochs, cells in value["epochs"].items():
             own = [cell for cell in cells.values() if cell["method"] == method]
             seeds = f" ({len(own)} seed)" if len(own) == 1 else ""
             lines.append(
-                _row(
+                row_of(
                     [
                         f"`{method}`{seeds}",
                         epochs,
@@ -115,7 +115,3 @@ def _counts(numbers: list[int]) -> str:
 
 def _share(values: list[float]) -> str:
     return spread((fmean(values), min(values), max(values)))
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,12 +27,12 @@ def method_table(name: str) -> str:
     value = read(name)
     shown = [figure for figure in DEPTH if figure in value["original"]["figures"] or figure in value["bands"]]
     head = ["method", "U", "R", *(FIGURES[figure].label for figure in shown), "speed-up", "outside the bands"]
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [row_of(head), "|---" * len(head) + "|"]
     for row in summary(value):
         outside = [FIGURES[figure].label for figure in row["outside"]]
         seeds = "" if row["seeds"] == len(value["seeds"]) else f" ({row['seeds']} of {len(value['seeds'])} seeds)"
         lines.append(
-            _row(
+            row_of(
                 [
                     f"{row['number']} `{row['name']}`{seeds}",
                     *(spread(own) for own in (row["u"], row["r"])),
@@ -42,10 +43,10 @@ def method_table(name: str) -> str:
             )
         )
     for failed, why in value["failed"].items():
-        lines.append(_row([f"`{failed}`", f"failed: {why}", *[""] * (len(head) - 2)]))
+        lines.append(row_of([f"`{failed}`", f"failed: {why}", *[""] * (len(head) - 2)]))
     original = value["original"]
     lines.append(
-        _row(
+        row_of(
             ["original", *(f"{100 * original[key]:.1f}" for key in ("forget", "retain"))]
             + [f"{100 * original['figures'][figure]:.1f}" if figure in original["figures"] else "" for figure in shown]
             + ["", ""]
@@ -54,7 +55,7 @@ def method_table(name: str) -> str:
     oracles = list(value["retrained"].values())
     known = [[own["figures"][figure] for own in oracles] for figure in shown]
     lines.append(
-        _row(
+        row_of(
             [
                 f"{len(oracles)} retrained",
                 *(_range([own[key] for own in oracles]) for key in ("forget_row_kept", "retain")),
@@ -64,7 +65,7 @@ def method_table(name: str) -> str:
         )
     )
     bands = [clipped(value["bands"][figure], figure) for figure in ("forget", "retain", *shown)]
-    lines.append(_row(["band", *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in bands), "", ""]))
+    lines.append(row_of(["band", *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in bands), "", ""]))
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +78,7 @@ def trial_table(name: str) -> str:
             continue
         best = next(trial for trial in trials if trial["settings"] == about["tuned"])
         cells = [part for trial in (trials[0], best) for part in (_settings(trial["settings"]), _score(trial))]
-        lines.append(_row([f"`{method}`", *cells, str(len(trials))]))
+        lines.append(row_of([f"`{method}`", *cells, str(len(trials))]))
     return "\n".join(lines) + "\n"
 
 
@@ -111,5 +112,6 @@ def _range(values: list[float]) -> str:
     return f"{100 * fmean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def _row(cells: list[str]) -> str:
+def row_of(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

@@ -45,8 +45,8 @@ class Erasing:
     kind: Literal["erase"] = "erase"
 
     def __post_init__(self) -> None:
-        in_range(self, complement=is_weight, separation=is_weight, share=is_part, until=is_share)
-        in_range(self, every=lambda value: is_whole(value, 1))
+        weights = {"complement": is_weight, "separation": is_weight}
+        in_range(self, **weights, share=is_part, until=is_share, every=lambda value: is_whole(value, 1))
         if self.complement == self.separation == 0:
             raise RecipeError("Erasing(complement=..., separation=...) are both 0, so that nothing is erased: set one")
 
