@@ -86,9 +86,8 @@ def train(recipe: str, settings: Sequence[str], work: Path, retrained: int) -> N
 
 def _check_recipe(experiment: Experiment, path: Path) -> None:
     """Write what makes the models of a folder, or refuse to make others by another recipe beside them."""
-    value = experiment.recipe.model_dump(mode="json", include={"data", "federation", "model", "train", "compute"})
+    value = experiment.recipe.model_dump(mode="json", include={"data", "federation", "model", "train"})
     value["data"]["path"] = ""
-    value["compute"].pop("workers")
     text = json.dumps(value, indent=1) + "\n"
     if path.exists() and path.read_text("utf-8") != text:
         raise SystemExit(f"{path}: the models there were made by another recipe; move them away to make others")
@@ -181,6 +180,7 @@ def _level(experiment: Experiment, folder: Path, name: str) -> None:
         model = model.without_rows(experiment.forget)
     accuracy = evaluate(model, experiment.splits.test, forget=experiment.forget)["accuracy"]
     levels[name] = {"forget": accuracy["forget_row_kept"], "retain": accuracy["retain"]}
+    levels[name]["precision"] = experiment.recipe.compute.precision  # of its training: machines differ in what is fast
     path.write_text(json.dumps(levels, indent=1) + "\n")
     _say(name, str(levels[name]))
 
