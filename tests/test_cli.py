@@ -25,7 +25,7 @@ from rich.table import Table
 from conftest import write_set
 from fedunlearn.cli import main
 from fedunlearn.console import print_table
-from fedunlearn.data.readers import load_npz
+from fedunlearn.data.npz import load_npz
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.models import build_model

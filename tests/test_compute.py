@@ -30,7 +30,8 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.compare import RetrainedCache
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.machine import settled
-from fedunlearn.run.recipe import ComputeTable, load_recipe
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.tables import ComputeTable
 from fedunlearn.training.compute import FLOAT32, Compute, cores, has_bfloat16
 from fedunlearn.training.sgd import Training
 from fedunlearn.training.speed import _fastest, probe

@@ -21,7 +21,8 @@ from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.launch import SuperLink, run_on, simulation
 from fedunlearn.run.experiment import prepare
-from fedunlearn.run.recipe import PrivacyTable, load_recipe
+from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.tables import PrivacyTable
 from loopback import Loopback, nodes
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("__init__",),
     ("flower",),
     ("engines",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )

@@ -14,17 +14,9 @@ from PIL import Image
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.data.npz import load_npz, read_npz
 from fedunlearn.data.partition import partition
-from fedunlearn.data.readers import (
-    READERS,
-    load_npz,
-    read_cifar10,
-    read_cifar100,
-    read_digits,
-    read_folder,
-    read_mnist,
-    read_npz,
-)
+from fedunlearn.data.readers import READERS, read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
 from fedunlearn.errors import DataError
 from fedunlearn.models import build_model
 

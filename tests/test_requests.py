@@ -14,7 +14,7 @@ from fedunlearn.console import notes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.evidence.folder import RunFolder
-from fedunlearn.evidence.report import _of_this_request
+from fedunlearn.evidence.pictures import _of_this_request
 from fedunlearn.federation.journal import Journal
 from fedunlearn.flower.app import built_by, engine_on, held_by
 from fedunlearn.flower.client import client_app

@@ -12,16 +12,10 @@ from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import RunProgress
 from fedunlearn.data.datasets import from_dataset
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.npz import read_npz
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.data.readers import (
-    Splits,
-    read_cifar10,
-    read_cifar100,
-    read_digits,
-    read_folder,
-    read_mnist,
-    read_npz,
-)
+from fedunlearn.data.readers import read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
+from fedunlearn.data.splits import Splits
 from fedunlearn.errors import (
     DataError,
     EvidenceError,

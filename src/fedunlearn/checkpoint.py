@@ -18,7 +18,7 @@ from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.channels.fit import check_finite
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.data.readers import load_npz
+from fedunlearn.data.npz import load_npz
 from fedunlearn.errors import DataError, ModelError, PlanError
 from fedunlearn.files import write_tensors
 

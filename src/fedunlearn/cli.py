@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -34,8 +33,9 @@ from fedunlearn.evidence import verify as verifier
 from fedunlearn.evidence.folder import REPORT, RESULT
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.words import certainty
+from fedunlearn.options import OPTIONS, RECIPE, SHOWN, WORK, DebugOption, Options, argument, option
 from fedunlearn.run.experiment import Experiment
-from fedunlearn.run.recipe import SHIPPED, Recipe, load_recipe
+from fedunlearn.run.recipe import SHIPPED
 from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
 
@@ -45,108 +45,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a person said: the value of each option of a command, its default where the command has no such option."""
-
-    recipe: str
-    out: Path | None = None
-    data: str | None = None
-    weights: str | None = None
-    models: Path | None = None
-    overrides: Sequence[str] | None = None
-    precision: str | None = None
-    engine: str | None = None
-    superlink: str | None = None
-    ca: Path | None = None
-    key: Path | None = None
-    model: Path | None = None
-    oracle: Sequence[Path] | None = None
-    original: Path | None = None
-    client: str | None = None
-    quiet: bool = False
-    as_json: bool = False
-    method: str | None = None
-    methods: str = "all"
-    seeds: int = 3
-    tune: int = 0
-    debug: bool = False
-
-    def recipe_set(self) -> Recipe:
-        """Return the recipe with all that options override."""
-        named = {
-            "data.path": self.data,
-            "model.weights": self.weights if self.models is None else str(self.models / "original.safetensors"),
-            "audit.models": None if self.models is None else str(self.models),
-            "federation.engine": self.engine,
-            "compute.precision": self.precision,
-            "unlearn.method": self.method,
-        }
-        given = {key: value for key, value in named.items() if value is not None}
-        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
-        from fedunlearn.engines import known  # slow to import
-
-        return known(load_recipe(self.recipe, [*(self.overrides or ()), *overrides]))
-
-
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def _option(name: str, kind: Any, help: str, *, flag: str = "", default: Any = None) -> Parameter:
-    about = typer.Option(flag or f"--{name}", help=help)
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
-
-
-def _argument(name: str, kind: Any, help: str) -> Parameter:
-    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, typer.Argument(help=help)])
-
-
-_RECIPE = "Name of a shipped recipe, or a TOML file."
-# All options of the commands that work on a recipe; each command names those it takes.
-OPTIONS = {
-    own.name: own
-    for own in (
-        _option("recipe", str, _RECIPE, default=Parameter.empty),
-        _option(
-            "out",
-            Path | None,
-            "Folder of the run, in runs/ by default; the same command goes on with it.",
-        ),
-        _option("data", str | None, "Folder or file of the images; sets data.path."),
-        _option("weights", str | None, "The trained model, .safetensors, .npz, .pt or .th; sets model.weights."),
-        _option(
-            "models",
-            Path | None,
-            "Folder with original.safetensors and retrained-SEED.safetensors that the recipe gave before: trains none.",
-        ),
-        _option("overrides", list[str] | None, "table.key=value overrides a key of the recipe.", flag="--set"),
-        _option(
-            "precision", str | None, "float32 everywhere, bfloat16, or auto: what is faster; sets compute.precision."
-        ),
-        _option(
-            "engine", str | None, "Who runs the clients: local, flower-simulation, flower; sets federation.engine."
-        ),
-        _option("superlink", str | None, "With --engine flower: ADDRESS:PORT of your SuperLink."),
-        _option("ca", Path | None, "With --superlink: the certificate that its HTTPS certificate is checked by."),
-        _option("key", Path | None, "Your private key (fedunlearn keygen): sign a dossier of the run."),
-        _option("oracle", list[Path] | None, "A model retrained without the class; at least three."),
-        _option(
-            "original", Path | None, "The model before unlearning: the control that must fail, so that a pass counts."
-        ),
-        _option("method", str | None, "How to forget (fedunlearn methods lists them); sets unlearn.method."),
-        _option("methods", str, "all, or names with commas between them.", default="all"),
-        _option("seeds", int, "How many seeds each method is done with.", default=3),
-        _option("tune", int, "Settings to try for each method, on validation images of one seed.", default=0),
-        _option("client", str | None, "Audit with this client's images alone."),
-        _option("quiet", bool, "Print nothing but errors.", default=False),
-        _option("as_json", bool, "Print the result as JSON on standard output.", flag="--json", default=False),
-        Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption),
-    )
-}
-_WORK = ("out", "data", "overrides", "precision", "engine", "superlink", "ca")
-_SHOWN = ("quiet", "as_json", "debug")
 
 
 def _command(*names: str | Parameter) -> Callable[[Callable[[Options], None]], Callable[[Options], None]]:
@@ -181,27 +79,27 @@ def _version(
         raise typer.Exit
 
 
-@_command(_argument("recipe", str, _RECIPE), *_WORK, "weights", "models", "method", "key", *_SHOWN)
+@_command(argument("recipe", str, RECIPE), *WORK, "weights", "models", "method", "key", *SHOWN)
 def run(options: Options) -> None:
     """Train or load a model, make it forget, audit it beside retrained models and controls, and report."""
     _work("run", options)
 
 
-@_command("recipe", *_WORK, *_SHOWN)
+@_command("recipe", *WORK, *SHOWN)
 def train(options: Options) -> None:
     """Train the original model by federated averaging."""
     _work("train", options)
 
 
-@_command("recipe", *_WORK, "weights", "method", "key", *_SHOWN)
+@_command("recipe", *WORK, "weights", "method", "key", *SHOWN)
 def unlearn(options: Options) -> None:
     """Make a model forget, without comparisons; it is trained first where --weights names none."""
     _work("unlearn", options)
 
 
 @_command(
-    _argument("recipe", str, _RECIPE),
-    *("methods", "seeds", "tune", "out", "data", "overrides", "precision", "engine", "weights", "models", *_SHOWN),
+    argument("recipe", str, RECIPE),
+    *("methods", "seeds", "tune", "out", "data", "overrides", "precision", "engine", "weights", "models", *SHOWN),
 )
 def compare(options: Options) -> None:
     """Make a model forget by many methods, on the same clients, and audit each by the same bands."""
@@ -242,7 +140,7 @@ def methods() -> None:
     print_table(Console(), methods_table(COMPARED.values()))
 
 
-@_command("recipe", OPTIONS["weights"].replace(default=Parameter.empty), "data", "overrides", *_SHOWN)
+@_command("recipe", OPTIONS["weights"].replace(default=Parameter.empty), "data", "overrides", *SHOWN)
 def evaluate(options: Options) -> None:
     """Measure a model, unlearned or not, on the test images."""
     from fedunlearn.run.commands import evaluate_weights  # slow to import
@@ -258,7 +156,7 @@ def evaluate(options: Options) -> None:
 @_command(
     "recipe",
     OPTIONS["weights"].replace(default=Parameter.empty),
-    _option("out", Path, "The file to write, which ends in .onnx.", default=Parameter.empty),
+    option("out", Path, "The file to write, which ends in .onnx.", default=Parameter.empty),
     "data",
     "overrides",
     "quiet",
@@ -275,8 +173,8 @@ def export(options: Options) -> None:
 
 
 @_command(
-    _argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
-    *("recipe", "out", "data", "oracle", "original", "client", "overrides", "precision", "key", *_SHOWN),
+    argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
+    *("recipe", "out", "data", "oracle", "original", "client", "overrides", "precision", "key", *SHOWN),
 )
 def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""

@@ -30,6 +30,7 @@ from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import knew
+from fedunlearn.tabular import percent
 
 _ANY_WIDTH = 10_000
 # Columns of the tables that a narrow screen can do without, those that say least first.
@@ -288,10 +289,14 @@ def audit_table(result: Mapping[str, Any]) -> Table:
     for name, figure in FIGURES.items():
         audit = result["audits"].get(name)
         if audit is not None:
-            band = audit["band"] and " to ".join(_percent(end) for end in clipped(audit["band"], name))
+            band = audit["band"] and " to ".join(percent(end, digits=2) for end in clipped(audit["band"], name))
             away = "" if audit["distance"] is None else f"{audit['distance']:+.1f}"
             counted = figure.fixed is not None
-            shown = (f"{audit['figure']:g} found", "", "") if counted else (_percent(audit["figure"]), band or "", away)
+            shown = (
+                (f"{audit['figure']:g} found", "", "")
+                if counted
+                else (percent(audit["figure"], digits=2), band or "", away)
+            )
             table.add_row(figure.label, *shown, audit["verdict"] or "no band")
     return table
 
@@ -348,11 +353,7 @@ def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[
     accuracy = block["accuracy"]
     shares = (accuracy["forget"], accuracy["forget_row_kept"], accuracy["retain"])
     spent = ("", "") if cost is None else (f"{cost['client_samples']:,}", f"{cost['client_flops'] / 1e9:,.1f}")
-    return (*(_percent(share) for share in shares), f"{block['parameters']:,}", *spent)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+    return (*(percent(share, digits=2) for share in shares), f"{block['parameters']:,}", *spent)
 
 
 def _speedup(result: Mapping[str, Any]) -> str:

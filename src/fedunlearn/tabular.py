@@ -67,3 +67,8 @@ def amount(value: float) -> str:
     """Return a positive number with three digits that count, all before the point kept; a whole number as it is."""
     digits = 0 if float(value).is_integer() else max(0, 2 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f}"
+
+
+def percent(share: float | None, *, digits: int = 1) -> str:
+    """Return a share in percent; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"

@@ -11,25 +11,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import logging
 import math
 import pickle
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedunlearn.data.folders import read_pictures, tell_beside
-from fedunlearn.data.images import COLOURS, LabelledImages, pixel_statistics
+from fedunlearn.data.images import pixel_statistics
+from fedunlearn.data.npz import grouped, load_npz, read_npz
+from fedunlearn.data.splits import Splits, both, held_out, labelled
 from fedunlearn.errors import DataError
-from fedunlearn.seeding import generator
 
-_logger = logging.getLogger(__name__)
 # What numpy arrays and Python 2 strings need, under their old and new names; nothing else is looked up.
 _ALLOWED = {
     ("numpy", "ndarray"),
@@ -38,13 +36,6 @@ _ALLOWED = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("_codecs", "encode"),
 }
-
-
-class Splits(NamedTuple):
-    """Training images (which clients share) and test images (which nobody chooses by)."""
-
-    train: LabelledImages
-    test: LabelledImages
 
 
 CIFAR10_MD5 = {
@@ -68,7 +59,6 @@ MNIST_MD5 = {
 _CIFAR10_PIXELS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100_PIXELS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 _MNIST_PIXELS = ((0.1307,), (0.3081,))
-_TEST_SHARE = 0.2
 
 
 def read_digits(path: Path | str | None = None, *, official: bool = True, size: int = 0) -> Splits:
@@ -82,7 +72,7 @@ def read_digits(path: Path | str | None = None, *, official: bool = True, size: 
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     images = torch.from_numpy(np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8))
     labels = torch.from_numpy(rows[:, -1].astype(np.int64))
-    return _split(images, labels, tuple(str(digit) for digit in range(10)), fifth=1)
+    return held_out(images, labels, tuple(str(digit) for digit in range(10)), fifth=1)
 
 
 def read_cifar10(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
@@ -95,8 +85,8 @@ def read_cifar10(path: Path | str, *, official: bool = True, size: int = 0) -> S
     images = torch.cat([part[0] for part in parts.values()])
     labels = torch.cat([part[1] for part in parts.values()])
     return Splits(
-        _labelled(folder, images, labels, names, _CIFAR10_PIXELS),
-        _labelled(folder / "test_batch", *test, names, _CIFAR10_PIXELS),
+        labelled(folder, images, labels, names, _CIFAR10_PIXELS),
+        labelled(folder / "test_batch", *test, names, _CIFAR10_PIXELS),
     )
 
 
@@ -108,7 +98,7 @@ def read_cifar100(path: Path | str, *, official: bool = True, size: int = 0) -> 
     for name, md5 in CIFAR100_MD5.items():
         data = _read(folder / name, md5 if official else None)
         images, labels = _cifar(load_arrays(data, folder / name), b"fine_labels", folder / name)
-        parts.append(_labelled(folder / name, images, labels, names, _CIFAR100_PIXELS))
+        parts.append(labelled(folder / name, images, labels, names, _CIFAR100_PIXELS))
     return Splits(*parts)
 
 
@@ -120,9 +110,9 @@ def read_mnist(path: Path | str, *, official: bool = True, size: int = 0) -> Spl
     for prefix, split in (("train", "train"), ("t10k", "test")):
         images = _idx(folder / f"{prefix}-images-idx3-ubyte", 2051, official)[:, None]
         labels = _idx(folder / f"{prefix}-labels-idx1-ubyte", 2049, official).long()
-        pixels = _labelled(folder / f"{prefix}-labels-idx1-ubyte", images, labels, tuple("0123456789"), _MNIST_PIXELS)
-        parts.append(_grouped(pixels, writers, split, folder / "writers.npz"))
-    return _splits(folder, *parts)
+        pixels = labelled(folder / f"{prefix}-labels-idx1-ubyte", images, labels, tuple("0123456789"), _MNIST_PIXELS)
+        parts.append(grouped(pixels, writers, split, folder / "writers.npz"))
+    return both(folder, *parts)
 
 
 def read_folder(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
@@ -151,7 +141,7 @@ def read_folder(path: Path | str, *, official: bool = True, size: int = 0) -> Sp
                 f"{path}: train holds the classes {train.classes}, test holds {test.classes}; they must agree"
             )
         pixels = pixel_statistics(train.images)
-        return _splits(path, *(_labelled(path, *part, pixels) for part in (train, test)))
+        return both(path, *(labelled(path, *part, pixels) for part in (train, test)))
     pictures = read_pictures(path, size)
     counts = torch.bincount(pictures.labels).tolist()
     if 1 in counts:
@@ -159,35 +149,7 @@ def read_folder(path: Path | str, *, official: bool = True, size: int = 0) -> Sp
             f"{path}: expected two images or more of each class, one to test with, got one of "
             f"{pictures.classes[counts.index(1)]}: add some, take the folder away, or make train/ and test/ yourself"
         )
-    return _split(*pictures)
-
-
-def read_npz(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
-    """Read ``x_train, y_train, x_test, y_test`` and, if there, ``classes``, ``groups_train``, ``groups_test``.
-
-    Images are uint8 of shape ``(images, height, width)``, ``(images, height, width, colours)`` or ``(images, colours,
-    height, width)``: the colours are the axis of 1, 3 or 4, or the odd one out beside two equal ones. Labels are whole
-    numbers from 0, shape ``(images,)``. Without names, each number up to the last one has training images.
-
-    Raises:
-        DataError: an entry is missing, of another type, shape or range, or does not say where the colours are.
-    """
-    path = Path(path)
-    arrays = load_npz(path)
-    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
-    if missing:
-        raise DataError(f"{path}: expected the entries x_train, y_train, x_test and y_test, {missing[0]} is missing")
-    for split in ("train", "test"):
-        _check_arrays(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
-    classes = _class_names(path, arrays)
-    images = {split: _colours_first(path, f"x_{split}", arrays[f"x_{split}"]) for split in ("train", "test")}
-    pixels = pixel_statistics(images["train"])
-    parts = []
-    for split in ("train", "test"):
-        labels = torch.from_numpy(arrays[f"y_{split}"].astype(np.int64))
-        part = _labelled(path, images[split], labels, classes, pixels)
-        parts.append(_grouped(part, arrays, f"groups_{split}", path))
-    return _splits(path, *parts)
+    return held_out(*pictures)
 
 
 READERS: dict[str, Callable[..., Splits]] = {
@@ -198,21 +160,6 @@ READERS: dict[str, Callable[..., Splits]] = {
     "folder": read_folder,
     "npz": read_npz,
 }
-
-
-def load_npz(path: Path | str) -> Mapping[str, np.ndarray]:
-    """Return the arrays of an ``.npz``; pickled objects are refused.
-
-    Raises:
-        DataError: the file is missing, damaged or holds pickled objects.
-    """
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # a damaged archive can fail in any way
-        raise DataError(
-            f"{path}: expected an .npz of plain arrays, but {error or type(error).__name__}; check the path"
-        ) from error
 
 
 def load_arrays(data: bytes, path: Path) -> dict[bytes, Any]:
@@ -234,105 +181,6 @@ def load_arrays(data: bytes, path: Path) -> dict[bytes, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a pickled dictionary, got {type(value).__name__}: fetch the file again")
     return value
-
-
-def _check_arrays(path: Path, split: str, x: np.ndarray, y: np.ndarray) -> None:
-    """Refuse images and labels of an ``.npz`` that are of another type or shape."""
-    if x.dtype != np.uint8 or x.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: x_{split} must be uint8 with 3 or 4 axes, got {x.dtype} of shape {x.shape}: "
-            "scale pixels to 0 .. 255 and round them to uint8"
-        )
-    if 0 in x.shape:
-        raise DataError(f"{path}: x_{split} must hold one image or more, got the shape {x.shape}")
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-        hint = ""
-        if y.shape == (len(x), 1):
-            hint = f": use y_{split}.ravel()"
-        elif y.ndim == 2 and len(y) == len(x):
-            hint = f": of one-hot labels, use y_{split}.argmax(1)"
-        elif y.shape == (len(x),):
-            hint = ": number the classes from 0 and store their names as classes"
-        raise DataError(
-            f"{path}: y_{split} must be {len(x)} whole numbers, one per image, got {y.dtype} of shape {y.shape}{hint}"
-        )
-
-
-def _class_names(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Return the names of an ``.npz``, or the numbers of its labels, which must then leave none out."""
-    if "classes" in arrays:
-        names = arrays["classes"]
-        if names.ndim != 1 or names.dtype.kind not in "Uiu":
-            raise DataError(
-                f"{path}: classes must be a list of names, one per class, got {names.dtype} of shape {names.shape}"
-            )
-        return tuple(str(name) for name in names)
-    count = len(np.unique(arrays["y_train"]))
-    for split in ("train", "test"):
-        labels = arrays[f"y_{split}"]
-        odd = labels[(labels < 0) | (labels >= count)]
-        if len(odd):
-            raise DataError(
-                f"{path}: expected labels 0 .. {count - 1}, for {count} different ones in y_train, y_{split} holds "
-                f"{odd[0]}: number the classes from 0 without a gap, or store a name of every class as classes"
-            )
-    return tuple(str(label) for label in range(count))
-
-
-def _colours_first(path: Path, entry: str, x: np.ndarray) -> Tensor:
-    """Return images of an ``.npz`` as ``(images, colours, height, width)``."""
-    if x.ndim == 3:
-        return torch.from_numpy(np.ascontiguousarray(x[:, None]))
-    _, first, second, third = x.shape
-    last, front = third in COLOURS, first in COLOURS
-    if last == front:
-        last, front = first == second, second == third
-    if last == front:
-        raise DataError(
-            f"{path}: {entry} of shape {x.shape} does not say which axis the colours are: expected "
-            "(images, height, width, colours) with 1, 3 or 4 colours, or images as high as wide"
-        )
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2) if last else x))
-
-
-def _grouped(images: LabelledImages, arrays: Mapping[str, np.ndarray], entry: str, path: Path) -> LabelledImages:
-    """Return ``images`` with the groups of an entry of an ``.npz``, if it is there."""
-    if entry not in arrays:
-        return images
-    groups = arrays[entry]
-    if groups.dtype.kind not in "iu" or groups.shape != (len(images),):
-        raise DataError(
-            f"{path}: {entry} must be {len(images)} whole numbers, one per image, "
-            f"got {groups.dtype} of shape {groups.shape}"
-        )
-    return replace(images, groups=torch.from_numpy(groups.astype(np.int64)))
-
-
-def _labelled(
-    path: Path,
-    images: Tensor,
-    labels: Tensor,
-    classes: tuple[str, ...],
-    pixels: tuple[tuple[float, ...], tuple[float, ...]],
-) -> LabelledImages:
-    """Return labelled images; where they do not fit together, say in which file."""
-    try:
-        return LabelledImages(images, labels, classes, *pixels)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _splits(path: Path, train: LabelledImages, test: LabelledImages) -> Splits:
-    """Return both; refuse test images of another shape, which no model takes, and log classes without images."""
-    if train.shape != test.shape:
-        raise DataError(
-            f"{path}: expected test images of shape {train.shape} (colours, height, width) like those to train on, "
-            f"got {test.shape}: resize them (data.size for a folder)"
-        )
-    absent = [name for name, count in zip(train.classes, train.counts().tolist()) if count == 0]
-    if absent:
-        _logger.warning("%s: %d classes have no image to train on (%s)", path, len(absent), ", ".join(absent[:5]))
-    return Splits(train, test)
 
 
 def _folder(path: Path | str, name: str, member: str) -> Path:
@@ -386,21 +234,6 @@ def _idx(path: Path, magic: int, official: bool) -> Tensor:
             f"got {found} and {len(data)}: it is truncated or altered; fetch it again"
         )
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).reshape(shape)
-
-
-def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...], *, fifth: int = 0) -> Splits:
-    """Hold out a fifth of each class for testing, drawn once and for all (seed 0)."""
-    test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
-        rows = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(rows), generator=generator(0, "test", label))
-        count = max(1, round(_TEST_SHARE * len(rows)))
-        test[rows[order[fifth * count : (fifth + 1) * count]]] = True
-    pixels = pixel_statistics(images[~test])
-    return Splits(
-        LabelledImages(images[~test], labels[~test], classes, *pixels),
-        LabelledImages(images[test], labels[test], classes, *pixels),
-    )
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -28,7 +28,8 @@ from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
-from fedunlearn.run.recipe import PRUNE, Recipe
+from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.tables import PRUNE
 from fedunlearn.unlearn import Forgotten, Unlearned
 from fedunlearn.version import __version__
 

@@ -1,15 +1,9 @@
-"""``fedunlearn compare``: methods on the same clients, each audited by the same bands, cell by cell.
-
-A cell is a method with its settings and a seed. It has a folder of its own in ``cells``, from which it goes on after a
-kill, and a file that says what came of it.
-"""
+"""``fedunlearn compare``: methods on the same clients, each audited by the same bands, cell by cell."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,29 +11,27 @@ from statistics import mean
 from time import monotonic
 from typing import Any
 
-from fedunlearn.audits.audit import FOLDER, ORIGINAL, Calibrated, Record, calibration
-from fedunlearn.audits.base import Found, Subject
-from fedunlearn.audits.table import FIGURES
-from fedunlearn.audits.verdict import outside
+from fedunlearn.audits.audit import ORIGINAL, Calibrated, Record, calibration
+from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
 from fedunlearn.evidence.folder import check_folder
-from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine
-from fedunlearn.federation.journal import Journal, header_of
-from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import write_text
-from fedunlearn.methods.base import Method, Outcome, Request, resolved
+from fedunlearn.methods.base import Method
 from fedunlearn.methods.head_only import HEAD_ONLY, head_only
 from fedunlearn.methods.table import COMPARED
-from fedunlearn.run.compare import Oracle, request, retrained_models
+from fedunlearn.run.cells import Cells, figures_of
+from fedunlearn.run.compare import Oracle, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
 from fedunlearn.run.machine import settled
-from fedunlearn.run.recipe import PRUNE, Recipe
-from fedunlearn.run.result import cost_until, evaluate, judged, validation_block, whole_cost
+from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.result import evaluate, whole_cost
+from fedunlearn.run.tables import PRUNE
 from fedunlearn.run.tuning import count, made, score, tried
 from fedunlearn.run.work import Observe, Work, opened
+from fedunlearn.tabular import percent
 from fedunlearn.version import __version__
 
 _SCHEMA = 1
@@ -183,6 +175,12 @@ class _Bench:
         record = Record(self._work.out, lambda digest: events.once("thresholds fixed", sha256=digest), report)
         return calibration(self._work.experiment.audit_images(), subjects, record, planned=len(subjects))
 
+    @cached_property
+    def _one(self) -> Cells:
+        """What does one cell."""
+        chosen = [method.name for method in self._plan.chosen]
+        return Cells(self._work, self.original, self.oracles, self.bands, chosen=chosen)
+
     def value(self) -> dict[str, Any]:
         """Do all cells and return the content of compare.json: no time, no date, nothing of this machine."""
         work, experiment = self._work, self._work.experiment
@@ -215,7 +213,7 @@ class _Bench:
             "classes": list(test.classes),
             "seeds": self._seeds,
             "original": evaluate(original, test, forget=forget)["accuracy"]
-            | {"figures": _figures(self.bands.models[ORIGINAL])},
+            | {"figures": figures_of(self.bands.models[ORIGINAL])},
             "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
             "bands": {name: [band.low, band.high] for name, band in self.bands.bands.items()},
             "controls": {name: self.bands.judged(name)["verdict"] for name in (ORIGINAL, HEAD_ONLY.name)},
@@ -239,7 +237,7 @@ class _Bench:
         experiment = self._work.experiment
         delivered = oracle.model.without_rows(experiment.forget)
         accuracy = evaluate(delivered, experiment.splits.test, forget=experiment.forget, row_kept=oracle.model)
-        figures = _figures(self.bands.models[name])
+        figures = figures_of(self.bands.models[name])
         cost = {key: value for key, value in whole_cost(oracle.steps).items() if key != "client_seconds"}
         block: dict[str, Any] = accuracy["accuracy"] | {"figures": figures, "cost": cost}
         return block
@@ -249,88 +247,15 @@ class _Bench:
         cells = {}
         for seed in self._seeds:
             cell = f"{name}-seed{seed}"
-            value = self._kept(cell, method, settings, seed)
             try:
-                value = value or self._cell(method, cell, settings, seed)
+                value = self._one.done(method, cell, settings, seed)
                 cells[cell] = value
-                said = f"U {_percent(value['accuracy']['forget_row_kept'])}, R {_percent(value['accuracy']['retain'])}"
+                said = f"U {percent(value['accuracy']['forget_row_kept'])}, R {percent(value['accuracy']['retain'])}"
                 self._step(f"{cell}: {said}, {value['verdict']}")
             except Exception as error:  # of one method, which may be the user's own: the others go on
                 self._failed[cell] = _why(error)
                 self._step(f"{cell} failed: {_why(error)}")
         return cells
-
-    def _cell(self, method: Method, cell: str, settings: Any, seed: int) -> dict[str, Any]:
-        experiment, forget = self._work.experiment, self._work.experiment.forget
-        with self._federation(method, cell, settings, seed) as fed:
-            outcome = self._outcome(method, fed, settings, seed)
-            subject = outcome.subject
-            save_model(self._folder(cell) / "model.safetensors", subject.model, experiment)
-            block = evaluate(subject.model, experiment.splits.test, forget=forget, row_kept=subject.row_kept)
-            found = self.bands.measured(cell, subject.checked(cell, self._classes, forget))
-            judgement = self.bands.judged_beside(cell)
-            validation = validation_block(experiment, subject.model, subject.row_kept)
-            value = {
-                "method": method.name,
-                "seed": seed,
-                **self._about(method, settings, seed),
-                "used": resolved(settings, self._request(method, fed, seed)),
-                **block,
-                "validation": validation,
-                "figures": _figures(found),
-                **judged(judgement),
-                "outside": outside(judgement),
-                **self._costs(outcome, validation["retain"], judgement),
-            }
-            write_text(self._file(cell), json.dumps(value, indent=1) + "\n")
-            fed.journal.close()
-        return value
-
-    def _costs(self, outcome: Outcome, reached: float | None, judgement: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the method cost, and how many times that retraining costs; seconds differ from run to run.
-
-        Where the original never knew the class, nothing was forgotten, however fast.
-        """
-        cost = asdict(outcome.cost or Cost())
-        del cost["client_seconds"]
-        original = self.bands.models[ORIGINAL].figures
-        knew = "forget" in original and original["forget"].value > 1 / self._classes
-        if not self.oracles or not cost["client_flops"] or reached is None or not knew:
-            return {"cost": cost}
-        first = next(iter(self.oracles.values()))
-        until = cost_until(first.steps, reached)
-        return {
-            "cost": cost,
-            "speedup": until["client_flops"] / cost["client_flops"],
-            "speedup_reached": until["reached"],
-            "speedup_whole": whole_cost(first.steps)["client_flops"] / cost["client_flops"],
-        }
-
-    def _outcome(self, method: Method, fed: Federation, settings: Any, seed: int) -> Outcome:
-        return method.run(self.original, fed, self._request(method, fed, seed), settings)
-
-    def _request(self, method: Method, fed: Federation, seed: int) -> Request:
-        """Return what a method is asked for; the erase step of the recipe is for those that take one."""
-        experiment = self._work.experiment
-        spent = self._spent(seed) if method.matched else None
-        asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders(), spent=spent)
-        return replace(asked, repair=replace(asked.repair, training=replace(asked.repair.training, objective=None)))
-
-    def _spent(self, seed: int) -> Cost | None:
-        """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
-        name = self._work.experiment.recipe.unlearn.criterion
-        if name not in [method.name for method in self._plan.chosen]:
-            return None
-        kept = self._kept(f"{name}-seed{seed}", COMPARED[name], COMPARED[name].settings, seed)
-        return None if kept is None else Cost(**kept["cost"])
-
-    def _about(self, method: Method, settings: Any, seed: int) -> dict[str, Any]:
-        """Return what else a cell depends on: its settings, and the operations at which it stops."""
-        spent = self._spent(seed) if method.matched else None
-        return {
-            "settings": None if settings is None else asdict(settings),
-            "stops_at": None if spent is None else spent.client_flops,
-        }
 
     def _tuned(self, method: Method) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Return the best of the tried settings, and all trials: settings, U and R on validation images, their score.
@@ -344,63 +269,17 @@ class _Bench:
             name = f"{method.name}-trial{number}"
             values = asdict(made(method, settings))
             try:
-                u, r = self._trial(method, name, made(method, settings))
+                u, r = self._one.tried(method, name, made(method, settings), self._seeds[0])
                 trials.append({"settings": values, "u": u, "r": r, "score": score(u, r, wanted)})
                 changed = {key: own for key, own in values.items() if own != trials[0]["settings"][key]}
                 shown = ", ".join(f"{key} {own}" for key, own in changed.items()) or "its own settings"
-                self._step(f"{name} ({shown}): U {_percent(u)}, R {_percent(r)} on validation images")
+                self._step(f"{name} ({shown}): U {percent(u)}, R {percent(r)} on validation images")
             except Exception as error:  # as in a cell
                 trials.append({"settings": values, "failed": _why(error)})
                 self._step(f"{name} failed: {_why(error)}")
         ended = [trial for trial in trials if "score" in trial]
         best: dict[str, Any] | None = min(ended, key=lambda trial: trial["score"])["settings"] if ended else None
         return best, trials
-
-    def _trial(self, method: Method, name: str, settings: Any) -> tuple[float, float]:
-        seed = self._seeds[0]
-        kept = self._kept(name, method, settings, seed)
-        if kept is None:
-            with self._federation(method, name, settings, seed) as fed:
-                subject = self._outcome(method, fed, settings, seed).subject
-                kept = self._about(method, settings, seed)
-                kept |= validation_block(self._work.experiment, subject.model, subject.row_kept)
-                write_text(self._file(name), json.dumps(kept, indent=1) + "\n")
-                fed.journal.close()
-        if kept["forget_row_kept"] is None or kept["retain"] is None:
-            raise RecipeError("clients count no validation images of the class, or of the others, by their min_images")
-        return kept["forget_row_kept"], kept["retain"]
-
-    @contextmanager
-    def _federation(self, method: Method, cell: str, settings: Any, seed: int) -> Iterator[Federation]:
-        """Give the clients with the journal of a cell, which is left however the cell ends."""
-
-        def report(phase: str, done: int, planned: int) -> None:
-            self._work.fed.journal.report(f"{cell}.{phase}", done, planned)
-
-        header = {"cell": cell, "seed": seed, **self._about(method, settings, seed)}
-        folder = self._folder(cell)
-        if header_of(folder) != header:  # of an earlier call with other settings under this name, or of none
-            shutil.rmtree(folder, ignore_errors=True)
-            (self._work.out / FOLDER / f"{cell}.json").unlink(missing_ok=True)
-        journal = Journal(folder, header=header, observe=report)
-        try:
-            yield replace(self._work.fed, journal=journal, seed=seed)
-        finally:
-            journal.leave()
-
-    def _folder(self, cell: str) -> Path:
-        return self._work.out / "cells" / cell
-
-    def _file(self, cell: str) -> Path:
-        return self._work.out / "cells" / f"{cell}.json"
-
-    def _kept(self, cell: str, method: Method, settings: Any, seed: int) -> dict[str, Any] | None:
-        """Return what came of a finished cell with the same settings; it is done again where they changed."""
-        if not self._file(cell).exists():
-            return None
-        value: dict[str, Any] = json.loads(self._file(cell).read_text("utf-8"))
-        about = self._about(method, settings, seed)
-        return value if {key: value.get(key) for key in about} == about else None
 
     def _step(self, line: str) -> None:
         self._done += 1
@@ -419,17 +298,8 @@ def _why(error: Exception) -> str:
     return text if isinstance(error, FedUnlearnError) else f"{type(error).__name__}: {text}"
 
 
-def _figures(found: Found) -> dict[str, float]:
-    """Return the figures in the order of their table, whether they were measured now or read back."""
-    return {name: found.figures[name].value for name in FIGURES if name in found.figures}
-
-
 def _about(method: Method) -> dict[str, Any]:
     """Return what the table of methods says of one."""
     settings = None if method.settings is None else asdict(method.settings)
     about = {"label": method.label, "needs": method.needs, "sums": method.sums, "source": method.source}
     return about | {"settings": settings}
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

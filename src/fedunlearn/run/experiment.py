@@ -19,7 +19,8 @@ from fedunlearn.channels.stats import Pooling, capped, mean_of_clients, pooled
 from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_checkpoint
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table, hold_out, partition
-from fedunlearn.data.readers import READERS, Splits
+from fedunlearn.data.readers import READERS
+from fedunlearn.data.splits import Splits
 from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
@@ -29,7 +30,8 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
-from fedunlearn.run.recipe import ComputeTable, Recipe
+from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.tables import ComputeTable
 from fedunlearn.smallest import unlearn_smallest
 from fedunlearn.training.compute import Compute, own_device, workers_on
 from fedunlearn.training.sgd import SCHEDULES, one_cycle

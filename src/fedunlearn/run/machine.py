@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from fedunlearn.federation.journal import header_of
 from fedunlearn.files import cache_folder, write_text
 from fedunlearn.run.experiment import Experiment, computing
-from fedunlearn.run.recipe import ON_FLOWER, ComputeTable
+from fedunlearn.run.tables import ON_FLOWER, ComputeTable
 from fedunlearn.training.compute import cores, own_device
 from fedunlearn.training.speed import probe
 from fedunlearn.version import __version__

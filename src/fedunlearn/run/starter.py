@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.data.readers import read_folder, read_npz
+from fedunlearn.data.npz import read_npz
+from fedunlearn.data.readers import read_folder
 from fedunlearn.errors import DataError, RunError
 from fedunlearn.files import write_text
 from fedunlearn.run.experiment import class_numbers
