@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.method_tables import row_of, spread
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.comparison import DEPTH
+from fedunlearn.evidence.plots import svg
 
 FOLDER = Path(__file__).parent / "depth"
 _MARKS = (8.9, 40)  # times fewer operations: the paper's figure for ResNet20 and CIFAR-10, and our goal
@@ -65,7 +65,7 @@ def pictures() -> dict[str, str]:
     return {path.stem: picture(path.stem) for path in sorted(FOLDER.glob("*.json"))}
 
 
-@mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "depth", "font.size": 9.5})
+@mpl.rc_context({"svg.fonttype": "none", "font.size": 9.5})
 def picture(recipe: str) -> str:
     """Return how far each figure lies from retrained models, in half widths of its band, against operations, as SVG."""
     value = read(recipe)
@@ -79,9 +79,7 @@ def picture(recipe: str) -> str:
     panels[0].invert_xaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+    return svg(figure, "depth")
 
 
 def _draw(panel: Axes, value: dict[str, Any], method: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from fedunlearn.audits.table import FIGURES
+from fedunlearn.evidence.plots import svg
 from fedunlearn.evidence.words import MODELS as LABELS
 
 FILE = Path(__file__).parent / "verdict.json"
@@ -53,7 +53,7 @@ def power_table(value: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "verdict", "font.size": 9.5})
+@mpl.rc_context({"svg.fonttype": "none", "font.size": 9.5})
 def picture() -> str:
     """Return the share of failing verdicts against the images of the class that a model has seen, as SVG."""
     value = json.loads(FILE.read_text("utf-8"))
@@ -69,9 +69,7 @@ def picture() -> str:
     axes.set_xticks((0, 1, 4, 16, 64), ("0", "1", "4", "16", "64"))
     axes.set(xlabel="images of the class seen in training", ylabel="share of verdicts that fail the model")
     axes.legend(frameon=False)
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+    return svg(figure, "verdict")
 
 
 def _share(counted: Mapping[str, Any]) -> float:
