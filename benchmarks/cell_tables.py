@@ -13,7 +13,7 @@ from typing import Any
 import safetensors
 
 from benchmarks.cells import CELLS, MODELS, SEEDS, SETTINGS
-from benchmarks.method_tables import row_of
+from benchmarks.method_tables import FOLDER, read, row_of
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.plots import work
 from fedunlearn.evidence.words import MODELS as LABELS
@@ -33,13 +33,49 @@ PAPER = {
 LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
 # Controls to show beside a setting; those that any ranking shares beside contrast.
+_BY_RECIPE = ("contrast", "tf_idf")  # settings that a comparison of methods has too
 _BESIDE = {"contrast": ("original", "head_only", "finetune", "random"), "erase": ("random",)}
 
 
 def results(recipe: str, setting: str) -> list[Result]:
     """Return the results of a setting in the order of their seeds; those that are there."""
     paths = [CELLS / f"{recipe}-{setting}-seed{seed}.json" for seed in SEEDS]
-    return [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    own = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    return own or (_compared(recipe, setting) if setting in _BY_RECIPE else [])
+
+
+def _compared(recipe: str, setting: str) -> list[Result]:
+    """Return the same from the comparison of methods, as a run would have written it."""
+    if not (FOLDER / f"{recipe}.json").exists():
+        return []
+    value = read(recipe)
+    shared = {"original": {"accuracy": value["original"], "figures": value["original"]["figures"]}}
+    shared["original"]["verdict"] = value["controls"]["original"]
+    oracles = {name: {"accuracy": own} for name, own in value["retrained"].items()}
+    found = []
+    for seed in SEEDS:
+        own = value["cells"].get(f"{setting}-seed{seed}")
+        if own is None:
+            continue
+        cells = {name: value["cells"].get(f"{name}-seed{seed}") for name in ("head_only", "finetune", "random")}
+        controls = shared | {name: cell for name, cell in cells.items() if cell is not None}
+        measured = {name: one["figures"] for name, one in {**value["retrained"], **controls, "unlearned": own}.items()}
+        found.append(
+            {
+                "unlearned": own,
+                "verdict": own["verdict"],
+                "oracles": oracles,
+                "controls": controls,
+                "figures": {
+                    name: {figure: {"value": number} for figure, number in figures.items()}
+                    for name, figures in measured.items()
+                },
+                "audits": {figure: {"band": band} for figure, band in value["bands"].items()},
+                "cost": {"unlearn": own["cost"], "retrain": {"reached": own.get("speedup_reached")}},
+                **{name: {"client_flops": own[name]} for name in ("speedup", "speedup_whole") if name in own},
+            }
+        )
+    return found
 
 
 def headline() -> str:
