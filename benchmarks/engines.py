@@ -25,7 +25,7 @@ from fedunlearn.data.partition import partition
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.launch import simulation
-from fedunlearn.run.experiment import read_data
+from fedunlearn.run.inputs import read_data
 from fedunlearn.run.recipe import Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 

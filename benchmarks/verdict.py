@@ -33,7 +33,8 @@ from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.run.compare import controls, retrained_models
-from fedunlearn.run.experiment import Experiment, fingerprint, new_model, prepare, unlearned_model
+from fedunlearn.run.experiment import Experiment, new_model, prepare, unlearned_model
+from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.compute import one_torch_thread
 

@@ -21,7 +21,8 @@ from fedunlearn.console import describe
 from fedunlearn.data.folders import read_pictures
 from fedunlearn.data.readers import read_folder
 from fedunlearn.errors import DataError, PlanError
-from fedunlearn.run.experiment import class_numbers, prepare
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.inputs import class_numbers
 from fedunlearn.run.recipe import Recipe
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)

@@ -20,7 +20,8 @@ from fedunlearn.flower.app import built_by, engine_on, held_by
 from fedunlearn.flower.client import client_app
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import evaluate_weights, run
-from fedunlearn.run.experiment import prepare, share_out
+from fedunlearn.run.experiment import prepare
+from fedunlearn.run.inputs import share_out
 from fedunlearn.run.recipe import load_recipe
 from loopback import Loopback, nodes
 

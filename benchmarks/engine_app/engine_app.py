@@ -12,7 +12,8 @@ from fedunlearn.flower.app import recipe_images, recipe_model, recipe_of
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import Context, Grid, ServerApp
-from fedunlearn.run.experiment import new_model, read_data
+from fedunlearn.run.experiment import new_model
+from fedunlearn.run.inputs import read_data
 from fedunlearn.run.recipe import Recipe
 
 client = client_app(recipe_model, recipe_images)

@@ -18,7 +18,8 @@ from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import Context, Grid, ServerApp
-from fedunlearn.run.experiment import Experiment, client_data, new_model
+from fedunlearn.run.experiment import Experiment, new_model
+from fedunlearn.run.inputs import client_data
 from fedunlearn.run.recipe import Recipe, check, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 

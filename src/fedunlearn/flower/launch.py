@@ -25,7 +25,7 @@ from fedunlearn.evidence.folder import RESULT
 from fedunlearn.flower.app import PATIENCE, PREFIX, built_by, held_by
 from fedunlearn.flower.client import client_app
 from fedunlearn.flower.messages import Context, Grid, Message, ServerApp
-from fedunlearn.run.experiment import read_data, share_out
+from fedunlearn.run.inputs import read_data, share_out
 from fedunlearn.run.recipe import PATHS, Recipe
 from fedunlearn.run.tables import ON_FLOWER
 from fedunlearn.training.compute import cores

@@ -21,15 +21,8 @@ from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.run.compare import retrained_models
-from fedunlearn.run.experiment import (
-    Experiment,
-    class_numbers,
-    new_model,
-    normalised_for,
-    read_data,
-    save_model,
-    set_up,
-)
+from fedunlearn.run.experiment import Experiment, new_model, save_model, set_up
+from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged

@@ -25,16 +25,8 @@ from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle, controls, forgotten_model, method_block, retrained_models
-from fedunlearn.run.experiment import (
-    Experiment,
-    class_numbers,
-    new_model,
-    normalised_for,
-    original_model,
-    prepare,
-    read_data,
-    save_model,
-)
+from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
+from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import (

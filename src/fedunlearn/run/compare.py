@@ -50,6 +50,7 @@ _TRAINED_BY = (
     "models.py",
     "run/compare.py",
     "run/experiment.py",
+    "run/inputs.py",
     "seeding.py",
 )
 

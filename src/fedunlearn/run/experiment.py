@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,22 +12,22 @@ import torch
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import find_channels, head_layer
 from fedunlearn.channels.plan import Classifier, Cut
-from fedunlearn.channels.scores import CRITERIA, Criterion, Ranking, forget_classes
+from fedunlearn.channels.scores import CRITERIA, Criterion, Ranking
 from fedunlearn.channels.stats import Pooling, capped, mean_of_clients, pooled
 from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_checkpoint
 from fedunlearn.data.images import LabelledImages, joined
-from fedunlearn.data.partition import class_table, hold_out, partition
-from fedunlearn.data.readers import READERS
+from fedunlearn.data.partition import class_table
 from fedunlearn.data.splits import Splits
-from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.errors import PlanError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import ClientData, Engine
+from fedunlearn.federation.jobs import Engine
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
+from fedunlearn.run.inputs import class_numbers, normalised_for, numbered, read_data, share_out
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.tables import ComputeTable
 from fedunlearn.smallest import unlearn_smallest
@@ -140,7 +138,7 @@ def prepare(recipe: Recipe) -> Experiment:
     earlier: tuple[int, ...] = ()
     if weights is not None:
         splits = normalised_for(splits, weights, recipe)
-        weights, earlier = _numbered(weights, splits.train.classes)
+        weights, earlier = numbered(weights, splits.train.classes)
         again = sorted(set(class_numbers(recipe.unlearn.forget, splits.train.classes)) & set(earlier))
         if again:
             raise PlanError(
@@ -218,119 +216,6 @@ def _local_engine(
     return LocalEngine(clients, validation=validation, rules=rules, compute=compute)
 
 
-def share_out(
-    recipe: Recipe, train: LabelledImages, earlier: Sequence[int] = ()
-) -> tuple[dict[str, LabelledImages], dict[str, LabelledImages]]:
-    """Return the training images of each client, and the validation images of each that has some.
-
-    Those of classes that were forgotten ``earlier`` go from each client: the others stay where they were.
-    """
-    fed = recipe.federation
-    shares = partition(
-        train, by=fed.partition, clients=fed.clients or None, alpha=fed.alpha, bias=fed.bias, seed=fed.seed
-    )
-    clients, validation = hold_out(shares, recipe.data.validation, seed=fed.seed)
-    if earlier:
-        clients, validation = (
-            {name: images.narrowed(earlier) for name, images in part.items()} for part in (clients, validation)
-        )
-    return clients, {name: images for name, images in validation.items() if len(images)}
-
-
-def client_data(recipe: Recipe, number: int) -> tuple[ClientData, LabelledImages]:
-    """Return what client ``number`` holds, for clients that are processes of their own, and images to build models for.
-
-    The latter are none, of all classes: the architecture is made for them, whatever was forgotten before.
-
-    Raises:
-        FedUnlearnError: the recipe or the data cannot be used, or it has no such client.
-    """
-    splits = read_data(recipe)
-    earlier: tuple[int, ...] = ()
-    if recipe.model.weights:
-        weights = read_weights(Path(recipe.model.weights))
-        splits = normalised_for(splits, weights, recipe)
-        _, earlier = _numbered(weights, splits.train.classes)
-    clients, validation = share_out(recipe, splits.train, earlier)
-    if not 0 <= number < len(clients):
-        raise RecipeError(f"the recipe has clients 0 .. {len(clients) - 1}, this one is to be {number}")
-    name = list(clients)[number]
-    return ClientData(name, clients[name], validation.get(name)), splits.train.take(slice(0, 0))
-
-
-def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> tuple[int, ...]:
-    """Return the number of each class in ``forget``, sorted; a recipe may mean a name where it gives a number.
-
-    Raises:
-        PlanError: a number is that of one class and the name of another, or what ``forget_classes`` refuses.
-    """
-    for wanted in forget:
-        if isinstance(wanted, str) or not 0 <= wanted < len(classes):
-            continue
-        other = [number for number, name in enumerate(classes) if _is_number(name, wanted) and number != wanted]
-        if other:
-            raise PlanError(
-                f"{wanted} is the number of the class {classes[wanted]!r} and the name of class {other[0]}: say which "
-                f"by name, unlearn.forget=[{json.dumps(classes[wanted])}] or [{json.dumps(classes[other[0]])}]"
-            )
-    return forget_classes(forget, classes)
-
-
-def _is_number(name: str, number: int) -> bool:
-    return name.isascii() and name.isdigit() and int(name) == number
-
-
-def _numbered(weights: Weights, classes: Sequence[str]) -> tuple[Weights, tuple[int, ...]]:
-    """Return weights with the numbers that ``classes`` has for their rows, and the classes that they forgot before.
-
-    Raises:
-        ModelError: their rows are not in the order of ``classes``.
-    """
-    weights = weights.numbered(classes)
-    labels = weights.labels
-    if labels is None:
-        return weights, ()
-    if list(labels) != sorted(labels) or not set(labels) <= set(range(len(classes))):
-        raise ModelError(
-            f"{weights.path} has output rows for the classes {list(labels)}, expected some of 0 .. {len(classes) - 1} "
-            "in their order: give the data in the order of classes that the model was trained with"
-        )
-    return weights, tuple(sorted(set(range(len(classes))) - set(labels)))
-
-
-def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
-    """Return the images normalised as ``weights`` were trained, where the file says how.
-
-    Raises:
-        RecipeError: the file says that the weights are of another shortcut.
-        ModelError: the normalisation has another number of colours than the images.
-    """
-    if weights.shortcut not in (None, recipe.model.shortcut):
-        raise RecipeError(
-            f"{weights.path} was trained with shortcut {weights.shortcut}, the recipe has {recipe.model.shortcut}: "
-            f"use --set model.shortcut={weights.shortcut}"
-        )
-    if weights.mean is None or weights.std is None:
-        return splits
-    if len(weights.mean) != splits.train.colours:
-        raise ModelError(
-            f"{weights.path} was trained on images of {len(weights.mean)} colours, the data has {splits.train.colours}"
-        )
-    return Splits(*(replace(images, mean=weights.mean, std=weights.std) for images in splits))
-
-
-def read_data(recipe: Recipe) -> Splits:
-    """Return the images that the recipe names.
-
-    Raises:
-        RecipeError: the recipe does not say where they are.
-        DataError: they cannot be read.
-    """
-    if recipe.data.source != "digits" and not recipe.data.path:
-        raise RecipeError(f"the source {recipe.data.source} is read from disk: give its place with --data")
-    return READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
-
-
 def new_model(recipe: Recipe, images: LabelledImages, *, seed: int, earlier: Sequence[int] = ()) -> Classifier:
     """Return the recipe's architecture with fresh weights, which depend on ``seed`` alone.
 
@@ -354,18 +239,6 @@ def _criterion(recipe: Recipe) -> Criterion:
     if name == "tf_idf":
         return partial(CRITERIA[name], reference=recipe.unlearn.reference, smoothing=recipe.unlearn.smoothing)
     return CRITERIA[name]
-
-
-def fingerprint(splits: Splits) -> str:
-    """Return the SHA-256 of all images, labels and groups, and of the names and the normalisation that go with them."""
-    digest = hashlib.sha256()
-    for images in splits:
-        about = [list(images.images.shape), images.classes, images.mean, images.std, images.groups is not None]
-        digest.update(json.dumps(about).encode())
-        for tensor in (images.images, images.labels, images.groups):
-            if tensor is not None:
-                digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def original_model(experiment: Experiment, fed: Federation) -> Classifier:

@@ -11,7 +11,7 @@ from fedunlearn.data.npz import read_npz
 from fedunlearn.data.readers import read_folder
 from fedunlearn.errors import DataError, RunError
 from fedunlearn.files import write_text
-from fedunlearn.run.experiment import class_numbers
+from fedunlearn.run.inputs import class_numbers
 
 _SIZE = 32
 _CLIENTS, _BATCH = 10, 16

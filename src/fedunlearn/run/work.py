@@ -15,7 +15,8 @@ from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
 from fedunlearn.files import write_text
-from fedunlearn.run.experiment import Experiment, fingerprint
+from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.recipe import portable_recipe, run_header
 from fedunlearn.version import __version__
 
