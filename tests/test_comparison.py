@@ -349,7 +349,8 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
         (["unlearn.method=scrubb"], "svd, relabel, scrub (did you mean 'scrub'?), got 'scrubb'"),
         (
             ["unlearn.method=scrub", "unlearn.settings={temperatur = 1.0}"],
-            "unlearn.settings: there is no 'temperatur'; the method scrub has lr, epochs, distil, temperature, ascent",
+            "unlearn.settings: there is no 'temperatur'; the method scrub has lr, epochs, distil, temperature, ascent, "
+            "away",
         ),
         (
             ["unlearn.settings={lr = 1.0}"],

@@ -49,7 +49,7 @@ def jobs():
                 Ascend(0.9, 0.5),
                 Relabel("likeliest", 0.5),
                 Distil(0.5),
-                Scrub(0.5, 4.0, 0.3, 0.5, 0.6),
+                Scrub(0.5, 4.0, 5, 4, 0.3, 0.5, 0.6),
             )
         ),
         Gradients(squared=True, exclude=(1,), sample=4),

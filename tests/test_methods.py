@@ -118,7 +118,7 @@ def test_what_retraining_would_do_is_done_by_some_and_not_by_fine_tuning(known):
         ("erase_only", {"until": 1.0, "complement": 5.0}),
         ("delete", {"lr": 0.05, "epochs": 5.0}),
         ("salun", {"lr": 0.1, "epochs": 8.0, "salient": 0.9}),
-        ("scrub", {"lr": 0.02, "temperature": 1.0, "epochs": 6.0}),
+        ("scrub", {"lr": 0.05, "temperature": 1.0, "epochs": 6.0}),
         ("neg_grad", {"kept": 0.5, "epochs": 4.0}),
     ):
         u, r = figures(done(name, known, **settings).subject)

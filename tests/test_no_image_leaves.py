@@ -57,7 +57,7 @@ HOSTILE = {
             Training(0.1, 20, 1.0, objective=Ascend(1e-9, 0.05)),
             Training(0.1, 20, 1.0, objective=Relabel("random", 0.05)),
             Training(0.1, 20, 1.0, objective=Relabel("likeliest", 0.95)),
-            Training(0.1, 20, 1.0, objective=Scrub(1e9, 1e-9, 1.0, 0.05)),
+            Training(0.1, 20, 1.0, objective=Scrub(1e9, 1e-9, 1, 1, 0.99, 0.05)),
             Training(0.1, 1, 0.05, objective=Sparse(1e9)),
         ),
         "lr": (1e-30, 1.0),

@@ -114,17 +114,16 @@ def test_distillation_without_the_class_begins_where_the_complement_does():
     torch.testing.assert_close(gradient(Distil(), values(), before=values(1))[OF], expected)
 
 
-def test_scrub_leaves_the_teacher_on_the_class_and_nears_it_on_the_others_until_the_ascent_ends():
-    objective = Scrub(0.5, temperature=1.0, ascent=0.6)
+def test_scrub_goes_away_from_the_teacher_on_the_class_then_back_on_the_others_by_turns():
+    objective = Scrub(0.5, temperature=1.0, turns=4, ascents=2, away=0.25)
     away = (values().softmax(1) - values(1).softmax(1)) / 3  # of KL(t, z), three images of either kind
-    expected = cross_entropy(values(), ~OF) + 0.5 * away
-    up = -away
-    found = gradient(objective, values(), before=values(1), progress=0.5)
-    torch.testing.assert_close(found[OF], up[OF])
-    torch.testing.assert_close(found[~OF], expected[~OF])
-    later = gradient(objective, values(), before=values(1), progress=0.6)
-    assert not later[OF].any()
-    torch.testing.assert_close(later[~OF], expected[~OF])
+    back = cross_entropy(values(), ~OF) + 0.5 * away
+    # Sixteen steps, four a turn: the first of a turn goes away in the first two turns, and in none of the last two.
+    for step in range(16):
+        found = gradient(objective, values(), before=values(1), progress=step / 16)
+        up = step in (0, 4)
+        torch.testing.assert_close(found[OF], -away[OF] if up else torch.zeros_like(away[OF]))
+        torch.testing.assert_close(found[~OF], torch.zeros_like(back[~OF]) if up else back[~OF])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,9 @@ def test_scrub_leaves_the_teacher_on_the_class_and_nears_it_on_the_others_until_
         (lambda: Relabel("nearest"), "Relabel(to=...) is out of range: got 'nearest'"),
         (lambda: Distil(until=2), "Distil(until=...) is out of range: got 2"),
         (lambda: Scrub(0.5, temperature=0), "Scrub(temperature=...) is out of range: got 0"),
-        (lambda: Scrub(0.5, ascent=0), "Scrub(ascent=...) is out of range: got 0"),
+        (lambda: Scrub(0.5, turns=0), "Scrub(turns=...) is out of range: got 0"),
+        (lambda: Scrub(0.5, ascents=1.5), "Scrub(ascents=...) is out of range: got 1.5"),
+        (lambda: Scrub(0.5, away=1), "Scrub(away=...) is out of range: got 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, text):

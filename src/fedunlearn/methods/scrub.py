@@ -6,29 +6,39 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained_once
-from fedunlearn.training.objectives.base import in_range, is_positive, is_share, is_weight
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, resolved, trained_once
+from fedunlearn.training.objectives.base import in_range, is_part, is_positive, is_share, is_weight
 from fedunlearn.training.objectives.scrub import Scrub as Objective
 
 
 @dataclass(frozen=True)
 class Scrub(LocalSettings):
-    """Settings, see the objective; published: two of three epochs go up, rate 5e-4, weight .5, temperature 4."""
+    """Settings; published: away in the first two of three epochs, rate 5e-4, weight .5, temperature 4.
+
+    Attributes:
+        distil: weight of the divergence on the images that stay.
+        temperature: of both divergences.
+        ascent: share of the epochs, the first ones, that begin with steps away from the original.
+        away: share of the steps of such an epoch that go away: a pass over a class among ten.
+    """
 
     lr: float | None = 5e-4
     epochs: float | None = 3.0
     distil: float = 0.5
     temperature: float = 4.0
     ascent: float = 2 / 3
+    away: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share)
+        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, away=is_part)
 
 
 def scrub(model: Classifier, fed: Federation, request: Request, settings: Scrub) -> Outcome:
     """Leave the original on the images to forget and stay with it on the others, in one round."""
-    objective = Objective(settings.distil, settings.temperature, settings.ascent)
+    turns = max(1, round(resolved(settings, request)["epochs"]))  # an epoch each
+    ascents = max(1, round(settings.ascent * turns))
+    objective = Objective(settings.distil, settings.temperature, turns, ascents, settings.away)
     scrubbed = trained_once(model, fed, request, settings, objective=objective, phase="scrub")
     return Outcome(delivered(scrubbed, request), fed.cost("scrub"))
 

@@ -1,4 +1,4 @@
-"""SCRUB: away from the received model on the images to forget, with it on the images that stay."""
+"""SCRUB: away from the received model on the images to forget, then back to it on the images that stay, by turns."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_positive, is_share, is_weight, kl
 
 
 @dataclass(frozen=True)
 class Scrub:
-    """``distil KL(t, z) + CE`` on the images that stay, ``- KL(t, z)`` on those to forget; ``t`` as received.
+    """``- KL(t, z)`` on the images to forget, then ``distil KL(t, z) + CE`` on those that stay; ``t`` as received.
 
-    M. Kurmanji et al., *Towards Unbounded Machine Unlearning*, NeurIPS 2023. Published are turns: an epoch away from
-    ``t``, an epoch back. Here both are in one step, as long as ``ascent`` lasts; the rest of the steps only goes back.
+    M. Kurmanji et al., *Towards Unbounded Machine Unlearning*, NeurIPS 2023: each epoch begins with a pass over the
+    images to forget, as long as ``ascents`` last, and goes on with one over the others.
 
     Attributes:
         distil: weight of the divergence on the images that stay.
         temperature: of both divergences.
-        ascent: share of the client's steps in a round that go away from ``t``.
+        turns: into how many a client's round is divided, all of the same length.
+        ascents: how many of them, the first ones, begin with steps away from ``t``.
+        away: share of the steps of such a turn that go away.
         share: the part of each batch that is of the forgotten classes.
         until: share of the rounds with it.
 
@@ -30,7 +33,9 @@ class Scrub:
 
     distil: float
     temperature: float = 1.0
-    ascent: float = 1.0
+    turns: int = 3
+    ascents: int = 2
+    away: float = 0.1
     share: float = 0.25
     until: float = 1.0
     kind: Literal["scrub"] = "scrub"
@@ -38,12 +43,17 @@ class Scrub:
     every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, share=is_part, until=is_share)
+        in_range(self, distil=is_weight, temperature=is_positive, turns=_is_count, ascents=_is_count)
+        in_range(self, away=is_part, share=is_part, until=is_share)
 
     def loss(self, seen: Seen) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch, of which a step takes one kind of images."""
         of, t = seen.forgotten, self.temperature
-        loss = self.distil * kl(seen.teacher(~of), seen.logits[~of], t) + seen.cross_entropy(~of)
-        if seen.progress < self.ascent:
-            loss = loss - kl(seen.teacher(of), seen.logits[of], t)
-        return loss
+        turn, within = divmod(seen.progress * self.turns, 1)
+        if turn < self.ascents and within < self.away:
+            return -kl(seen.teacher(of), seen.logits[of], t)
+        return self.distil * kl(seen.teacher(~of), seen.logits[~of], t) + seen.cross_entropy(~of)
+
+
+def _is_count(value: object) -> bool:
+    return is_whole(value, 1)
