@@ -49,6 +49,6 @@ SCRUB = Method(
     "gradients on images of all classes",
     scrub,
     settings=Scrub(),
-    space={"lr": (5e-4, 2e-3, 5e-3, 1e-2), "epochs": (None, 3.0), "temperature": (1.0, 4.0)},
+    space={"lr": (5e-4, 5e-3, 2e-2, 5e-2), "temperature": (1.0, 4.0), "away": (0.1, 0.3)},
     source="Kurmanji et al., NeurIPS 2023",
 )
