@@ -303,6 +303,16 @@ def test_fine_tuning_stops_at_the_cost_of_pruning_where_that_is_known(known):
     assert cost.client_flops == pytest.approx(spent.client_flops, rel=0.1)
 
 
+def test_fine_tuning_of_equal_cost_has_more_rounds_of_the_same_batches_and_not_longer_ones(known):
+    repair = replace(REPAIR, rounds=12, training=replace(REPAIR.training, local_epochs=0.5))
+    request = replace(REQUEST, repair=repair)
+    alone = done("erase_only", known, request=request, until=0.05).cost
+    spent = replace(alone, client_flops=alone.client_flops * 5 // 4)
+    cost = done("finetune", known, request=replace(request, spent=spent)).cost
+    assert (alone.rounds, cost.rounds) == (12, 15)
+    assert cost.client_samples / cost.rounds == 40  # half of the 80 images that stay
+
+
 def test_epochs_are_of_all_rounds_together(known):
     for rounds in (1, 2, 4):
         request = replace(REQUEST, repair=replace(REPAIR, rounds=rounds))

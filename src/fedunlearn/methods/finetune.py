@@ -10,20 +10,28 @@ from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 
+_FEW = 10  # rounds of which half a one would be a cost of its own
+
 
 def finetune(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Train ``model`` on the kept classes; beside unlearning until clients have spent about as many operations.
 
     Statistics and re-estimation count. With ``F`` the operations of unlearning, ``f`` those of training on one image,
-    ``n`` the images of a round and ``r`` rounds, the local epochs of each round are then ``F / (f r n)``.
+    ``n`` the images of the clients of a round and ``e`` the local epochs of the repair, there are ``F / (f n e)``
+    rounds; where these are fewer than ten, as many as unlearning had, with ``F / (f r n)`` epochs in each of the ``r``.
     """
     if request.spent is None or settings.epochs is not None:
         tuned = trained(model, fed, request, settings, objective=None, phase="finetune")
         return Outcome(delivered(tuned, request), fed.cost("finetune"))
     cost = request.spent
-    rounds = max(1, cost.rounds)
     _, per_image = flops_per_image(model.module, model.shape)
-    epochs = cost.client_flops / per_image / (rounds * int(request.images))
+    passes = cost.client_flops / per_image / int(request.images)
+    # More rounds of the repair's length, not longer ones: these can end in a batch of a few images, which costs R.
+    epochs = request.repair.training.local_epochs
+    rounds = round(passes / epochs)
+    if rounds < _FEW:
+        rounds = max(1, cost.rounds)
+        epochs = passes / rounds
     lr = request.repair.training.lr if settings.lr is None else settings.lr
     training = replace(request.repair.training, lr=lr, local_epochs=epochs, objective=None)
     kept = fed.keeping(exclude=request.forget, clients=request.clients)
