@@ -14,6 +14,7 @@ from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import ModelError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
@@ -242,11 +243,23 @@ def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own()
 
 
 def test_settings_are_resolved_to_what_is_done():
-    used = resolved(COMPARED["l1_sparse"].settings, REQUEST)
+    used = resolved(COMPARED["l1_sparse"].settings, REQUEST, 1.0)
     assert used == {"lr": 0.01, "epochs": 10.0, "penalty": 5e-4, "until": 0.4}
-    assert resolved(COMPARED["relabel"].settings, REQUEST) == {"lr": 0.05, "epochs": 2.0}
-    assert resolved(COMPARED["contrast"].settings, REQUEST) == {"fraction": 0.3, "lr": 0.05}
-    assert resolved(COMPARED["head_only"].settings, REQUEST) is None
+    assert resolved(COMPARED["relabel"].settings, REQUEST, 1.0) == {"lr": 0.05, "epochs": 2.0}
+    assert resolved(COMPARED["contrast"].settings, REQUEST, 1.0) == {"fraction": 0.3, "lr": 0.05}
+    assert resolved(COMPARED["head_only"].settings, REQUEST, 1.0) is None
+    of_equal_cost = replace(REQUEST, spent=Cost(client_flops=1))
+    assert resolved(COMPARED["finetune"].settings, of_equal_cost, 1.0) == {"lr": 0.05}
+
+
+def test_the_epochs_that_are_resolved_are_those_that_are_trained(known):
+    some = replace(federation(), participation=2 / 3)  # two of three clients in each round
+    images = sum(len(own.without((2,))) for own in CLIENTS.values())
+    by_recipe = resolved(COMPARED["relabel"].settings, REQUEST, some.participation)
+    spoken = LocalSettings(lr=by_recipe["lr"], epochs=by_recipe["epochs"])
+    for settings in (LocalSettings(), spoken):
+        cost = METHODS["negate"].run(known, some, REQUEST, settings).cost
+        assert cost.client_samples == pytest.approx(by_recipe["epochs"] * images, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ class LocalSettings:
 
     Attributes:
         lr: learning rate; that of the recipe's repair where None.
-        epochs: passes over the clients' images in all rounds together; those of the recipe's repair where None.
+        epochs: passes over the clients' images in all rounds together, see ``passes``; those of the recipe's repair
+            where None.
     """
 
     lr: float | None = None
@@ -114,17 +115,31 @@ class LocalSettings:
         in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
 
 
-def resolved(settings: Any, request: Request) -> dict[str, Any] | None:
-    """Return the values that a method uses, those of the recipe in the place of None; None for a method without any."""
+def passes(settings: LocalSettings, request: Request, participation: float) -> float:
+    """Return how often a method sees each client's images, in the mean over the clients and in all rounds together.
+
+    Where its settings do not say, as often as the repair of the recipe does: its rounds times the epochs of a client in
+    a round times the share of clients that a round draws.
+    """
+    if settings.epochs is not None:
+        return settings.epochs
+    return request.repair.training.local_epochs * max(1, request.repair.rounds) * participation
+
+
+def resolved(settings: Any, request: Request, participation: float) -> dict[str, Any] | None:
+    """Return the values that a method uses, those of the recipe in the place of None; None for a method without any.
+
+    Epochs are left out of a method that goes on until it has cost as much as another.
+    """
     if settings is None:
         return None
-    repair = request.repair
-    recipe = {
-        "lr": repair.training.lr,
-        "epochs": repair.training.local_epochs * repair.rounds,
-        "fraction": request.cut.fraction,
-    }
-    return {key: recipe.get(key) if own is None else own for key, own in asdict(settings).items()}
+    used = asdict(settings)
+    recipe = {"lr": request.repair.training.lr, "fraction": request.cut.fraction}
+    if isinstance(settings, LocalSettings):
+        recipe["epochs"] = passes(settings, request, participation)
+        if settings.epochs is None and request.spent is not None:
+            del used["epochs"]
+    return {key: recipe.get(key) if own is None else own for key, own in used.items()}
 
 
 def prunes(request: Request) -> bool:
@@ -177,8 +192,7 @@ def trained_once(
     Arguments are those of ``trained``.
     """
     repair = request.repair
-    work = repair.training.local_epochs * max(1, repair.rounds) * fed.participation
-    epochs = work if settings.epochs is None else settings.epochs
+    epochs = passes(settings, request, fed.participation)
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
     clients = request.holders if objective.share == 1 else request.clients

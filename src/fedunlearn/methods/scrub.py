@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained_once
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, passes, trained_once
 from fedunlearn.training.objectives.base import in_range, is_part, is_positive, is_share, is_weight
 from fedunlearn.training.objectives.scrub import Scrub as Objective
 
@@ -36,9 +36,7 @@ class Scrub(LocalSettings):
 
 def scrub(model: Classifier, fed: Federation, request: Request, settings: Scrub) -> Outcome:
     """Leave the original on the images to forget and stay with it on the others, in one round."""
-    repair = request.repair
-    epochs = settings.epochs or repair.training.local_epochs * max(1, repair.rounds) * fed.participation
-    turns = max(1, round(epochs))  # an epoch each
+    turns = max(1, round(passes(settings, request, fed.participation)))  # an epoch each
     ascents = max(1, round(settings.ascent * turns))
     objective = Objective(settings.distil, settings.temperature, turns, ascents, settings.away)
     scrubbed = trained_once(model, fed, request, settings, objective=objective, phase="scrub")

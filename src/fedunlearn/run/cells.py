@@ -75,7 +75,7 @@ class Cells:
                 "method": method.name,
                 "seed": seed,
                 **self._about(method, settings, seed),
-                "used": resolved(settings, self._request(method, fed, seed)),
+                "used": resolved(settings, self._request(method, fed, seed), fed.participation),
                 **block,
                 "validation": validation,
                 "figures": figures_of(found),

@@ -168,7 +168,7 @@ def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
         return {}
     method = METHODS[u.method]
     asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders())
-    used = resolved(replace(method.settings, **u.settings), asked)
+    used = resolved(replace(method.settings, **u.settings), asked, fed.participation)
     about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
     return {"method": about | {"settings": used}}
 
