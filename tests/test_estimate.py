@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedunlearn.console import expected
+from fedunlearn.audits.base import Figure
+from fedunlearn.audits.table import FIGURES
+from fedunlearn.audits.verdict import calibrate, unseen
+from fedunlearn.console import expected, sharpness
 from fedunlearn.run.estimate import images_to_train, seconds_to_train
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
@@ -32,6 +35,23 @@ def test_what_a_run_trains_on_is_counted_before_it_starts():
     assert both == pytest.approx(one + 2 * each)
     elsewhere = replace(experiment, recipe=load_recipe("digits", ["federation.engine=flower-simulation"]))
     assert seconds_to_train(elsewhere, "run") is None
+
+
+def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():
+    alike = {name: Figure(0.5, 0.05) for name, figure in FIGURES.items() if figure.fixed is None}
+    band = calibrate([alike] * 3)["probe"]
+    deviations, accuracy = unseen(3, 100)
+    assert accuracy == pytest.approx((band.high - band.low) / 2)
+    assert deviations == pytest.approx((band.high - band.low) / 2 / band.sd)
+
+    said = sharpness(prepare(load_recipe("digits", ["audit.oracles=3"])))
+    images = int(prepare(load_recipe("digits")).splits.test.counts()[9])
+    assert "against 3 retrained ones (audit.oracles): a difference of less than 19.3 of their standard" in said
+    assert "(6.7 with 5, 4.1 with 10)" in said
+    assert (
+        f"less than {100 * unseen(3, images)[1]:.0f} points in an accuracy of 50 % on the {images} test images" in said
+    )
+    assert sharpness(prepare(load_recipe("digits", ["audit.oracles=2"]))).startswith("no verdict: it takes at least 3")
 
 
 def test_the_time_to_train_is_told_in_words():

@@ -26,6 +26,7 @@ from fedunlearn.console import (
     notes,
     print_table,
     result_table,
+    sharpness,
     verdict_line,
 )
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
@@ -116,7 +117,9 @@ def compare(options: Options) -> None:
                 command="compare",
                 recipe=recipe,
                 out=folder,
-                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+                prepared=lambda experiment: console.print(
+                    f"{describe(experiment)}\n{sharpness(experiment)}", highlight=False
+                ),
                 observe=observe,
                 tell=partial(console.print, highlight=False, markup=False, soft_wrap=True),
                 compared=plan,
@@ -303,6 +306,8 @@ def _work(command: str, options: Options) -> None:
             seconds = None if told else seconds_to_train(experiment, command)
             if seconds is not None:
                 console.print(expected(seconds, experiment.recipe, command), highlight=False)
+            if command == "run":
+                console.print(sharpness(experiment), highlight=False)
 
         result = carry_out(
             Order(

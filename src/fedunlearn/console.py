@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.audits.verdict import NO_VERDICT
+from fedunlearn.audits.verdict import FEWEST, NO_VERDICT, unseen
 from fedunlearn.evidence.comparison import summary, telling
 from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
 from fedunlearn.methods.base import Method
@@ -180,6 +180,21 @@ def expected(seconds: float, recipe: Recipe, command: str) -> str:
         own = ":" in recipe.model.name or bool(recipe.audit.models)  # by its name, a network of one's own is not known
         audited = f"; audits are not counted{'' if own else ', and retrained models from the cache take none'}"
     return f"training takes {time} from the start on this machine, if nothing else runs there{audited}"
+
+
+def sharpness(experiment: Experiment) -> str:
+    """Return how wide the bands of the verdict will be, in words: before anything is trained for it."""
+    oracles = experiment.recipe.audit.oracles
+    if oracles < FEWEST:
+        return f"no verdict: it takes at least {FEWEST} retrained models (audit.oracles), here are {oracles}"
+    images = min(int(experiment.splits.test.counts()[label]) for label in experiment.forget)
+    deviations, accuracy = unseen(oracles, images)
+    more = ", ".join(f"{unseen(n, images)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
+    return (
+        f"the verdict holds the model against {oracles} retrained ones (audit.oracles): a difference of less than "
+        f"{deviations:.1f} of their standard deviations is not seen{f' ({more})' * bool(more)}, nor one of less than "
+        f"{100 * accuracy:.0f} points in an accuracy of 50 % on the {images} test images of the class"
+    )
 
 
 def _from_to(low: int, high: int) -> str:

@@ -46,6 +46,7 @@ _LEVEL = 0.95
 _FINEST = 0.001
 
 KINDS: dict[str, Kind] = {name: figure.kind for name, figure in FIGURES.items()}
+_MEASURED = sum(figure.fixed is None for figure in FIGURES.values())  # figures whose bands retrained models give
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,25 @@ def factor(oracles: int, figures: int) -> float:
         [19.27, 6.72, 4.1]
     """
     return _quantiles(oracles, figures)[0] * math.sqrt(1 + 1 / oracles)
+
+
+def unseen(oracles: int, images: int) -> tuple[float, float]:
+    """Return what a verdict cannot see: half the width of its bands, all figures having one.
+
+    Args:
+        oracles: ``n``, how many retrained models there will be, at least 2.
+        images: test images of the forgotten class.
+
+    Returns:
+        In ``sd``; and of an accuracy of 1/2 on ``images``, at least, if retrained models were all alike:
+        ``z sqrt(1 + 1/n) / (2 sqrt(images))``.
+
+    Example:
+        >>> [[round(of, 3) for of in unseen(n, images)] for n, images in ((3, 100), (5, 1000))]
+        [[19.27, 0.168], [6.724, 0.05]]
+    """
+    z = _quantiles(oracles, _MEASURED)[1]
+    return factor(oracles, _MEASURED), z * math.sqrt(1 + 1 / oracles) / (2 * math.sqrt(images))
 
 
 def _quantiles(oracles: int, figures: int) -> tuple[float, float]:
