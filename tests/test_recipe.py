@@ -166,6 +166,12 @@ def test_the_erase_step_of_a_recipe_is_that_of_its_repair():
     assert load_recipe("digits").repair().objective is None
 
 
+def test_the_repair_has_the_weight_decay_of_training_or_its_own():
+    recipe = load_recipe("digits", ["train.weight_decay=0.001", "unlearn.weight_decay=0.01"])
+    assert (recipe.training().weight_decay, recipe.repair().weight_decay) == (0.001, 0.01)
+    assert load_recipe("digits", ["train.weight_decay=0.001"]).repair().weight_decay == 0.001
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

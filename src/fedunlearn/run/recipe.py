@@ -75,8 +75,11 @@ class Recipe(Table):
         return self._local(t.lr, t.local_epochs)
 
     def repair(self) -> Training:
-        """Return the local settings of the repair: those of training, with a learning rate and epochs of its own."""
-        return replace(self._local(self.unlearn.lr, self.unlearn.local_epochs), objective=self.erase.erasing())
+        """Return the local settings of the repair: those of training, but for what the recipe says of its own."""
+        u = self.unlearn
+        decay = self.train.weight_decay if u.weight_decay is None else u.weight_decay
+        local = self._local(u.lr, u.local_epochs)
+        return replace(local, weight_decay=decay, objective=self.erase.erasing())
 
     def _local(self, lr: float, local_epochs: float) -> Training:
         t = self.train

@@ -118,6 +118,7 @@ class UnlearnTable(Table):
     rounds: Count = 1
     local_epochs: Positive = 1.0
     lr: Positive = 0.05
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # that of training where None
     schedule: Annotated[str, _among(SCHEDULES)] = "constant"
     server_momentum: Share = 0.0
     target: Annotated[float, Field(gt=0, le=1)] | None = None
