@@ -32,9 +32,17 @@ PAPER = {
 # R on test images that the original and the retrained models are to reach, from the paper's retrained R.
 LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
-# Controls to show beside a setting; those that any ranking shares beside contrast.
 _BY_RECIPE = ("contrast", "tf_idf")  # settings that a comparison of methods has too
-_BESIDE = {"contrast": ("original", "head_only", "finetune", "random"), "erase": ("random",)}
+# Controls to show beside a setting; those that any ranking shares beside contrast.
+_BESIDE = {
+    "contrast": ("original", "head_only", "finetune", "random"),
+    "erase": ("random",),
+    "erase-again-decay": ("finetune",),
+}
+_OWN_LABELS = {
+    ("erase", "random"): "random, erased and repaired",
+    ("erase-again-decay", "finetune"): "fine-tuning only, the same decay",
+}
 
 
 def results(recipe: str, setting: str) -> list[Result]:
@@ -202,7 +210,7 @@ def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Res
 
 
 def _label(setting: str, control: str) -> str:
-    return "random, erased and repaired" if (setting, control) == ("erase", "random") else LABELS[control]
+    return _OWN_LABELS.get((setting, control), LABELS[control])
 
 
 def _u(block: Result) -> float:
