@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import tables
+from benchmarks import cell_tables, tables
 
 import fedunlearn
 from conftest import make_images, make_net
@@ -149,6 +149,24 @@ def test_the_constraints_pin_every_dependency_of_the_project():
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     assert {re.match(r"[\w-]+", name)[0].lower() for name in wanted} - {project["name"]} <= pinned
+
+
+def test_a_comparison_of_methods_reads_as_the_runs_of_the_same_setting_do():
+    runs = cell_tables.results("cifar10-resnet20", "contrast")
+    compared = cell_tables._compared("cifar10-resnet20", "contrast")
+    assert len(runs) == len(compared) == 3
+    for one, other in zip(runs, compared):
+        assert one["verdict"] == other["verdict"]
+        for name in ("speedup", "speedup_whole"):
+            assert one[name]["client_flops"] == other[name]["client_flops"]
+        for name, control in other["controls"].items():
+            same = (control["verdict"], control["accuracy"]["retain"])
+            assert (one["controls"][name]["verdict"], one["controls"][name]["accuracy"]["retain"]) == same
+        for model in ("unlearned", *one["oracles"]):
+            own = {figure: value["value"] for figure, value in one["figures"][model].items() if figure != "artefacts"}
+            assert {figure: value["value"] for figure, value in other["figures"][model].items()} == own
+        for figure, audit in other["audits"].items():
+            assert one["audits"][figure]["band"] == audit["band"]
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_measured_files(monkeypatch):
