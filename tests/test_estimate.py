@@ -52,6 +52,9 @@ def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():
         f"less than {100 * unseen(3, images)[1]:.0f} points in an accuracy of 50 % on the {images} test images" in said
     )
     assert sharpness(prepare(load_recipe("digits", ["audit.oracles=2"]))).startswith("no verdict: it takes at least 3")
+    some = prepare(load_recipe("digits"))
+    untested = replace(some, splits=some.splits._replace(test=some.splits.test.without([9])))
+    assert sharpness(untested) == "no verdict: there are no test images of a class to forget"
 
 
 def test_the_time_to_train_is_told_in_words():

@@ -188,6 +188,8 @@ def sharpness(experiment: Experiment) -> str:
     if oracles < FEWEST:
         return f"no verdict: it takes at least {FEWEST} retrained models (audit.oracles), here are {oracles}"
     images = min(int(experiment.splits.test.counts()[label]) for label in experiment.forget)
+    if not images:
+        return "no verdict: there are no test images of a class to forget"
     deviations, accuracy = unseen(oracles, images)
     more = ", ".join(f"{unseen(n, images)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
     return (
