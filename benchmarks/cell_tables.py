@@ -157,11 +157,11 @@ def depth_table(recipe: str) -> str:
     if not runs:
         return f"{NOT_RUN}\n"
     first = next(iter(runs.values()))[0]
-    columns: list[tuple[str, list[Any]]] = []
+    columns: list[tuple[str, list[tuple[Any, Any]]]] = []  # the figures of a model, and the bands of its own run
     for setting, own in runs.items():
         shown = [name for name in _BESIDE.get(setting, ()) if all(name in one["figures"] for one in own)]
-        columns += [(_label(setting, name), [one["figures"][name] for one in own]) for name in shown]
-        columns.append((f"**{setting}**", [one["figures"]["unlearned"] for one in own]))
+        labels = {name: _label(setting, name) for name in shown} | {"unlearned": f"**{setting}**"}
+        columns += [(text, [(one["figures"][name], one["audits"]) for one in own]) for name, text in labels.items()]
     head = ["figure", "retrained", "band", *(text for text, _ in columns)]
     lines = [row_of(head), "|---" * len(head) + "|"]
     oracles = [own for name, own in first["figures"].items() if name.startswith("retrained")]
@@ -172,10 +172,10 @@ def depth_table(recipe: str) -> str:
         theirs = [100 * own[figure]["value"] for own in oracles]
         band = " to ".join(f"{100 * end:.1f}" for end in clipped((low, high), figure))
         cells = [f"{min(theirs):.1f} to {max(theirs):.1f}", band]
-        for _, own in columns:
-            values = [one[figure]["value"] for one in own if figure in one]
-            text = f"{100 * fmean(values):.1f}" if values else ""
-            outside = any(not low <= value <= high for value in values)
+        for _, models in columns:
+            held = [(of[figure]["value"], bands[figure]["band"]) for of, bands in models if figure in of]
+            text = f"{100 * fmean(value for value, _ in held):.1f}" if held else ""
+            outside = any(not bottom <= value <= top for value, (bottom, top) in held)
             cells.append(f"**{text}**" if outside else text)
         lines.append(row_of((FIGURES[figure].label, *cells)))
     return "\n".join(lines) + "\n"

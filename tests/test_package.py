@@ -155,8 +155,10 @@ def test_a_comparison_of_methods_reads_as_the_runs_of_the_same_setting_do():
     runs = cell_tables.results("cifar10-resnet20", "contrast")
     compared = cell_tables._compared("cifar10-resnet20", "contrast")
     assert len(runs) == len(compared) == 3
-    for one, other in zip(runs, compared):
+    for one, other in zip(runs, compared, strict=True):
         assert one["verdict"] == other["verdict"]
+        assert set(other["controls"]) == {"original", "head_only", "finetune", "random"}
+        assert len(one["oracles"]) == 5 and len(other["audits"]) == len(one["audits"])
         for name in ("speedup", "speedup_whole"):
             assert one[name]["client_flops"] == other[name]["client_flops"]
         for name, control in other["controls"].items():

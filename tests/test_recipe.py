@@ -170,6 +170,8 @@ def test_the_repair_has_the_weight_decay_of_training_or_its_own():
     recipe = load_recipe("digits", ["train.weight_decay=0.001", "unlearn.weight_decay=0.01"])
     assert (recipe.training().weight_decay, recipe.repair().weight_decay) == (0.001, 0.01)
     assert load_recipe("digits", ["train.weight_decay=0.001"]).repair().weight_decay == 0.001
+    with pytest.raises(RecipeError, match=r"recipe key unlearn\.weight_decay: .*, got -1"):
+        load_recipe("digits", ["unlearn.weight_decay=-1"])
 
 
 @pytest.mark.parametrize(

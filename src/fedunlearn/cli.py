@@ -306,7 +306,7 @@ def _work(command: str, options: Options) -> None:
             seconds = None if told else seconds_to_train(experiment, command)
             if seconds is not None:
                 console.print(expected(seconds, experiment.recipe, command), highlight=False)
-            if command == "run":
+            if command == "run" and not told:
                 console.print(sharpness(experiment), highlight=False)
 
         result = carry_out(

@@ -187,15 +187,16 @@ def sharpness(experiment: Experiment) -> str:
     oracles = experiment.recipe.audit.oracles
     if oracles < FEWEST:
         return f"no verdict: it takes at least {FEWEST} retrained models (audit.oracles), here are {oracles}"
-    images = min(int(experiment.splits.test.counts()[label]) for label in experiment.forget)
-    if not images:
+    each = [int(experiment.splits.test.counts()[label]) for label in experiment.forget]
+    if not all(each):
         return "no verdict: there are no test images of a class to forget"
+    images = sum(each)
     deviations, accuracy = unseen(oracles, images)
     more = ", ".join(f"{unseen(n, images)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
     return (
-        f"the verdict holds the model against {oracles} retrained ones (audit.oracles): a difference of less than "
-        f"{deviations:.1f} of their standard deviations is not seen{f' ({more})' * bool(more)}, nor one of less than "
-        f"{100 * accuracy:.0f} points in an accuracy of 50 % on the {images} test images of the class"
+        f"the verdict holds the model against {oracles} retrained ones (audit.oracles): a figure fails "
+        f"{deviations:.1f} of their standard deviations from their mean{f' ({more})' * bool(more)}, an accuracy near "
+        f"50 % on the {images} test images to forget {100 * accuracy:.0f} points from it or more"
     )
 
 

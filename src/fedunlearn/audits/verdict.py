@@ -88,22 +88,22 @@ def factor(oracles: int, figures: int) -> float:
 
 
 def unseen(oracles: int, images: int) -> tuple[float, float]:
-    """Return what a verdict cannot see: half the width of its bands, all figures having one.
+    """Return half the width of the bands of a verdict, all figures having one.
 
     Args:
         oracles: ``n``, how many retrained models there will be, at least 2.
-        images: test images of the forgotten class.
+        images: test images of the forgotten classes, at least 1.
 
     Returns:
-        In ``sd``; and of an accuracy of 1/2 on ``images``, at least, if retrained models were all alike:
-        ``z sqrt(1 + 1/n) / (2 sqrt(images))``.
+        In ``sd``; and of an accuracy of 1/2 on ``images`` if retrained models are all alike, which is the least:
+        ``z sqrt(1 + 1/n) / (2 sqrt(images + 4))``.
 
     Example:
         >>> [[round(of, 3) for of in unseen(n, images)] for n, images in ((3, 100), (5, 1000))]
-        [[19.27, 0.168], [6.724, 0.05]]
+        [[19.27, 0.165], [6.724, 0.05]]
     """
     z = _quantiles(oracles, _MEASURED)[1]
-    return factor(oracles, _MEASURED), z * math.sqrt(1 + 1 / oracles) / (2 * math.sqrt(images))
+    return factor(oracles, _MEASURED), z * math.sqrt(1 + 1 / oracles) / (2 * math.sqrt(images + 4))
 
 
 def _quantiles(oracles: int, figures: int) -> tuple[float, float]:

@@ -116,10 +116,10 @@ class LocalSettings:
 
 
 def passes(settings: LocalSettings, request: Request, participation: float) -> float:
-    """Return how often a method sees each client's images, in the mean over the clients and in all rounds together.
+    """Return the epochs of a method: those of a client in a round, over all rounds, times the share of clients drawn.
 
-    Where its settings do not say, as often as the repair of the recipe does: its rounds times the epochs of a client in
-    a round times the share of clients that a round draws.
+    What an epoch is of a method that mixes images of the class in: docs/how-to/methods.md. Where its settings do not
+    say, those of the repair of the recipe.
     """
     if settings.epochs is not None:
         return settings.epochs

@@ -123,8 +123,10 @@ def _check(experiment: Experiment, plan: Plan) -> None:
     Raises:
         RecipeError: settings are to be tried without validation images or without retrained models to reach, or the
             recipe protects what clients measure and a method asks for other numbers.
+        DataError: there are no test images of a class to forget, or none of the others.
     """
     recipe = experiment.recipe
+    experiment.audit_images()
     experiment.cut()  # one for all methods
     if plan.tune and recipe.data.validation == 0:
         raise RecipeError("--tune needs validation images: set data.validation above 0")
