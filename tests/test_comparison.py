@@ -8,12 +8,13 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
 from conftest import write_set
-from fedunlearn.errors import RecipeError, RunError
+from fedunlearn.errors import DataError, RecipeError, RunError
 from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
@@ -308,6 +309,18 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path, given, text):
     assert done.returncode == 2
     assert text in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_without_test_images_is_refused_before_anything_is_trained(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path)))
+    arrays = dict(np.load(tmp_path / "set.npz"))
+    others = arrays["y_test"] != recipe.unlearn.forget[0]
+    np.savez(tmp_path / "set.npz", **arrays | {f"{name}_test": arrays[f"{name}_test"][others] for name in "xy"})
+    with pytest.raises(
+        DataError, match=r"the test images hold none of class 2 \(2\): an audit"
+    ):
+        compare(recipe, tmp_path / "out", Plan(("finetune",), seeds=1))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_deployment_compares_nothing(tmp_path):
