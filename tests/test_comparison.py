@@ -316,9 +316,7 @@ def test_a_class_without_test_images_is_refused_before_anything_is_trained(tmp_p
     arrays = dict(np.load(tmp_path / "set.npz"))
     others = arrays["y_test"] != recipe.unlearn.forget[0]
     np.savez(tmp_path / "set.npz", **arrays | {f"{name}_test": arrays[f"{name}_test"][others] for name in "xy"})
-    with pytest.raises(
-        DataError, match=r"the test images hold none of class 2 \(2\): an audit"
-    ):
+    with pytest.raises(DataError, match=r"the test images hold none of class 2 \(2\): an audit"):
         compare(recipe, tmp_path / "out", Plan(("finetune",), seeds=1))
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
