@@ -9,12 +9,13 @@ from fedunlearn.audits.base import share
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import calibrate, unseen
 from fedunlearn.console import expected, sharpness
+from fedunlearn.run import estimate
 from fedunlearn.run.estimate import images_to_train, seconds_to_train
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 
 
-def test_what_a_run_trains_on_is_counted_before_it_starts():
+def test_what_a_run_trains_on_is_counted_before_it_starts(monkeypatch):
     recipe = load_recipe("digits", ["audit.oracles=3", "compute.precision=float32", "unlearn.rounds=2"])
     experiment = prepare(recipe)
     held, nines = int(experiment.table.sum()), int(experiment.table[:, 9].sum())
@@ -28,7 +29,10 @@ def test_what_a_run_trains_on_is_counted_before_it_starts():
     more = prepare(load_recipe("digits", ["unlearn.fraction=auto", "erase.complement=1.0", "unlearn.rounds=2"]))
     assert images_to_train(more, "unlearn") == pytest.approx(whole + 3 * once)  # three attempts, by halves
     assert images_to_train(more, "run") == pytest.approx(whole + 8 * once + 5 * whole * kept)
-    assert seconds_to_train(experiment, "train") > 0
+    assert seconds_to_train(experiment, "train") > 0  # by the rate of this machine
+    monkeypatch.setattr(estimate, "rate", lambda *about, **settings: 250.0)  # no two timings are the same
+    for phase in ("train", "unlearn", "run"):
+        assert seconds_to_train(experiment, phase) == images_to_train(experiment, phase) / 250
     turns = prepare(load_recipe("digits", ["unlearn.forget=[8, 9]", "unlearn.rounds=2", "audit.oracles=3"]))
     one, both = images_to_train(turns, "train"), images_to_train(turns, "unlearn")
     stay = 1 - int(turns.table[:, [8, 9]].sum()) / int(turns.table.sum())

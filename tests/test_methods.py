@@ -262,6 +262,16 @@ def test_the_epochs_that_are_resolved_are_those_that_are_trained(known):
         assert cost.client_samples == pytest.approx(by_recipe["epochs"] * images, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["finetune", "random", "negate", "delete"])
+def test_the_weight_decay_of_the_repair_reaches_controls_and_other_methods(known, name):
+    def norm(decay):
+        asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, weight_decay=decay)))
+        model = COMPARED[name].run(known, federation(), asked, LocalSettings()).subject.model
+        return sum(float(own.detach().square().sum()) for own in model.module.parameters())
+
+    assert norm(0.5) < 0.9 * norm(0.0)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "text"),
     [
