@@ -38,8 +38,8 @@ def local(tmp_path_factory):
     return out
 
 
-def command(out, *options):
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+def command(out, *options, settings=SETTINGS):
+    settings = [part for setting in settings for part in ("--set", setting)]
     program = str(Path(sys.executable).with_name("fedunlearn"))
     return [program, "unlearn", "--recipe", "digits", *settings, "--out", str(out), "--json", *options]
 
@@ -77,10 +77,19 @@ def test_secure_aggregation_in_the_simulation_prunes_the_same_channels(tmp_path,
     assert json.loads(done.stdout)["privacy"]["secure"] is True
 
 
-def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path, sites, local):
-    out = tmp_path / "run"
+def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path):
+    # Each message starts a process that imports torch: two sites, one drawn in a round, none asked for validation.
+    settings = ("federation.clients=2", "federation.participation=0.5", "data.validation=0", *SETTINGS[1:])
+    local, out = tmp_path / "local", tmp_path / "run"
+    run(load_recipe("digits", settings), local, command="unlearn")
+    with Deployment(tmp_path / "sites", nodes=2) as sites:
+        assert_killed_and_resumed(sites, out, local, settings)
+    assert sites.processes() == {}
+
+
+def assert_killed_and_resumed(sites, out, local, settings):
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
-    with start(command(out, *options)) as first:
+    with start(command(out, *options, settings=settings)) as first:
         while first.poll() is None and finished(out) < 1:
             time.sleep(0.2)
         sites.kill("superlink")
@@ -89,7 +98,7 @@ def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(t
     assert "fedunlearn: flwr list on" in said
     assert not (out / "result.json").exists()
     sites.start_superlink()
-    again = subprocess.run(command(out, *options), capture_output=True, text=True)
+    again = subprocess.run(command(out, *options, settings=settings), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "training the original: done" in again.stderr
     assert_same_run(out, local)

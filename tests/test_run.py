@@ -315,7 +315,19 @@ def without_test_images_of(label, folder):
 
 def test_what_a_run_has_no_images_for_is_left_out_of_its_result_and_does_not_stop_the_report(tmp_path):
     recipe = load_recipe(without_test_images_of(0, tmp_path), ["data.validation=0", "train.rounds=1"])
-    result = run(recipe, tmp_path / "out")
+    asked_for = set()
+
+    def listening(experiment):
+        class Listening(LocalEngine):
+            def run(self, job):
+                asked_for.add(job.task.kind)
+                return super().run(job)
+
+        return Listening(experiment.clients)
+
+    result = run(recipe, tmp_path / "out", engine=listening)
+    assert "train" in asked_for
+    assert "evaluate" not in asked_for  # each question costs a message to each client
     assert "speedup" not in result  # there is no validation image to measure with how good the model is
     assert "retrained-1" in result["oracles"]
     assert result["original"]["accuracy"]["per_class"]["0"] is None

@@ -113,7 +113,12 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
 
 
 def validation_block(experiment: Experiment, model: Classifier, row_kept: Classifier | None) -> dict[str, float | None]:
-    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by."""
+    """Return U, its row in place, and R on the clients' validation images: what settings are chosen by.
+
+    None of both where the recipe gives them none: no client is asked.
+    """
+    if experiment.recipe.data.validation == 0:
+        return {"forget_row_kept": None, "retain": None}
     fed = experiment.federation(Journal())
     forget = experiment.forget
     stay = [label for label in range(fed.engine.classes) if label not in forget]
