@@ -1,5 +1,6 @@
 """The Flower app of a recipe: what a client finds by it, and what fails at the start or later."""
 
+import logging
 import subprocess
 import sys
 import threading
@@ -90,6 +91,19 @@ def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
     with pytest.raises(RecipeError) as error:
         server_app()(None, own)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(("command", "sharp"), [("run", True), ("unlearn", False)])
+def test_a_run_over_sites_says_how_sharp_its_verdict_will_be_before_a_site_is_asked(
+    tmp_path, capsys, monkeypatch, command, sharp
+):
+    monkeypatch.setattr(logging.getLogger("fedunlearn"), "handlers", [])  # the server has its own, until the test ends
+    own = Context(1, 0, {}, RecordDict(), {"recipe": "digits", "command": command, "out": str(tmp_path), "patience": 0})
+    with pytest.raises(FederationError, match="only 0 of 10 clients"):
+        server_app()(Loopback({}), own)
+    said = capsys.readouterr().out
+    assert "to forget: class 9" in said
+    assert ("the verdict holds the model against 5 retrained ones" in said) is sharp
 
 
 @pytest.mark.parametrize("options", [("--engine", "flower"), ("--superlink", "127.0.0.1:1")])

@@ -165,7 +165,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
         # Clients import this file too, in a new process for each message, and need none of these.
         from rich.console import Console
 
-        from fedunlearn.console import RunProgress, describe
+        from fedunlearn.console import RunProgress, describe, sharpness
         from fedunlearn.run.commands import run
 
         config = context.run_config
@@ -178,6 +178,12 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
         output = cast(IO[str], _Marked())
         logging.getLogger("fedunlearn").handlers = [logging.StreamHandler(output)]  # warnings: who was refused
         console = Console(file=output, width=200)
+
+        def described(experiment: Experiment) -> None:
+            console.print(describe(experiment), highlight=False)
+            if command == "run":
+                console.print(sharpness(experiment), highlight=False)
+
         with one_torch_thread():
             run(
                 recipe(context),
@@ -185,7 +191,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
                 command=command,
                 key=Path(key) if key else None,
                 engine=engine_on(grid, patience=float(config.get("patience", PATIENCE))),
-                prepared=lambda experiment: console.print(describe(experiment), highlight=False),
+                prepared=described,
                 observe=RunProgress(console, every=True).observe,
             )
 
