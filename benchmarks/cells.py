@@ -7,6 +7,9 @@ the class, seeds 1 to ``--retrained``, each from fresh weights. Finished models 
 ``unlearn`` takes these models and makes the original forget, audited beside the retrained ones, for each setting in
 ``SETTINGS`` and three seeds; results are written into ``benchmarks/cells``, or held against those that are there.
 ``--work`` holds what is not kept; another number of retrained models needs another one.
+
+``--forget 0 9`` takes other classes than the recipe's, with the same original: their retrained models are in
+``benchmarks/models/RECIPE-class0-9``, their results are named like that. ``--settings`` takes some of the settings.
 """
 
 from __future__ import annotations
@@ -63,31 +66,44 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--retrained", type=int, default=3)
+    parser.add_argument("--forget", type=int, nargs="+", default=(), help="classes; the recipe's where not given")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=tuple(SETTINGS), help="all where not given")
     parser.add_argument("--precision", default="float32", help="of training; unlearning and audits are float32")
     parser.add_argument("--workers", type=int, default=0, help="clients at work side by side; as many as cores where 0")
     asked = parser.parse_args()
     settings = [f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
     with one_torch_thread():
         if asked.step == "train":
-            train(asked.recipe, [*settings, f"compute.precision={asked.precision}"], asked.work, asked.retrained)
+            settings.append(f"compute.precision={asked.precision}")
+            train(asked.recipe, settings, asked.work, asked.retrained, asked.forget)
         else:
             settings += ["compute.precision=float32", f"audit.oracles={asked.retrained}"]
-            unlearn(asked.recipe, settings, asked.work)
+            unlearn(asked.recipe, settings, asked.work, asked.forget, names=asked.settings)
 
 
-def train(recipe: str, settings: Sequence[str], work: Path, retrained: int) -> None:
-    """Train the models of ``recipe`` that are missing."""
-    experiment = prepare(load_recipe(recipe, settings))
-    folder = MODELS / recipe
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(experiment, folder / "recipe.json")
-    work = work / f"{recipe}-models"
-    _original(experiment, folder, work)
-    _level(experiment, folder, "original")
+def cell_of(recipe: str, forget: Sequence[int]) -> str:
+    """Return the name of a recipe's cell whose classes are ``forget``; that of the recipe where none are given."""
+    return f"{recipe}-class{'-'.join(map(str, forget))}" if forget else recipe
+
+
+def _forgetting(forget: Sequence[int]) -> list[str]:
+    return [f"unlearn.forget={list(forget)}"] if forget else []
+
+
+def train(recipe: str, settings: Sequence[str], work: Path, retrained: int, forget: Sequence[int]) -> None:
+    """Train the models of ``recipe`` that are missing: the original, and those retrained without ``forget``."""
+    experiment = prepare(load_recipe(recipe, [*settings, *_forgetting(forget)]))
+    own = MODELS / cell_of(recipe, forget)
+    for folder in (MODELS / recipe, own):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_recipe(experiment, folder / "recipe.json")
+    _original(experiment, MODELS / recipe, work / f"{recipe}-models")
+    if not forget:  # a level is of the recipe's own classes
+        _level(experiment, MODELS / recipe, "original")
     data = fingerprint(experiment.splits)
     for seed in range(1, retrained + 1):
-        _retrained(experiment, folder, work, seed=seed, data=data)
-        _level(experiment, folder, f"retrained-{seed}")
+        _retrained(experiment, own, work / f"{own.name}-models", seed=seed, data=data)
+        _level(experiment, own, f"retrained-{seed}")
 
 
 def _check_recipe(experiment: Experiment, path: Path) -> None:
@@ -100,20 +116,23 @@ def _check_recipe(experiment: Experiment, path: Path) -> None:
     path.write_text(text, "utf-8")
 
 
-def unlearn(recipe: str, settings: Sequence[str], work: Path) -> None:
-    """Make the original of ``recipe`` forget, in every setting and with every seed that is missing."""
-    folder = MODELS / recipe
-    models = [f'audit.models="{folder}"', f'model.weights="{folder / "original.safetensors"}"']
-    for name, changes in SETTINGS.items():
+def unlearn(
+    recipe: str, settings: Sequence[str], work: Path, forget: Sequence[int] = (), *, names: Sequence[str] = (*SETTINGS,)
+) -> None:
+    """Make the original of ``recipe`` forget, in every setting named and with every seed that is missing."""
+    cell = cell_of(recipe, forget)
+    original = MODELS / recipe / "original.safetensors"
+    models = [f'audit.models="{MODELS / cell}"', f'model.weights="{original}"', *_forgetting(forget)]
+    for name in names:
         paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == "tf_idf-paper" else []
         for seed in SEEDS:
-            path = CELLS / f"{recipe}-{name}-seed{seed}.json"
+            path = CELLS / f"{cell}-{name}-seed{seed}.json"
             out = work / path.stem
             if (out / RESULT).exists() and path.exists():
                 continue
-            chosen = load_recipe(recipe, [*settings, *models, *changes, *paper, f"unlearn.seed={seed}"])
-            done = (folder for folder in sorted(work.glob(f"{recipe}-*-seed*")) if (folder / RESULT).exists())
-            share_figures(done, out)
+            chosen = load_recipe(recipe, [*settings, *models, *SETTINGS[name], *paper, f"unlearn.seed={seed}"])
+            shared = [work / f"{cell}-{name}-seed{seed}" for name in SETTINGS for seed in SEEDS]
+            share_figures((folder for folder in shared if (folder / RESULT).exists()), out)
             result = run(chosen, out, observe=_observer(path.stem))
             figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
             result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
