@@ -211,7 +211,11 @@ def _level(experiment: Experiment, folder: Path, name: str) -> None:
 
 
 def _observer(name: str) -> Callable[[str, int, int], None]:
-    return lambda phase, done, planned: _say(name, f"{phase} {done} of {planned}") if done % 10 == 0 else None
+    def observe(phase: str, done: int, planned: int) -> None:
+        if done % 10 == 0 or phase in ("audit", "evaluate"):  # a model a step, minutes each
+            _say(name, f"{phase} {done} of {planned}")
+
+    return observe
 
 
 def _say(name: str, text: str) -> None:

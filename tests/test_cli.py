@@ -87,8 +87,9 @@ def test_a_run_prints_its_table_its_verdict_and_where_the_files_are(told):
     assert "Verdict: " in done.stdout
     assert f"report: {folder / 'out' / 'report.html'}" in done.stderr
     assert f"files: {folder / 'out'}" in done.stderr
-    for line in ("training the original: done", "retraining (retrained-1): done", "auditing, a model a step: done"):
-        assert line in done.stderr.splitlines()  # a log gets a line when a phase ends
+    phases = ("training the original", "retraining (retrained-1)", "auditing, a model a step")
+    for phase in (*phases, "measuring on the test images"):
+        assert f"{phase}: done" in done.stderr.splitlines()  # a log gets a line when a phase ends
 
 
 def test_json_is_all_that_json_prints_and_quiet_prints_nothing(recipe, tmp_path):
@@ -415,5 +416,6 @@ def test_a_finished_run_is_signed_verified_audited_and_reported_from_the_command
     done = fedunlearn("audit", model, "--recipe", recipe, "--out", tmp_path / "audit", *oracles)
     assert "no model that must fail was audited" in " ".join(done.stdout.split()).lower()
     assert done.returncode == 0, done.stderr
+    assert "the verdict holds the model against 3 retrained ones: a figure fails" in done.stderr
     assert "linear probe" in done.stdout
     assert "Verdict: " in done.stdout

@@ -58,6 +58,12 @@ def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():
     some = prepare(load_recipe("digits"))
     untested = replace(some, splits=some.splits._replace(test=some.splits.test.without([9])))
     assert sharpness(untested) == "no verdict: there are no test images of a class to forget"
+    given = sharpness(some, given=5, client="client-0")
+    images = int(some.validation["client-0"].counts()[9])
+    assert "against 5 retrained ones: a figure fails 6.7 of their" in given
+    assert f"50 % on the {images} test images to forget" in given
+    few = sharpness(some, given=1)
+    assert few == "no verdict: it takes at least 3 retrained models, here are 1"
 
 
 def test_the_time_to_train_is_told_in_words():

@@ -190,6 +190,8 @@ def audit(options: Options) -> None:
 
         def described(experiment: Experiment) -> None:
             console.print(describe(experiment), highlight=False)
+            sharp = sharpness(experiment, given=len(options.oracle or ()), client=options.client)
+            console.print(sharp, highlight=False)
             if options.original is None:
                 console.print("without --original, the model before, no verdict can be a pass", highlight=False)
 

@@ -182,19 +182,27 @@ def expected(seconds: float, recipe: Recipe, command: str) -> str:
     return f"training takes {time} from the start on this machine, if nothing else runs there{audited}"
 
 
-def sharpness(experiment: Experiment) -> str:
-    """Return how wide the bands of the verdict will be, in words: before anything is trained for it."""
-    oracles = experiment.recipe.audit.oracles
+def sharpness(experiment: Experiment, *, given: int = 0, client: str | None = None) -> str:
+    """Return how wide the bands of the verdict will be, in words: before anything is trained for it.
+
+    Args:
+        experiment: what is about to run.
+        given: retrained models that are there; as many as the recipe says will be made where 0.
+        client: who audits with its own images; a client with validation images.
+    """
+    oracles = given or experiment.recipe.audit.oracles
+    source = " (audit.oracles)" * (not given)
     if oracles < FEWEST:
-        return f"no verdict: it takes at least {FEWEST} retrained models (audit.oracles), here are {oracles}"
-    each = [int(experiment.splits.test.counts()[label]) for label in experiment.forget]
+        return f"no verdict: it takes at least {FEWEST} retrained models{source}, here are {oracles}"
+    test = experiment.splits.test if client is None else experiment.validation[client]
+    each = [int(test.counts()[label]) for label in experiment.forget]
     if not all(each):
         return "no verdict: there are no test images of a class to forget"
     images = sum(each)
     deviations, accuracy = unseen(oracles, images)
     more = ", ".join(f"{unseen(n, images)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
     return (
-        f"the verdict holds the model against {oracles} retrained ones (audit.oracles): a figure fails "
+        f"the verdict holds the model against {oracles} retrained ones{source}: a figure fails "
         f"{deviations:.1f} of their standard deviations from their mean{f' ({more})' * bool(more)}, an accuracy near "
         f"50 % on the {images} test images to forget {100 * accuracy:.0f} points from it or more"
     )

@@ -31,12 +31,15 @@ from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import (
     audit_blocks,
+    audited_models,
     cost_blocks,
     earlier_block,
     engine_block,
     evaluate,
+    evaluated,
     privacy_block,
     unlearned_blocks,
+    unlearned_models,
 )
 from fedunlearn.run.work import Observe, Work, finished, opened, read_result
 from fedunlearn.unlearn import Forgotten, Unlearned
@@ -117,13 +120,15 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     unlearned = forgotten_model(experiment, original, experiment.unlearning(work.fed))
     _save_unlearned(out, experiment, original, unlearned)
     events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))
+    shown, report = unlearned_models(original, unlearned), work.fed.journal.report
     if command == "unlearn":
-        return result | unlearned_blocks(experiment, original, unlearned)
+        return result | unlearned_blocks(experiment, unlearned, evaluated(experiment, shown, report))
     oracles = retrained_models(experiment, work.fed, data=work.data, count=experiment.recipe.audit.oracles)
     beside = controls(experiment, original, unlearned, experiment.unlearning(work.fed))
     findings = _audited(work, original, unlearned, oracles, beside)
     # Not before the thresholds are fixed: no test image has met the unlearned model until then.
-    result |= unlearned_blocks(experiment, original, unlearned) | audit_blocks(experiment, oracles, beside, findings)
+    figures = evaluated(experiment, shown | audited_models(oracles, beside, experiment.forget), report)
+    result |= unlearned_blocks(experiment, unlearned, figures) | audit_blocks(oracles, beside, findings, figures)
     return result | cost_blocks(experiment, oracles, result)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -33,14 +33,45 @@ from fedunlearn.training.compute import cores, one_torch_thread
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.unlearn import Forgotten, Unlearned
 
+# A model, and the same with the rows of the forgotten classes in place.
+Shown = tuple[Classifier, Classifier | None]
 
-def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Forgotten) -> dict[str, Any]:
-    """Return the blocks ``original``, ``unlearned``, ``cost``, ``privacy``, and ``pruned``, ``fraction`` if any."""
-    test, forget = experiment.splits.test, experiment.forget
-    shipped = evaluate(unlearned.model, test, forget=forget, row_kept=unlearned.repaired)
-    blocks: dict[str, Any] = {"original": evaluate(original, test, forget=forget)}
+
+def unlearned_models(original: Classifier, unlearned: Forgotten) -> dict[str, Shown]:
+    """Return the models before and after, by the names of their blocks."""
+    models: dict[str, Shown] = {"original": (original, None), CANDIDATE: (unlearned.model, unlearned.repaired)}
     if isinstance(unlearned, Unlearned):
-        blocks["pruned"] = evaluate(unlearned.pruned, test, forget=forget)
+        models["pruned"] = (unlearned.pruned, None)
+    return models
+
+
+def audited_models(
+    oracles: Mapping[str, Oracle], controls: Mapping[str, Outcome], forget: Sequence[int]
+) -> dict[str, Shown]:
+    """Return the retrained models and the controls, some of which are there under the same name before."""
+    models: dict[str, Shown] = {
+        name: (control.subject.model, control.subject.row_kept) for name, control in controls.items()
+    }
+    return models | {name: (oracle.model.without_rows(forget), oracle.model) for name, oracle in oracles.items()}
+
+
+def evaluated(
+    experiment: Experiment, models: Mapping[str, Shown], observe: Callable[[str, int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of each model on test images, see ``evaluate``, telling ``observe`` of each."""
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (model, row_kept) in models.items():
+        observe("evaluate", len(figures), len(models))
+        figures[name] = evaluate(model, experiment.splits.test, forget=experiment.forget, row_kept=row_kept)
+    observe("evaluate", len(models), len(models))
+    return figures
+
+
+def unlearned_blocks(
+    experiment: Experiment, unlearned: Forgotten, figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the blocks ``original``, ``unlearned``, ``cost``, ``privacy``, and ``pruned``, ``fraction`` if any."""
+    blocks: dict[str, Any] = {name: figures[name] for name in ("original", "pruned") if name in figures}
     if isinstance(unlearned, Smallest):
         blocks["fraction"] = {
             "chosen": unlearned.cut.fraction,
@@ -49,7 +80,10 @@ def unlearned_blocks(experiment: Experiment, original: Classifier, unlearned: Fo
             "attempts": [asdict(attempt) for attempt in unlearned.attempts],
         }
     return blocks | {
-        "unlearned": shipped | {"validation": validation_block(experiment, unlearned.model, unlearned.repaired)},
+        CANDIDATE: {
+            **figures[CANDIDATE],
+            "validation": validation_block(experiment, unlearned.model, unlearned.repaired),
+        },
         "cost": {"unlearn": asdict(unlearned.cost)},
         "privacy": privacy_block(experiment),
     }
@@ -65,20 +99,19 @@ def privacy_block(experiment: Experiment) -> dict[str, Any]:
 
 
 def audit_blocks(
-    experiment: Experiment, oracles: Mapping[str, Oracle], controls: Mapping[str, Outcome], findings: Findings
+    oracles: Mapping[str, Oracle],
+    controls: Mapping[str, Outcome],
+    findings: Findings,
+    figures: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the blocks ``controls``, ``oracles``, ``audits``, ``calibration`` and the verdict."""
-    test, forget = experiment.splits.test, experiment.forget
     blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
     for name, control in controls.items():
-        subject = control.subject
-        figures = evaluate(subject.model, test, forget=forget, row_kept=subject.row_kept)
-        blocks["controls"][name] = figures | judged(findings.judgements[name])
+        blocks["controls"][name] = {**figures[name], **judged(findings.judgements[name])}
         if control.cost is not None:
             blocks["controls"][name]["cost"] = asdict(control.cost)
     for name, oracle in oracles.items():
-        figures = evaluate(oracle.model.without_rows(forget), test, forget=forget, row_kept=oracle.model)
-        blocks["oracles"][name] = figures | {"cached": oracle.cached}
+        blocks["oracles"][name] = {**figures[name], "cached": oracle.cached}
     judgement = findings.judgements[CANDIDATE]
     return blocks | {"audits": judgement["audits"], "calibration": findings.held_out} | judged(judgement)
 
