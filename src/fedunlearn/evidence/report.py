@@ -83,8 +83,15 @@ def write_report(folder: Path) -> None:
             for label in run.result["forget"]
         ],
     }
-    texts = {}
+    texts = _rendered(values)
     for name in (MARKDOWN, REPORT):  # where the page is there, all is
+        write_unsigned(folder, name, texts[name])
+
+
+def _rendered(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of both files."""
+    texts = {}
+    for name in (MARKDOWN, REPORT):
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
             autoescape=name == REPORT,
@@ -98,8 +105,7 @@ def write_report(folder: Path) -> None:
         environment.filters["signed"] = _signed
         environment.filters["amount"] = amount
         texts[name] = environment.get_template(name).render(values)
-    for name, text in texts.items():
-        write_unsigned(folder, name, text)
+    return texts
 
 
 def write_card(folder: Path) -> None:

@@ -154,14 +154,7 @@ def train_rounds(
     must_be(Watch, watch, "train_rounds(watch=...)", "a Watch, such as Watch(every=5)", RecipeError)
     _whole("train_rounds", "rounds", rounds)
     trained = whole_model(model, fed).copy()
-    if training.objective is not None and not fed.exclude:
-        raise RecipeError(
-            "Training(objective=...) forgets the classes that a federation leaves out, and this one leaves none out: "
-            "use fed.keeping(exclude=...)"
-        )
-    if rounds:
-        check_trainable(trained.module)
-        passed_in_training(trained.module, placed(trained.example, trained.module))
+    _check(trained, fed, training, rounds)
     tasks = [
         Train(training=training.of_round(round, rounds), lr=lr, exclude=fed.exclude)
         for round, lr in enumerate(server.rates(training.lr, rounds))
@@ -170,11 +163,7 @@ def train_rounds(
     common |= asked(server_momentum=server.momentum)
     about = [{**common, **asked(**vars(task))} for task in tasks]
     steps = fed.journal.finished(phase, about)
-    velocity: dict[str, Tensor] = {}
-    if steps:
-        saved = fed.journal.state(phase)
-        velocity = {name: saved.pop(_VELOCITY + name) for name in [*saved] if _VELOCITY + name in saved}
-        trained.module.load_state_dict(saved)
+    velocity = _restored(trained.module, fed.journal.state(phase)) if steps else {}
     for round in range(len(steps), rounds):
         fed.journal.report(phase, round, rounds)
         if watch.reached(steps):
@@ -184,18 +173,42 @@ def train_rounds(
         trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
         if watch.due(round, rounds):
-            validation, evaluated = validation_accuracy(trained, fed, phase=phase)
-            if validation is None:
-                raise FederationError(
-                    "no client counts validation images of the kept classes: set data.validation above 0, "
-                    "high enough for the clients' min_images"
-                )
+            validation, evaluated = _watched(trained, fed, phase)
             entries.append(evaluated)
         steps.append(Step(phase, round, tuple(entries), validation, about[round]))
         moving = {_VELOCITY + name: tensor for name, tensor in velocity.items()}
         fed.journal.finish(steps[-1], {**trained.module.state_dict(), **moving})
     fed.journal.report(phase, rounds, rounds)
     return trained
+
+
+def _check(model: Classifier, fed: Federation, training: Training, rounds: int) -> None:
+    """Refuse what would fail in a round, before clients are asked."""
+    if training.objective is not None and not fed.exclude:
+        raise RecipeError(
+            "Training(objective=...) forgets the classes that a federation leaves out, and this one leaves none out: "
+            "use fed.keeping(exclude=...)"
+        )
+    if rounds:
+        check_trainable(model.module)
+        passed_in_training(model.module, placed(model.example, model.module))
+
+
+def _restored(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Load the weights in the state of a round, and return the server's velocity in it."""
+    velocity = {name: state.pop(_VELOCITY + name) for name in [*state] if _VELOCITY + name in state}
+    module.load_state_dict(state)
+    return velocity
+
+
+def _watched(model: Classifier, fed: Federation, phase: str) -> tuple[float, Entry]:
+    accuracy, entry = validation_accuracy(model, fed, phase=phase)
+    if accuracy is None:
+        raise FederationError(
+            "no client counts validation images of the kept classes: set data.validation above 0, "
+            "high enough for the clients' min_images"
+        )
+    return accuracy, entry
 
 
 def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tuple[float | None, Entry]:

@@ -170,10 +170,7 @@ def simulation(recipe: Recipe, *, start: float = START) -> Iterator[Grid]:
     Raises:
         FederationError: the simulation did not start, or failed in the middle.
     """
-    for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice of Ray
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    _hush()
     grids: queue.Queue[Grid | None] = queue.Queue()
     failures: list[BaseException] = []
     finished = threading.Event()
@@ -185,16 +182,6 @@ def simulation(recipe: Recipe, *, start: float = START) -> Iterator[Grid]:
         finished.wait()
 
     number = len(share_out(recipe, read_data(recipe).train)[0])
-    options: dict[str, Any] = {
-        "client_resources": {"num_cpus": 1, "num_gpus": 0},
-        "init_args": {
-            "address": "local",
-            "num_cpus": min(cores(), number),
-            "include_dashboard": False,
-            "logging_level": logging.ERROR,
-            "log_to_driver": False,
-        },
-    }
     app = client_app(
         lambda context: built_by(recipe, context),
         lambda context: held_by(recipe, context),
@@ -206,7 +193,7 @@ def simulation(recipe: Recipe, *, start: float = START) -> Iterator[Grid]:
         try:
             from flwr.simulation import run_simulation  # slow to import, and only needed here
 
-            run_simulation(server, app, number, backend_config=options)
+            run_simulation(server, app, number, backend_config=_a_worker_per_core(number))
         except BaseException as error:
             failures.append(error)
         finally:
@@ -224,6 +211,28 @@ def simulation(recipe: Recipe, *, start: float = START) -> Iterator[Grid]:
     finally:
         finished.set()
         thread.join(_STOP)
+
+
+def _hush() -> None:
+    """Send no usage statistics, unless the environment asks for it, and print no notices."""
+    for name, value in {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice of Ray
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def _a_worker_per_core(clients: int) -> dict[str, Any]:
+    """Return Ray's options."""
+    return {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+        "init_args": {
+            "address": "local",
+            "num_cpus": min(cores(), clients),
+            "include_dashboard": False,
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+        },
+    }
 
 
 def _result(path: Path, recipe: Recipe) -> dict[str, Any] | None:
