@@ -15,9 +15,8 @@ demo: $(VENV)/.core
 demo-flower: $(VENV)/.flower
 	$(BIN)/python examples/flower-deployment/demo.py
 
-# Three workers take a file at a time, so that what the tests of a file share is made once: on two cores, as one of them
-# mostly waits, for Flower's processes.
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two workers take a file at a time, so that what the tests of a file share is made once.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint docs
 	$(PYTEST) -m "not slow and not sites"
