@@ -29,9 +29,10 @@ from fedunlearn.audits.audit import FOLDER
 from fedunlearn.evidence.folder import RESULT, RunFolder
 from fedunlearn.federation.journal import Journal
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import RetrainedCache, retrained_models
+from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import fingerprint
+from fedunlearn.run.kept import RetrainedCache
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread

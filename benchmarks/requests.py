@@ -1,7 +1,7 @@
 """More than one class on the digits: five requests in a row, several classes at once, a class that one client holds.
 
 ``python -m benchmarks.requests OUT`` does each with three seeds, beside three retrained models and by the settings of
-the recipe, and writes benchmarks/requests.json. OUT keeps the runs, which go on there.
+the recipe, and writes benchmarks/requests.json; what is there is not done again. OUT keeps the runs, which go on there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ OUT = Path(__file__).parent / "requests.json"
 SEEDS = (0, 1, 2)
 IN_A_ROW = (9, 8, 7, 6, 5)
 AT_ONCE = ((0, 9), (0, 5, 9), (1, 3, 5, 7, 9))
-VARIANTS = {"": (), "erase step": ("erase.complement=1.0",), "fraction auto": ("unlearn.fraction=auto",)}
+VARIANTS = {
+    "": (),
+    "erase step": ("erase.complement=1.0",),
+    "fraction auto": ("unlearn.fraction=auto",),
+    "erase step alone": ("erase.complement=1.0", "unlearn.fraction=0"),
+}
+ROWS_OF = ("", "erase step alone")  # the variants of requests in a row
 CLIENTS = 10
 SETTINGS = ("audit.oracles=3", "compute.workers=1", "evidence.feature_maps=false")
 
@@ -58,29 +64,41 @@ def write_held_by_one(path: Path) -> Path:
     return path
 
 
+class Rows:
+    """The rows of benchmarks/requests.json, and those that are missing."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = json.loads(OUT.read_text("utf-8")) if OUT.exists() else []
+
+    def ask(self, name: str, variant: str, seed: int, place: Path, *overrides: str) -> None:
+        """Run what has no row yet, and write its row."""
+        name += f", {variant}" if variant else ""
+        if any((row["request"], row["seed"]) == (name, seed) for row in self._rows):
+            return
+        self._rows.append(asked(name, seed, place, *overrides, *VARIANTS[variant]))
+        OUT.write_text(json.dumps(self._rows, indent=1) + "\n", "utf-8")
+        print(f"{name}, seed {seed}: done", flush=True)
+
+
 def main(out: str) -> None:
     """Make all requests and write their figures."""
-    folder, rows = Path(out), []
+    folder, rows = Path(out), Rows()
     folder.mkdir(parents=True, exist_ok=True)
     one = write_held_by_one(folder / "one.npz")
+    given = ("data.source=npz", f"data.path={json.dumps(str(one))}", "federation.partition=group")
     for seed in SEEDS:
-        before: Path | None = None
-        for number, label in enumerate(IN_A_ROW, 1):
-            weights = () if before is None else (f"model.weights={json.dumps(str(before))}",)
-            place = folder / f"row-{number}-seed{seed}"
-            rows.append(asked(f"{number} in a row", seed, place, f"unlearn.forget={label}", *weights))
-            before = place / "model.safetensors"
-        given = ("data.source=npz", f"data.path={json.dumps(str(one))}", "federation.partition=group")
-        for variant, overrides in VARIANTS.items():
-            mark, text = (f"-{variant.split()[0]}", f", {variant}") if variant else ("", "")
+        for variant in VARIANTS:
+            mark = f"{'-'.join(('', *variant.split()))}-seed{seed}"
+            before: Path | None = None
+            for number, label in enumerate(IN_A_ROW if variant in ROWS_OF else (), 1):
+                weights = () if before is None else (f"model.weights={json.dumps(str(before))}",)
+                place = folder / f"row-{number}{mark}"
+                rows.ask(f"{number} in a row", variant, seed, place, f"unlearn.forget={label}", *weights)
+                before = place / "model.safetensors"
             for classes in AT_ONCE:
-                place = folder / f"once-{len(classes)}{mark}-seed{seed}"
                 wanted = (f"unlearn.forget={list(classes)}", "unlearn.jointly=true")
-                rows.append(asked(f"{len(classes)} at once{text}", seed, place, *wanted, *overrides))
-            place = folder / f"one{mark}-seed{seed}"
-            rows.append(asked(f"held by one client{text}", seed, place, "federation.clients=0", *given, *overrides))
-        OUT.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-        print(f"seed {seed}: done", flush=True)
+                rows.ask(f"{len(classes)} at once", variant, seed, folder / f"once-{len(classes)}{mark}", *wanted)
+            rows.ask("held by one client", variant, seed, folder / f"one{mark}", "federation.clients=0", *given)
 
 
 if __name__ == "__main__":

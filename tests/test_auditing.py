@@ -133,9 +133,7 @@ def test_a_model_that_knows_the_class_is_no_retrained_one(signed, recipe, oracle
     other = dict(read_weights(before).state)
     other["linear.bias"] = other["linear.bias"] + 1e-3
     save_file(other, tmp_path / "knows.safetensors")
-    with pytest.raises(
-        EvidenceError, match=r"knows names the class to forget in 100\.0 % of its test images, so it was"
-    ):
+    with pytest.raises(EvidenceError, match=r"knows names a class to forget in 100\.0 % of its test images, so it was"):
         audit_model(recipe, tmp_path / "a", Candidate(model=model, oracles=[*oracles, tmp_path / "knows.safetensors"]))
     shutil.copy(before, tmp_path / "copy.safetensors")
     given = Candidate(model=model, oracles=[*oracles, tmp_path / "copy.safetensors"], original=before)

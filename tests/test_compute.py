@@ -27,8 +27,8 @@ from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import MODELS, build_model
 from fedunlearn.run import compare, machine
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import RetrainedCache
 from fedunlearn.run.experiment import prepare
+from fedunlearn.run.kept import RetrainedCache
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.tables import ComputeTable

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,9 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import RetrainedCache, retrained_models
-from fedunlearn.run.experiment import original_model, prepare, save_model
+from fedunlearn.run.compare import retrained_models
+from fedunlearn.run.experiment import new_model, prepare
+from fedunlearn.run.kept import kept_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import cost_blocks, knew
 from fedunlearn.training.sgd import Training, one_cycle
@@ -797,42 +799,60 @@ def test_a_run_in_python_needs_the_engine_that_its_recipe_names(tmp_path, engine
     assert not (tmp_path / "out").exists()
 
 
-def kept_models(folder, recipe):
-    """Write the original and the retrained models of ``recipe`` as a benchmark keeps them."""
-    experiment = prepare(recipe)
-    folder.mkdir()
-    save_model(
-        folder / "original.safetensors", original_model(experiment, experiment.federation(Journal())), experiment
-    )
-    count = recipe.audit.oracles
-    for name, oracle in retrained_models(experiment, experiment.federation(Journal()), data="x", count=count).items():
-        RetrainedCache(folder / f"{name}.safetensors").store(oracle.model.module, oracle.steps)
-
-
-def test_kept_models_give_the_run_that_trained_them_and_are_not_trained_again(tmp_path):
-    path = str(write_set(tmp_path, oracles=3))
-    whole = run(load_recipe(path), tmp_path / "whole")
-    kept_models(tmp_path / "models", load_recipe(path))
-    models = [
-        f'audit.models="{tmp_path / "models"}"',
-        f'model.weights="{tmp_path / "models" / "original.safetensors"}"',
-    ]
+def test_the_models_of_a_run_give_it_again_and_are_not_trained_again(tmp_path):
+    path, whole = str(write_set(tmp_path, oracles=3)), tmp_path / "whole"
+    first = run(load_recipe(path), whole)
+    models = [f'audit.models="{whole}"', f'model.weights="{whole / "original.safetensors"}"']
     again = run(load_recipe(path, models), tmp_path / "again")
     for name in ("original", "pruned", "unlearned", "audits", "verdict", "controls"):
-        assert without_seconds(again[name]) == without_seconds(whole[name])
-    assert again["speedup"]["client_flops"] == whole["speedup"]["client_flops"]
+        assert without_seconds(again[name]) == without_seconds(first[name])
+    assert again["speedup"]["client_flops"] == first["speedup"]["client_flops"]
     assert again["cost"]["retrain"]["validation_unseen"]
+    assert again["cost"]["retrain"]["clients"] == 3
     assert ".retrain" not in (tmp_path / "again" / "rounds.jsonl").read_text()
     other = run(load_recipe(path, [*models, "unlearn.seed=5"]), tmp_path / "other", command="unlearn")
-    assert other["original"] == whole["original"]
+    assert other["original"] == first["original"]
     again, other = (tmp_path / name / "model.safetensors" for name in ("again", "other"))
     assert again.read_bytes() != other.read_bytes()
+
+
+def test_a_folder_of_models_holds_what_that_of_a_run_holds_and_no_name_of_a_client(signed, tmp_path):
+    recipe, name = str(signed / "tiny.toml"), "retrained-1.safetensors"
+    shutil.copy(signed / "plain" / "oracles" / name, tmp_path / name)
+    found = []
+    for folder in (tmp_path, signed / "plain"):
+        experiment = prepare(load_recipe(recipe, [f'audit.models="{folder}"']))
+        model = new_model(experiment.recipe, experiment.splits.train, seed=1)
+        found.append((kept_model(model, experiment, seed=1), model.module.state_dict()))
+    (steps, state), (same_steps, same_state) = found
+    assert len(steps) == 3
+    assert steps == same_steps
+    assert all(tensor.equal(same_state[key]) for key, tensor in state.items())
+    assert b"client-0" not in (tmp_path / name).read_bytes()
+    assert {client for step in steps for entry in step.entries for client in entry.clients} == {"0", "1", "2"}
 
 
 def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
     recipe = load_recipe(str(write_set(tmp_path)), [f'audit.models="{tmp_path}"', "train.rounds=1"])
     with pytest.raises(RunError, match=r"retrained-1.safetensors: expected a retrained model with its rounds"):
         run(recipe, tmp_path / "out")
+
+
+def test_retrained_models_of_another_request_or_recipe_are_refused(signed, tmp_path):
+    recipe, folder = str(signed / "tiny.toml"), signed / "plain"
+    models = [f'audit.models="{folder}"', f'model.weights="{folder / "original.safetensors"}"']
+    for change, name in (
+        ("unlearn.forget=1", "unlearn.forget"),
+        ("train.rounds=4", "train"),
+        ("federation.seed=5", "federation"),
+    ):
+        with pytest.raises(RunError, match=rf"its models were retrained by another recipe \({name} differ\)"):
+            run(load_recipe(recipe, [*models, change]), tmp_path / name)
+    shutil.copy(folder / "oracles" / "retrained-1.safetensors", tmp_path)
+    models[0] = f'audit.models="{tmp_path}"'
+    text = r"retrained-1.safetensors names a class to forget in .* % of its test images, so it was not retrained"
+    with pytest.raises(RunError, match=text):
+        run(load_recipe(recipe, [*models, "unlearn.forget=1"]), tmp_path / "another")
 
 
 @pytest.mark.parametrize(

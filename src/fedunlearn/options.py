@@ -88,7 +88,7 @@ OPTIONS = {
         option(
             "models",
             Path | None,
-            "Folder with original.safetensors and retrained-SEED.safetensors that the recipe gave before: trains none.",
+            "Folder of a run with the same data, training and request, or of its models alone: trains none.",
         ),
         option("overrides", list[str] | None, "table.key=value overrides a key of the recipe.", flag="--set"),
         option(

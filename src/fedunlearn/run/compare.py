@@ -1,58 +1,24 @@
-"""What unlearning is held against: retrained models, kept by what they depend on, and controls."""
+"""What unlearning is held against: retrained models and controls."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import hashlib
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-from torch import nn
-
 from fedunlearn.channels.plan import Classifier, Cut
-from fedunlearn.errors import RunError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.privacy import DEFAULT_RULES
-from fedunlearn.files import cache_folder, write_tensors
 from fedunlearn.methods.base import Outcome, Request, resolved
 from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
-from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.kept import RetrainedCache, kept_model
 from fedunlearn.run.tables import PRUNE
 from fedunlearn.unlearn import Forgotten, Unlearned
-from fedunlearn.version import __version__
-
-_logger = logging.getLogger(__name__)
-_PACKAGE = Path(__file__).parents[1]
-# Files that decide what training from fresh weights computes.
-_TRAINED_BY = (
-    "training/*.py",
-    "data/*.py",
-    "federation/ask.py",
-    "federation/averaging.py",
-    "federation/federation.py",
-    "federation/jobs.py",
-    "federation/local.py",
-    "federation/rounds.py",
-    "federation/tasks.py",
-    "methods/retrain.py",
-    "models.py",
-    "run/compare.py",
-    "run/experiment.py",
-    "run/inputs.py",
-    "seeding.py",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,77 +34,6 @@ class Oracle:
     model: Classifier
     steps: list[Step]
     cached: bool
-
-
-@dataclass(frozen=True)
-class RetrainedCache:
-    """The place of one retrained model.
-
-    Attributes:
-        path: its file, which may not be there yet.
-    """
-
-    path: Path
-
-    @staticmethod
-    def of(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> RetrainedCache | None:
-        """Return the place for a recipe's data, federation, architecture, training and precision, without ``forget``.
-
-        Args:
-            recipe: the recipe; how it unlearns does not matter here.
-            forget: the classes left out.
-            data: fingerprint of the images and of how they are normalised.
-            seed: of the retrained model.
-
-        Returns:
-            None for a model of the user's own, whose code a name does not identify.
-        """
-        if ":" in recipe.model.name:
-            return None
-        parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
-        about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
-
-    def restore(self, model: nn.Module) -> list[Step] | None:
-        """Fill ``model`` with the kept weights and return their rounds; None where there is nothing to read."""
-        try:
-            with safetensors.safe_open(self.path, "pt") as file:
-                steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
-            model.load_state_dict(state)
-        except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
-            return None
-        return steps
-
-    def store(self, model: nn.Module, steps: Sequence[Step]) -> None:
-        """Keep ``model`` and the rounds it took; a cache that cannot be written costs the next run a training."""
-        text = json.dumps([json.loads(step.to_json()) for step in steps])
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self.path, model.state_dict(), {"steps": text})
-        except OSError as error:
-            _warn_once(cache_folder(), error.strerror or str(error))
-
-
-@functools.cache
-def _warn_once(folder: Path, why: str) -> None:
-    _logger.warning(
-        "%s: the cache of retrained models cannot be written (%s): the run goes on without; set FEDUNLEARN_CACHE to a "
-        "folder that can be written",
-        folder,
-        why,
-    )
-
-
-def _code_digest() -> str:
-    """Return the SHA-256 of the source of all that decides what training from fresh weights computes."""
-    files = [path for name in _TRAINED_BY for path in sorted(_PACKAGE.glob(name))]
-    digest = hashlib.sha256(__version__.encode())
-    for path in files:
-        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def forgotten_model(experiment: Experiment, original: Classifier, fed: Federation) -> Forgotten:
@@ -244,19 +139,22 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
     }
 
 
+def check_kept(experiment: Experiment, fed: Federation) -> None:
+    """Refuse retrained models of the recipe's ``audit.models`` that cannot be used, before any work.
+
+    Raises:
+        RunError: see ``kept_model``.
+    """
+    if experiment.recipe.audit.models:
+        retrained_models(experiment, fed, data="", count=experiment.recipe.audit.oracles)
+
+
 def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
     recipe = experiment.recipe
     earlier = experiment.earlier
     fresh = new_model(recipe, experiment.splits.train, seed=fed.seed, earlier=earlier)
     if recipe.audit.models:
-        path = Path(recipe.audit.models) / f"retrained-{fed.seed}.safetensors"
-        known = RetrainedCache(path).restore(fresh.module)
-        if known is None:
-            raise RunError(
-                f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
-                "(audit.oracles), or leave audit.models out to retrain"
-            )
-        return Oracle(fresh, known, True)
+        return Oracle(fresh, kept_model(fresh, experiment, seed=fed.seed), True)
     # The shares of clients depend on the images of all classes.
     place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
     cache = RetrainedCache.of(recipe, experiment.forget, place, fed.seed)

@@ -23,7 +23,7 @@ from fedunlearn.methods.base import Method
 from fedunlearn.methods.head_only import HEAD_ONLY, head_only
 from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.cells import Cells, figures_of
-from fedunlearn.run.compare import Oracle, retrained_models
+from fedunlearn.run.compare import Oracle, check_kept, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
@@ -106,6 +106,7 @@ def compare(
     if engine is not None:
         work = work.on(replace(work.experiment, engine=engine(work.experiment)))
     _check(work.experiment, plan)
+    check_kept(work.experiment, work.fed)
     bench = _Bench(work, plan, tell)
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
