@@ -327,6 +327,10 @@ def test_a_criterion_is_understood_by_its_name():
         (lambda e: fu.Compute(workers="2"), "at least one worker, got .*workers='2'"),
         (lambda e: fu.Federation(e, clients=3), r"Federation\(clients=...\) must be names in a tuple, or None, got 3"),
         (
+            lambda e: fu.Federation(e, holders="a"),
+            r"Federation\(holders=...\) must be names in a tuple, or None, got 'a'",
+        ),
+        (
             lambda e: fu.Federation(e, exclude=2),
             r"Federation\(exclude=...\) must be numbers of classes in a tuple, got 2",
         ),

@@ -164,6 +164,39 @@ def test_a_client_without_images_of_the_class_or_too_few_trains_as_ever():
         assert torch.equal(tensor, trained(erasing, "bc", few)[name])
 
 
+def of_one_client():
+    """Give ten clients of whom the first alone holds class 1."""
+    data = make_images(300, classes=3)
+    shares = {f"client-{k}": data.take(slice(30 * k, 30 * k + 30)) for k in range(10)}
+    return {name: own if name == "client-0" else own.without((1,)) for name, own in shares.items()}
+
+
+def test_who_holds_the_class_is_alone_in_the_rounds_of_the_step():
+    engine = LocalEngine(of_one_client())
+    known = replace(Federation(engine, participation=0.3).keeping(exclude=(1,)), holders=("client-0", "client-99"))
+    training = Training(0.1, 8, objective=Erasing(until=0.5))
+    train_rounds(make_net(), known, training, rounds=4)
+    drawn = [step.entries[0].clients for step in known.journal.steps("train")]
+    assert drawn[:2] == [("client-0",)] * 2
+    assert [len(own) for own in drawn[2:]] == [3, 3]
+    assert known.able(training.objective) == ["client-0"]
+    assert known.able() == list(engine.clients)
+    nobody = replace(known, holders=("client-99",))
+    assert nobody.able(training.objective) == list(engine.clients)
+
+
+def test_what_one_client_erases_is_not_averaged_away():
+    everywhere = Federation(LocalEngine(partition(make_images(300, classes=3), by="iid", clients=2)))
+    original = train_rounds(make_net(), everywhere, Training(0.1, 8), rounds=4)
+    fed, test = Federation(LocalEngine(of_one_client())), make_images(90, classes=3, seed=5)
+    repair = Repair(Training(0.05, 8, objective=Erasing(until=0.5)), rounds=4)
+    done = unlearn(original, fed, forget=1, cut=Cut(0), repair=repair)
+    assert evaluate(original, test, forget=(1,))["accuracy"]["forget_row_kept"] > 0.9
+    accuracy = evaluate(done.repaired, test, forget=(1,))["accuracy"]
+    assert accuracy["forget_row_kept"] <= 0.1
+    assert accuracy["retain"] > 0.9
+
+
 def test_erasing_ends_after_its_share_of_the_rounds():
     training = Training(0.1, objective=Erasing(until=0.5))
     assert [training.of_round(k, 5).objective is None for k in range(5)] == [False, False, False, True, True]

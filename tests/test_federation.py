@@ -551,6 +551,7 @@ def test_clients_are_measured_once_and_what_they_hold_is_told(net):
         counts = [row.tolist() for row in holdings.counts.values()]
         assert counts == [[20, 0, 0], [0, 20, 0], [0, 0, 20]]
         assert holdings.with_images_besides([1]) == ("client-0", "client-2")
+        assert holdings.with_images_of([1]) == ("client-1",)
 
 
 def test_clients_of_whom_nothing_is_known_may_hold_images_of_the_kept_classes():
@@ -558,6 +559,8 @@ def test_clients_of_whom_nothing_is_known_may_hold_images_of_the_kept_classes():
     holdings = Holdings(counts, ("a", "b", "c", "d"))
     assert holdings.with_images_besides([0]) == ("b", "c", "d")
     assert holdings.with_images_besides([0, 1]) == ("c", "d")
+    assert holdings.with_images_of([1]) == ("b", "c", "d")
+    assert holdings.with_images_of([2]) == ("c", "d")
 
 
 def test_the_mean_of_clients_cannot_be_made_of_their_sum(net):
@@ -573,6 +576,7 @@ def test_the_mean_of_clients_cannot_be_made_of_their_sum(net):
     stats, held = measure(classifier(net), fed)
     assert stats.counts.tolist() == [20, 20, 20]
     assert held.with_images_besides([0, 1, 2]) == fed.engine.clients  # nothing is known of any
+    assert held.with_images_of([0]) == fed.engine.clients
 
 
 def test_training_goes_on_from_the_journal_and_leaves_the_model_as_it_was(net, tmp_path):

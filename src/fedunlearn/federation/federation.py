@@ -27,6 +27,8 @@ class Federation:
         participation: share of the clients drawn in each round of training, at least one.
         clients: those that take part in training; all where None.
         exclude: classes whose images are not used.
+        holders: those of the clients that may hold images of ``exclude``: they alone take part in a round whose
+            objective needs them, or an average with all others would undo their work. All where None.
         request: what the steps are done for, which the journal holds them to, see ``asked``.
 
     Raises:
@@ -46,6 +48,7 @@ class Federation:
     participation: float = 1.0
     clients: tuple[str, ...] | None = None
     exclude: tuple[int, ...] = ()
+    holders: tuple[str, ...] | None = None
     request: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,8 +67,9 @@ class Federation:
             raise FederationError(
                 f"Federation(participation=...) must lie above 0 and at most at 1, got {self.participation!r}"
             )
-        if self.clients is not None and not _several(self.clients, lambda name: isinstance(name, str)):
-            raise FederationError(f"Federation(clients=...) must be names in a tuple, or None, got {self.clients!r}")
+        for part, names in (("clients", self.clients), ("holders", self.holders)):
+            if names is not None and not _several(names, lambda name: isinstance(name, str)):
+                raise FederationError(f"Federation({part}=...) must be names in a tuple, or None, got {names!r}")
         if not _several(self.exclude, lambda label: is_whole(label, 0)):
             raise FederationError(
                 f"Federation(exclude=...) must be numbers of classes in a tuple, got {self.exclude!r}"
@@ -79,9 +83,15 @@ class Federation:
         able = self.clients if clients is None else tuple(clients)
         return replace(self, exclude=tuple(sorted({*self.exclude, *exclude})), clients=able)
 
-    def able(self) -> list[str]:
-        """Return the clients that take part in training, sorted."""
-        return sorted(self.engine.clients if self.clients is None else self.clients)
+    def able(self, objective: object = None) -> list[str]:
+        """Return the clients that take part in training, sorted; with an objective those that may hold its images.
+
+        All of them where none of the holders takes part.
+        """
+        clients = sorted(self.engine.clients if self.clients is None else self.clients)
+        if objective is None or self.holders is None:
+            return clients
+        return [name for name in clients if name in self.holders] or clients
 
     def about(self, **values: object) -> dict[str, str]:
         """Return what a step of these values is about: the request, the values, and the owner of its draws."""

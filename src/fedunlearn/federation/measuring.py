@@ -40,6 +40,14 @@ class Holdings:
         """Return the clients that hold images of other classes, and those of whom nothing is known."""
         return tuple(name for name in self.clients if self._may_hold_more(name, classes))
 
+    def with_images_of(self, classes: Sequence[int]) -> tuple[str, ...]:
+        """Return the clients that hold images of these classes, and those of whom nothing is known."""
+        return tuple(name for name in self.clients if self._may_hold(name, classes))
+
+    def _may_hold(self, client: str, classes: Sequence[int]) -> bool:
+        counts = self.counts.get(client)
+        return counts is None or not bool(counts.any()) or bool(counts[list(classes)].any())
+
     def _may_hold_more(self, client: str, classes: Sequence[int]) -> bool:
         counts = self.counts.get(client)
         # A client that reports nothing by its rules may hold images of the kept classes all the same.

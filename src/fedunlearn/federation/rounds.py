@@ -159,16 +159,18 @@ def train_rounds(
         Train(training=training.of_round(round, rounds), lr=lr, exclude=fed.exclude)
         for round, lr in enumerate(server.rates(training.lr, rounds))
     ]
-    common = fed.about(weights=trained, clients=fed.able(), participation=fed.participation, watch=watch)
+    teams = [fed.able(task.training.objective) for task in tasks]
+    common = fed.about(weights=trained, participation=fed.participation, watch=watch)
     common |= asked(server_momentum=server.momentum)
-    about = [{**common, **asked(**vars(task))} for task in tasks]
+    about = [{**common, **asked(**vars(task), clients=team)} for task, team in zip(tasks, teams)]
     steps = fed.journal.finished(phase, about)
     velocity = _restored(trained.module, fed.journal.state(phase)) if steps else {}
     for round in range(len(steps), rounds):
         fed.journal.report(phase, round, rounds)
         if watch.reached(steps):
             break
-        job = replace(fed.job(tasks[round], trained, phase=phase, round=round), clients=_drawn(fed, phase, round))
+        job = fed.job(tasks[round], trained, phase=phase, round=round)
+        job = replace(job, clients=_drawn(teams[round], fed, phase, round))
         average, entry = ask(fed.engine, job, averaged)
         trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
@@ -227,9 +229,8 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
     return correct / counts if counts else None, entry
 
 
-def _drawn(fed: Federation, phase: str, round: int) -> tuple[str, ...]:
+def _drawn(able: Sequence[str], fed: Federation, phase: str, round: int) -> tuple[str, ...]:
     check_somebody(fed)
-    able = fed.able()
     wanted = max(1, int(fed.participation * len(able) + 0.5))
     order = torch.randperm(len(able), generator=generator(fed.seed, phase, "participation", round))
     return tuple(sorted(able[int(i)] for i in order[:wanted]))
