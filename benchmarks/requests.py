@@ -29,6 +29,11 @@ VARIANTS = {
     "erase step": ("erase.complement=1.0",),
     "fraction auto": ("unlearn.fraction=auto",),
     "erase step alone": ("erase.complement=1.0", "unlearn.fraction=0"),
+    # At the same work; on validation images U of a class that one client holds is 0 to 8 %, R 99 to 100 %.
+    "erase step alone, then plain": (
+        *("erase.complement=1.0", "unlearn.fraction=0"),
+        *("erase.until=0.5", "unlearn.rounds=4", "unlearn.local_epochs=0.5"),
+    ),
 }
 ROWS_OF = ("", "erase step alone")  # the variants of requests in a row
 CLIENTS = 10
@@ -88,7 +93,7 @@ def main(out: str) -> None:
     given = ("data.source=npz", f"data.path={json.dumps(str(one))}", "federation.partition=group")
     for seed in SEEDS:
         for variant in VARIANTS:
-            mark = f"{'-'.join(('', *variant.split()))}-seed{seed}"
+            mark = f"{'-'.join(('', *variant.replace(',', '').split()))}-seed{seed}"
             before: Path | None = None
             for number, label in enumerate(IN_A_ROW if variant in ROWS_OF else (), 1):
                 weights = () if before is None else (f"model.weights={json.dumps(str(before))}",)
