@@ -74,12 +74,14 @@ def main() -> None:
     asked = parser.parse_args()
     settings = [f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
     with one_torch_thread():
+        own = list(load_recipe(asked.recipe).unlearn.forget)
+        forget = () if sorted(asked.forget) == own else sorted({*asked.forget})
         if asked.step == "train":
             settings.append(f"compute.precision={asked.precision}")
-            train(asked.recipe, settings, asked.work, asked.retrained, asked.forget)
+            train(asked.recipe, settings, asked.work, asked.retrained, forget)
         else:
             settings += ["compute.precision=float32", f"audit.oracles={asked.retrained}"]
-            unlearn(asked.recipe, settings, asked.work, asked.forget, names=asked.settings)
+            unlearn(asked.recipe, settings, asked.work, forget, names=asked.settings)
 
 
 def cell_of(recipe: str, forget: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """More than one class on the digits: five requests in a row, several classes at once, a class that one client holds.
 
 ``python -m benchmarks.requests OUT`` does each with three seeds, beside three retrained models and by the settings of
-the recipe, and writes benchmarks/requests.json; what is there is not done again. OUT keeps the runs, which go on there.
+the recipe, and writes benchmarks/requests.json; what is there is not done again. OUT keeps the
+runs, which go on there: the next request in a row takes the model of the one before.
 """
 
 from __future__ import annotations

@@ -39,8 +39,9 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import retrained_models
+from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
-from fedunlearn.run.kept import kept_model
+from fedunlearn.run.kept import RetrainedCache, fill_kept, validation_unseen
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import cost_blocks, knew
 from fedunlearn.training.sgd import Training, one_cycle
@@ -812,24 +813,48 @@ def test_the_models_of_a_run_give_it_again_and_are_not_trained_again(tmp_path):
     assert ".retrain" not in (tmp_path / "again" / "rounds.jsonl").read_text()
     other = run(load_recipe(path, [*models, "unlearn.seed=5"]), tmp_path / "other", command="unlearn")
     assert other["original"] == first["original"]
+    assert run(load_recipe(path, models), tmp_path / "third", command="unlearn")["pruned"] == first["pruned"]
     again, other = (tmp_path / name / "model.safetensors" for name in ("again", "other"))
     assert again.read_bytes() != other.read_bytes()
 
 
-def test_a_folder_of_models_holds_what_that_of_a_run_holds_and_no_name_of_a_client(signed, tmp_path):
-    recipe, name = str(signed / "tiny.toml"), "retrained-1.safetensors"
-    shutil.copy(signed / "plain" / "oracles" / name, tmp_path / name)
+def test_a_folder_of_models_gives_what_that_of_a_run_gives(signed, tmp_path):
+    recipe, run_folder = str(signed / "tiny.toml"), signed / "plain"
     found = []
-    for folder in (tmp_path, signed / "plain"):
+    for folder in (run_folder, tmp_path):
         experiment = prepare(load_recipe(recipe, [f'audit.models="{folder}"']))
         model = new_model(experiment.recipe, experiment.splits.train, seed=1)
-        found.append((kept_model(model, experiment, seed=1), model.module.state_dict()))
+        steps = fill_kept(model, experiment, seed=1)
+        found.append((steps, model.module.state_dict()))
+        RetrainedCache(tmp_path / "retrained-1.safetensors").store(model.module, steps)
     (steps, state), (same_steps, same_state) = found
     assert len(steps) == 3
     assert steps == same_steps
     assert all(tensor.equal(same_state[key]) for key, tensor in state.items())
-    assert b"client-0" not in (tmp_path / name).read_bytes()
-    assert {client for step in steps for entry in step.entries for client in entry.clients} == {"0", "1", "2"}
+    # The retrained models are handed out: nothing in them tells of the clients.
+    assert b"client-0" not in (run_folder / "oracles" / "retrained-1.safetensors").read_bytes()
+
+
+def test_whether_an_original_may_have_seen_validation_images_is_what_the_run_said_that_had_it(signed, tmp_path):
+    recipe, folder = str(signed / "tiny.toml"), tmp_path / "run"
+    shutil.copytree(signed / "plain", folder)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    shutil.copy(folder / "original.safetensors", tmp_path)
+
+    def unseen(weights, models=folder):
+        settings = [f'audit.models="{models}"'] if models else []
+        settings += [f'model.weights="{weights}"'] if weights else []
+        return validation_unseen(prepare(load_recipe(recipe, settings)))
+
+    assert unseen(None)
+    assert unseen(folder / "original.safetensors")
+    assert not unseen(folder / "original.safetensors", models=None)
+    assert not unseen(tmp_path / "elsewhere" / "original.safetensors")
+    assert unseen(tmp_path / "original.safetensors", models=tmp_path)  # a folder of models
+    result = json.loads((folder / "result.json").read_text())
+    result["cost"]["retrain"]["validation_unseen"] = False
+    (folder / "result.json").write_text(json.dumps(result))
+    assert not unseen(folder / "original.safetensors")
 
 
 def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
@@ -838,21 +863,46 @@ def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
         run(recipe, tmp_path / "out")
 
 
-def test_retrained_models_of_another_request_or_recipe_are_refused(signed, tmp_path):
-    recipe, folder = str(signed / "tiny.toml"), signed / "plain"
+def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_work(signed, tmp_path):
+    recipe, folder, out = str(signed / "tiny.toml"), signed / "plain", tmp_path / "out"
     models = [f'audit.models="{folder}"', f'model.weights="{folder / "original.safetensors"}"']
+    arrays = dict(np.load(signed / "set.npz"))
+    np.savez(tmp_path / "set.npz", **arrays | {"x_test": arrays["x_test"][::-1]})
     for change, name in (
         ("unlearn.forget=1", "unlearn.forget"),
         ("train.rounds=4", "train"),
         ("federation.seed=5", "federation"),
+        (f'data.path="{tmp_path / "set.npz"}"', "data"),
+        ("model.shortcut=B", "model"),
     ):
+        given = models[:1] if name == "model" else models  # weights say what their network is
         with pytest.raises(RunError, match=rf"its models were retrained by another recipe \({name} differ\)"):
-            run(load_recipe(recipe, [*models, change]), tmp_path / name)
-    shutil.copy(folder / "oracles" / "retrained-1.safetensors", tmp_path)
-    models[0] = f'audit.models="{tmp_path}"'
+            run(load_recipe(recipe, [*given, change]), out)
+    with pytest.raises(RunError, match=r"its models were retrained by another recipe \(train differ\)"):
+        compare(load_recipe(recipe, [*models, "train.rounds=4"]), out, Plan(("finetune",), 1))
+    known = tmp_path / "models"
+    known.mkdir()
+    experiment = prepare(load_recipe(recipe, models))
+    model = new_model(experiment.recipe, experiment.splits.train, seed=1)
+    RetrainedCache(known / "retrained-1.safetensors").store(model.module, fill_kept(model, experiment, seed=1))
+    models[0] = f'audit.models="{known}"'
     text = r"retrained-1.safetensors names a class to forget in .* % of its test images, so it was not retrained"
     with pytest.raises(RunError, match=text):
-        run(load_recipe(recipe, [*models, "unlearn.forget=1"]), tmp_path / "another")
+        run(load_recipe(recipe, [*models, "unlearn.forget=1"]), out)
+    assert not out.exists()
+
+
+def test_a_run_that_is_not_finished_or_of_another_version_gives_no_models(signed, tmp_path):
+    recipe = load_recipe(str(signed / "tiny.toml"), [f'audit.models="{tmp_path / "run"}"'])
+    shutil.copytree(signed / "plain", tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"recipe": {"of": "another version"}}))
+    with pytest.raises(RunError, match=r"result.json is that of another version of fedunlearn: leave audit"):
+        run(recipe, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(RunError, match=r"expected the folder of a finished run, but there is no result.json"):
+        run(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,7 @@ class Weights:
 
 
 def save_checkpoint(
-    path: Path | str,
-    model: Classifier,
-    *,
-    images: LabelledImages,
-    architecture: Mapping[str, str],
-    notes: Mapping[str, str] = {},
+    path: Path | str, model: Classifier, *, images: LabelledImages, architecture: Mapping[str, str]
 ) -> None:
     """Write ``model`` as safetensors with all that is needed to use it.
 
@@ -90,7 +85,6 @@ def save_checkpoint(
         model: the model as it is, pruned or not.
         images: of the kind the model takes: the names of their classes and how they are normalised are written.
         architecture: ``name`` and ``shortcut`` of the unpruned model, for people: loading never imports by it.
-        notes: more to keep beside the weights, such as the rounds that they took; loading does not look at it.
 
     Raises:
         ModelError: output rows, labels and the classes of the images do not fit together, weights are not finite, the
@@ -111,8 +105,7 @@ def save_checkpoint(
         "plan": json.loads(model.plan.to_json()),
     }
     try:
-        told = {**notes, "fedunlearn": json.dumps(about, sort_keys=True)}
-        write_tensors(Path(path), model.module.state_dict(), told)
+        write_tensors(Path(path), model.module.state_dict(), {"fedunlearn": json.dumps(about, sort_keys=True)})
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ModelError(
             f"{path}: cannot be written ({error.strerror}): give a place in a folder that is there"

@@ -23,7 +23,7 @@ from fedunlearn.evidence.words import MODELS
 from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, save_model, set_up
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
-from fedunlearn.run.kept import KNOWS, most_named, rounds_of, without_names
+from fedunlearn.run.kept import KNOWS, most_named
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
@@ -128,8 +128,7 @@ def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
         retrained = retrained_models(experiment, work.fed, data=work.data, count=count)
         (work.out / "oracles").mkdir(exist_ok=True)
         for name, oracle in retrained.items():  # for another audit
-            path = work.out / "oracles" / f"{name}.safetensors"
-            save_model(path, oracle.model, experiment, notes=rounds_of(without_names(oracle.steps)))
+            save_model(work.out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
         named = {
             name: Subject(oracle.model.without_rows(experiment.forget), oracle.model)
             for name, oracle in retrained.items()
@@ -173,7 +172,7 @@ def _controls(path: Path, experiment: Experiment) -> dict[str, Subject]:
 
 
 def _check_retrained(named: Mapping[str, Subject], experiment: Experiment) -> None:
-    """Refuse a model that names most images of the classes, as none that was retrained without them does."""
+    """Refuse a model that names most images of a class, as none that was retrained without it does."""
     test = experiment.splits.test
     for name, subject in named.items():
         share = most_named(subject.row_kept or subject.model, test, experiment.forget)

@@ -27,7 +27,7 @@ from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle, check_kept, controls, forgotten_model, method_block, retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
-from fedunlearn.run.kept import rounds_of, without_names
+from fedunlearn.run.kept import write_rounds
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import (
@@ -80,14 +80,14 @@ def run(
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
+    if command == "run" and not (out / RESULT).exists():
+        check_kept(experiment)  # before the folder is that of this request
     about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
     work = opened(command, experiment, out, about=about, rates=rates, observe=observe)
     privacy_block(work.experiment)  # what cannot be accounted for is not measured
     prepared(work.experiment)
     if command == "run":
-        # An audit that cannot be done, or beside models that cannot be used, is refused before any work.
-        work.experiment.audit_images()
-        check_kept(work.experiment, work.fed)
+        work.experiment.audit_images()  # an audit that cannot be done is refused before any work
     finished(work, lambda: _blocks(command, work, engine))
     work.events.once("result written", sha256=sha256(out / RESULT))
     work.fed.journal.close()
@@ -190,9 +190,8 @@ def _audited(
     experiment, out, events = work.experiment, work.out, work.events
     (out / "oracles").mkdir(exist_ok=True)
     for name, oracle in oracles.items():
-        # With its rounds, so that another run can take it: --models, the folder of this one.
-        path, rounds = out / "oracles" / f"{name}.safetensors", rounds_of(without_names(oracle.steps))
-        save_model(path, oracle.model, experiment, notes=rounds)
+        save_model(out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
+    write_rounds(out, {name: oracle.steps for name, oracle in oracles.items()})
     files = {name: sha256(out / "oracles" / f"{name}.safetensors") for name in oracles}
     events.once("retrained models ready", sha256=files)
     # The plan starts from the architecture: of an original that was pruned before, it lists filters long gone.

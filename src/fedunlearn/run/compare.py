@@ -8,7 +8,7 @@ from typing import Any
 
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.journal import Step
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.methods.base import Outcome, Request, resolved
@@ -16,7 +16,8 @@ from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
-from fedunlearn.run.kept import RetrainedCache, kept_model
+from fedunlearn.run.inputs import fingerprint
+from fedunlearn.run.kept import RetrainedCache, check_folder_of_models, fill_kept
 from fedunlearn.run.tables import PRUNE
 from fedunlearn.unlearn import Forgotten, Unlearned
 
@@ -129,9 +130,14 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
     Args:
         experiment: the run.
         fed: the clients and the record of the run.
-        data: fingerprint of the images, for the cache.
+        data: fingerprint of the images.
         count: how many.
+
+    Raises:
+        RunError: models that the recipe names are no answer to this request.
     """
+    if experiment.recipe.audit.models:
+        check_folder_of_models(experiment, data=data)
     seeds = [fed.seed + 1 + k for k in range(count)]
     return {
         f"retrained-{seed}": _retrained(experiment, replace(fed.part(f"retrained-{seed}"), seed=seed), data)
@@ -139,14 +145,15 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
     }
 
 
-def check_kept(experiment: Experiment, fed: Federation) -> None:
+def check_kept(experiment: Experiment) -> None:
     """Refuse retrained models of the recipe's ``audit.models`` that cannot be used, before any work.
 
     Raises:
-        RunError: see ``kept_model``.
+        RunError: see ``retrained_models``.
     """
     if experiment.recipe.audit.models:
-        retrained_models(experiment, fed, data="", count=experiment.recipe.audit.oracles)
+        unused, data = experiment.federation(Journal()), fingerprint(experiment.splits)
+        retrained_models(experiment, unused, data=data, count=experiment.recipe.audit.oracles)
 
 
 def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
@@ -154,7 +161,7 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
     earlier = experiment.earlier
     fresh = new_model(recipe, experiment.splits.train, seed=fed.seed, earlier=earlier)
     if recipe.audit.models:
-        return Oracle(fresh, kept_model(fresh, experiment, seed=fed.seed), True)
+        return Oracle(fresh, fill_kept(fresh, experiment, seed=fed.seed), True)
     # The shares of clients depend on the images of all classes.
     place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
     cache = RetrainedCache.of(recipe, experiment.forget, place, fed.seed)

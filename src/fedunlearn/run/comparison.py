@@ -101,12 +101,13 @@ def compare(
     """
     check_folder(out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
+    if not (out / COMPARISON).exists():
+        check_kept(experiment)  # before the folder is that of this comparison
     work = opened("compare", experiment, out, about={}, rates=rates, observe=observe)
     prepared(work.experiment)
     if engine is not None:
         work = work.on(replace(work.experiment, engine=engine(work.experiment)))
     _check(work.experiment, plan)
-    check_kept(work.experiment, work.fed)
     bench = _Bench(work, plan, tell)
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")

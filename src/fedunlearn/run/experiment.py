@@ -263,13 +263,12 @@ def unlearned_model(experiment: Experiment, original: Classifier, fed: Federatio
     )
 
 
-def save_model(path: Path, model: Classifier, experiment: Experiment, *, notes: Mapping[str, str] = {}) -> None:
-    """Write a model of the run, with ``notes`` beside the weights."""
+def save_model(path: Path, model: Classifier, experiment: Experiment) -> None:
+    """Write a model of the run."""
     test, about = experiment.splits.test, experiment.recipe.model
     if experiment.earlier:  # the labels are the numbers that the data has for its classes, whatever was forgotten
         kept = [label for label in range(len(experiment.all_classes)) if label not in experiment.earlier]
         rows = range(len(kept)) if model.labels is None else model.labels
         model = replace(model, labels=tuple(kept[label] for label in rows))
         test = replace(test.take(slice(0, 0)), classes=experiment.all_classes)
-    architecture = {"name": about.name, "shortcut": about.shortcut}
-    save_checkpoint(path, model, images=test, architecture=architecture, notes=notes)
+    save_checkpoint(path, model, images=test, architecture={"name": about.name, "shortcut": about.shortcut})

@@ -7,26 +7,30 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
 from fedunlearn.evidence.folder import RESULT, RunFolder
-from fedunlearn.federation.journal import Step
-from fedunlearn.federation.ledger import Entry
-from fedunlearn.files import cache_folder, write_tensors
+from fedunlearn.federation.journal import Step, header_of
+from fedunlearn.files import cache_folder, write_tensors, write_text
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.version import __version__
 
+RETRAINING = "retraining.json"  # in the folder of a run
+KNOWS = 0.5  # a share of a class that no model retrained without it names
+_UNREADABLE = (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError)
 _logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parents[1]
 # Files that decide what training from fresh weights computes.
@@ -83,12 +87,10 @@ class RetrainedCache:
     def restore(self, model: nn.Module) -> list[Step] | None:
         """Fill ``model`` with the kept weights and return their rounds; None where there is nothing to read."""
         try:
-            with safetensors.safe_open(self.path, "pt") as file:
-                steps = [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
-            model.load_state_dict(state)
-        except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
+            state, about = _read(self.path)
+            steps = [Step.from_dict(value) for value in json.loads(about["steps"])]
+            _fill(model, state)
+        except _UNREADABLE:
             return None
         return steps
 
@@ -96,9 +98,24 @@ class RetrainedCache:
         """Keep ``model`` and the rounds it took; a cache that cannot be written costs the next run a training."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self.path, model.state_dict(), rounds_of(steps))
+            write_tensors(self.path, model.state_dict(), {"steps": json.dumps(_values(steps))})
         except OSError as error:
             _warn_once(cache_folder(), error.strerror or str(error))
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Return the tensors in a file, and what stands beside them."""
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
+    model.load_state_dict(state)
+
+
+def _values(steps: Sequence[Step]) -> list[Any]:
+    return [json.loads(step.to_json()) for step in steps]
 
 
 @functools.cache
@@ -120,36 +137,24 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def rounds_of(steps: Sequence[Step]) -> dict[str, str]:
-    """Return the rounds of a retrained model as its file holds them, beside the weights."""
-    return {"steps": json.dumps([json.loads(step.to_json()) for step in steps])}
+def write_rounds(out: Path, steps: Mapping[str, Sequence[Step]]) -> None:
+    """Write the rounds of a run's retrained models, by which another run can take them: ``--models``, the folder."""
+    write_text(out / RETRAINING, json.dumps({name: _values(own) for name, own in steps.items()}) + "\n")
 
 
-def without_names(steps: Sequence[Step]) -> list[Step]:
-    """Return rounds with numbers for clients: who took part is nobody's business where a model is handed out."""
-    numbers: dict[str, str] = {}
-
-    def unnamed(entry: Entry) -> Entry:
-        clients = tuple(numbers.setdefault(name, str(len(numbers))) for name in entry.clients)
-        return replace(entry, clients=clients, refused={})
-
-    # What was asked names them too.
-    return [replace(step, entries=tuple(map(unnamed, step.entries)), about={}) for step in steps]
-
-
-def kept_model(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[Step]:
+def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[Step]:
     """Fill ``fresh`` with the retrained model that the recipe's ``audit.models`` holds for ``seed``; return its rounds.
 
     Raises:
-        RunError: there is none with its rounds, it names a class to forget, or the folder is that of a run of another
-            recipe.
+        RunError: there is none with its rounds, or it names a class to forget.
     """
-    folder = Path(experiment.recipe.audit.models)
-    if (folder / RESULT).exists():
-        _check_run(RunFolder.read(folder), experiment)
-        folder /= "oracles"
-    path = folder / f"retrained-{seed}.safetensors"
-    steps = RetrainedCache(path).restore(fresh.module)
+    folder, name = Path(experiment.recipe.audit.models), f"retrained-{seed}"
+    if _is_run(folder):
+        path = folder / "oracles" / f"{name}.safetensors"
+        steps = _of_run(folder, path, fresh.module)
+    else:
+        path = folder / f"{name}.safetensors"
+        steps = RetrainedCache(path).restore(fresh.module)
     if steps is None:
         raise RunError(
             f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
@@ -164,7 +169,55 @@ def kept_model(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[
     return steps
 
 
-KNOWS = 0.2  # a share of a class that no model retrained without it names
+def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
+    """Refuse the folder of a run whose retrained models are no answer to this request.
+
+    Args:
+        experiment: whose recipe names the folder in ``audit.models``.
+        data: fingerprint of its images.
+
+    Raises:
+        RunError: the run is not finished, or had other images, clients, training, another network or other classes to
+            forget. The code of a network of the user's own is not looked at.
+    """
+    folder, here = Path(experiment.recipe.audit.models), experiment.recipe
+    if not _is_run(folder):
+        return
+    result = RunFolder.read(folder).result
+    try:
+        there = Recipe.model_validate(result["recipe"])
+        forgot = [result["classes"][label] for label in result["forget"]]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise RunError(
+            f"{folder}: {RESULT} is that of another version of fedunlearn: leave audit.models out to retrain"
+        ) from error
+    other = [name for name in ("federation", "train") if there.digest(name) != here.digest(name)]
+    if header_of(folder).get("data") != data:  # images, names of classes, normalisation
+        other.insert(0, "data")
+    if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut):
+        other.append("model")
+    if forgot != [experiment.splits.test.classes[label] for label in experiment.forget]:
+        other.append("unlearn.forget")
+    if other:
+        raise RunError(
+            f"{folder}: its models were retrained by another recipe ({', '.join(other)} differ): give the folder of "
+            "a run with the same (audit.models), or leave audit.models out to retrain"
+        )
+
+
+def validation_unseen(experiment: Experiment) -> bool:
+    """Return whether the original was trained here, by this run or by that which the recipe's ``audit.models`` names.
+
+    Weights from elsewhere may have been trained on what is validation data here.
+    """
+    if experiment.weights is None:
+        return True
+    folder = Path(experiment.recipe.audit.models)
+    if not experiment.recipe.audit.models or experiment.weights.path.resolve().parent != folder.resolve():
+        return False
+    if not _is_run(folder):
+        return True
+    return bool(RunFolder.read(folder).result.get("cost", {}).get("retrain", {}).get("validation_unseen"))
 
 
 def most_named(model: Classifier, test: LabelledImages, forget: Sequence[int]) -> float:
@@ -174,17 +227,15 @@ def most_named(model: Classifier, test: LabelledImages, forget: Sequence[int]) -
     return max(float(counted.correct[label]) / max(1, int(counted.counts[label])) for label in forget)
 
 
-def _check_run(run: RunFolder, experiment: Experiment) -> None:
-    """Refuse the retrained models of a run with other data, clients, network, training or classes to forget."""
-    there, here = Recipe.model_validate(run.result["recipe"]), experiment.recipe
-    other = [name for name in ("data", "federation", "train") if there.digest(name) != here.digest(name)]
-    if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut):
-        other.append("model")
-    forgot = [run.result["classes"][label] for label in run.result["forget"]]
-    if forgot != [experiment.splits.test.classes[label] for label in experiment.forget]:
-        other.append("unlearn.forget")
-    if other:
-        raise RunError(
-            f"{run.path}: its models were retrained by another recipe ({', '.join(other)} differ): give the folder of "
-            "a run with the same (audit.models), or leave audit.models out to retrain"
-        )
+def _is_run(folder: Path) -> bool:
+    return bool(header_of(folder)) or (folder / RESULT).exists()
+
+
+def _of_run(folder: Path, path: Path, model: nn.Module) -> list[Step] | None:
+    """Fill ``model`` with a run's retrained model and return its rounds; None where there is nothing to read."""
+    try:
+        steps = [Step.from_dict(value) for value in json.loads((folder / RETRAINING).read_text("utf-8"))[path.stem]]
+        _fill(model, _read(path)[0])
+    except _UNREADABLE:
+        return None
+    return steps

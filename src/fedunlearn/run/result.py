@@ -28,6 +28,7 @@ from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.kept import validation_unseen
 from fedunlearn.smallest import Smallest
 from fedunlearn.training.compute import cores, one_torch_thread
 from fedunlearn.training.evaluation import count_correct
@@ -48,9 +49,9 @@ def unlearned_models(original: Classifier, unlearned: Forgotten) -> dict[str, Sh
 def audited_models(
     oracles: Mapping[str, Oracle], controls: Mapping[str, Outcome], forget: Sequence[int]
 ) -> dict[str, Shown]:
-    """Return the retrained models and the controls, some of which are there under the same name before."""
+    """Return the retrained models, and the controls as they would be delivered: ``pruned`` without its row."""
     models: dict[str, Shown] = {
-        name: (control.subject.model, control.subject.row_kept) for name, control in controls.items()
+        f"controls.{name}": (control.subject.model, control.subject.row_kept) for name, control in controls.items()
     }
     return models | {name: (oracle.model.without_rows(forget), oracle.model) for name, oracle in oracles.items()}
 
@@ -107,7 +108,7 @@ def audit_blocks(
     """Return the blocks ``controls``, ``oracles``, ``audits``, ``calibration`` and the verdict."""
     blocks: dict[str, Any] = {"controls": {}, "oracles": {}}
     for name, control in controls.items():
-        blocks["controls"][name] = {**figures[name], **judged(findings.judgements[name])}
+        blocks["controls"][name] = {**figures[f"controls.{name}"], **judged(findings.judgements[name])}
         if control.cost is not None:
             blocks["controls"][name]["cost"] = asdict(control.cost)
     for name, oracle in oracles.items():
@@ -132,10 +133,7 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
     if reached is None or not oracles or not knew(result["original"]["accuracy"], len(result["classes"])):
         return {}
     first = next(iter(oracles.values()))
-    # Weights from elsewhere may have been trained on what is validation data here.
-    retraining = cost_until(first.steps, reached) | {
-        "validation_unseen": experiment.weights is None or bool(experiment.recipe.audit.models)
-    }
+    retraining = cost_until(first.steps, reached) | {"validation_unseen": validation_unseen(experiment)}
     costs = result["cost"] | {"retrain": retraining, "retrain_whole": whole_cost(first.steps)}
     blocks: dict[str, Any] = {"cost": costs, "retraining": training_curve(first.steps)}
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):

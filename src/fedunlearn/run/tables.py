@@ -166,7 +166,7 @@ ON_FLOWER = ComputeTable(precision="float32")
 class AuditTable(Table):
     """How forgetting is judged: retrained models, images of each class for probes, rate of relearning.
 
-    ``models``: a folder with retrained models that this recipe gave before, and its original.
+    ``models``: the folder of a run whose retrained models to take, or one with such models alone.
     """
 
     oracles: Annotated[int, Field(ge=0)] = 3
