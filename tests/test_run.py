@@ -205,6 +205,7 @@ def test_a_run_writes_the_files_and_figures_it_promises(signed):
         "thresholds.json",
         "audits",
         "oracles",
+        "retraining.json",
         "report.html",
         "report.md",
         "README.md",
