@@ -101,8 +101,10 @@ def train(recipe: str, settings: Sequence[str], work: Path, retrained: int, forg
         folder.mkdir(parents=True, exist_ok=True)
         _check_recipe(experiment, folder / "recipe.json")
     _original(experiment, MODELS / recipe, work / f"{recipe}-models")
-    if not forget:  # a level is of the recipe's own classes
-        _level(experiment, MODELS / recipe, "original")
+    if forget:
+        shutil.copy(MODELS / recipe / "original.safetensors", own)  # one folder holds all that a run takes
+    else:  # a level is of the recipe's own classes
+        _level(experiment, own, "original")
     data = fingerprint(experiment.splits)
     for seed in range(1, retrained + 1):
         _retrained(experiment, own, work / f"{own.name}-models", seed=seed, data=data)
@@ -124,7 +126,7 @@ def unlearn(
 ) -> None:
     """Make the original of ``recipe`` forget, in every setting named and with every seed that is missing."""
     cell = cell_of(recipe, forget)
-    original = MODELS / recipe / "original.safetensors"
+    original = MODELS / cell / "original.safetensors"
     models = [f'audit.models="{MODELS / cell}"', f'model.weights="{original}"', *_forgetting(forget)]
     for name in names:
         paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == "tf_idf-paper" else []

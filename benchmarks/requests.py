@@ -36,7 +36,8 @@ VARIANTS = {
         *("erase.until=0.5", "unlearn.rounds=4", "unlearn.local_epochs=0.5"),
     ),
 }
-ROWS_OF = ("", "erase step alone")  # the variants of requests in a row
+ROW_VARIANTS = ("", "erase step alone")
+ONCE_VARIANTS = ("", "erase step", "fraction auto", "erase step alone, then plain")
 CLIENTS = 10
 SETTINGS = ("audit.oracles=3", "compute.workers=1", "evidence.feature_maps=false")
 
@@ -96,12 +97,12 @@ def main(out: str) -> None:
         for variant in VARIANTS:
             mark = f"{'-'.join(('', *variant.replace(',', '').split()))}-seed{seed}"
             before: Path | None = None
-            for number, label in enumerate(IN_A_ROW if variant in ROWS_OF else (), 1):
+            for number, label in enumerate(IN_A_ROW if variant in ROW_VARIANTS else (), 1):
                 weights = () if before is None else (f"model.weights={json.dumps(str(before))}",)
                 place = folder / f"row-{number}{mark}"
                 rows.ask(f"{number} in a row", variant, seed, place, f"unlearn.forget={label}", *weights)
                 before = place / "model.safetensors"
-            for classes in AT_ONCE:
+            for classes in AT_ONCE if variant in ONCE_VARIANTS else ():
                 wanted = (f"unlearn.forget={list(classes)}", "unlearn.jointly=true")
                 rows.ask(f"{len(classes)} at once", variant, seed, folder / f"once-{len(classes)}{mark}", *wanted)
             rows.ask("held by one client", variant, seed, folder / f"one{mark}", "federation.clients=0", *given)
