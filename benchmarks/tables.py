@@ -21,6 +21,7 @@ from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture
 from benchmarks.depth_tables import pictures as depth_pictures
 from benchmarks.depth_tables import work_table
 from benchmarks.method_tables import method_table, pictures, trial_table
+from benchmarks.requests import SEEDS
 from benchmarks.verdict_tables import error_table, power_table
 from benchmarks.verdict_tables import picture as power_picture
 from fedunlearn.audits.base import Figure
@@ -209,7 +210,8 @@ def request_table(rows: list[dict[str, Any]]) -> str:
         told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
         sizes = sorted({row["parameters"] for row in own})
         size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        lines.append(f"| {name} | {', '.join(own[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
+        some = f" ({len(own)} of {len(SEEDS)} seeds)" if len(own) < len(SEEDS) else ""
+        lines.append(f"| {name}{some} | {', '.join(own[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
     return "\n".join(lines) + "\n"
 
 
