@@ -25,7 +25,7 @@ from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import Copies, LocalEngine, Values
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.models import MODELS, build_model
-from fedunlearn.run import compare, machine
+from fedunlearn.run import kept, machine
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.kept import RetrainedCache
@@ -383,9 +383,9 @@ def test_a_cache_that_cannot_be_used_costs_a_probe_and_nothing_else(tmp_path, mo
         assert list(rates.values()) == [round(rate, 1) for _, rate in tried]
 
     settles(probed=1)
-    (kept,) = (cache / "probe").iterdir()
+    (finding,) = (cache / "probe").iterdir()
     settles(probed=1)  # rates and all: nothing was timed
-    kept.write_text("{")
+    finding.write_text("{")
     settles(probed=2)
     settles(probed=2)  # and it is mended
     blocked = tmp_path / "file"
@@ -447,7 +447,7 @@ def test_a_model_that_other_code_or_another_torch_retrained_is_not_taken_from_th
     def place():
         return RetrainedCache.of(load_recipe("digits"), (9,), "data", 1).path
 
-    before, package = place(), Path(compare.__file__).parents[1]
+    before, package = place(), Path(kept.__file__).parents[1]
     assert place() == before
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.0.0")
@@ -456,7 +456,7 @@ def test_a_model_that_other_code_or_another_torch_retrained_is_not_taken_from_th
         copied = tmp_path / changed.replace("/", "-")
         shutil.copytree(package, copied)
         with monkeypatch.context() as patch:
-            patch.setattr(compare, "_PACKAGE", copied)
+            patch.setattr(kept, "_PACKAGE", copied)
             assert place() == before
             with (copied / changed).open("a") as file:
                 file.write("# other code\n")
