@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-flower test test-all lint docs clean
+.PHONY: demo demo-flower test test-all pytest pytest-all lint docs clean
 
 demo: $(VENV)/.core
 	rm -rf runs/demo runs/demo-cache runs/demo.key runs/demo.key.pub
@@ -17,13 +17,21 @@ demo-flower: $(VENV)/.flower
 
 # Two workers take a file at a time, so that what the tests of a file share is made once.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Types and pages, of one core each, are checked while the first tests run.
+TOGETHER := +$(MAKE) --no-print-directory --jobs=2
 
-test: lint docs
-	$(PYTEST) -m "not slow and not sites"
+test: $(VENV)/.dev
+	$(TOGETHER) pytest lint docs
 
 # The deeper networks and the real Flower processes too: these are one file, and mostly wait, so that one worker has
 # them, one after another, while the other does the rest.
-test-all: lint docs
+test-all: $(VENV)/.dev
+	$(TOGETHER) pytest-all lint docs
+
+pytest: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not sites"
+
+pytest-all: $(VENV)/.dev
 	$(PYTEST)
 
 lint: $(VENV)/.dev

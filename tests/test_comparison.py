@@ -213,7 +213,7 @@ def test_a_method_of_ones_own_is_a_row_and_a_failure_costs_its_cell(compared, mo
 
 def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_path, monkeypatch):
     monkeypatch.setitem(COMPARED, "scaled", SCALED)
-    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), SETTINGS)
+    recipe = load_recipe(str(write_set(tmp_path, oracles=1)), SETTINGS)
     value = compare(recipe, tmp_path / "out", Plan(("scaled", "relabel", "ssd"), seeds=1, tune=3))
     trials = value["methods"]["scaled"]["trials"]
     assert trials[0]["settings"] == {"by": 2.0}
@@ -280,7 +280,7 @@ def test_nothing_passes_where_the_original_never_knew_the_class(tmp_path):
 
 def test_a_cell_is_done_again_where_its_settings_or_its_budget_changed(tmp_path, monkeypatch):
     monkeypatch.setitem(COMPARED, "scaled", SCALED)
-    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), [*SETTINGS, "unlearn.criterion=contrast"])
+    recipe = load_recipe(str(write_set(tmp_path, oracles=1)), [*SETTINGS, "unlearn.criterion=contrast"])
     first = compare(recipe, tmp_path / "out", Plan(("scaled", "finetune"), seeds=1))
     monkeypatch.setitem(COMPARED, "scaled", replace(SCALED, settings=Scaled(1.5)))
     second = compare(recipe, tmp_path / "out", Plan(("contrast", "scaled", "finetune"), seeds=1))

@@ -289,9 +289,9 @@ def test_a_damaged_kept_model_is_trained_anew(tmp_path):
 def test_a_cache_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FEDUNLEARN_CACHE", str(tmp_path / "file"))
-    recipe = load_recipe(str(write_set(tmp_path, oracles=2, model="small-cnn")), ["train.rounds=1", "unlearn.rounds=1"])
-    result = run(recipe, tmp_path / "out")
-    assert list(result["oracles"]) == ["retrained-1", "retrained-2"]
+    experiment = prepare(load_recipe(str(write_set(tmp_path, model="small-cnn")), ["train.rounds=1"]))
+    made = retrained_models(experiment, experiment.federation(Journal()), data="images", count=2)
+    assert list(made) == ["retrained-1", "retrained-2"]
     (said,) = [record.message for record in caplog.records if "cache" in record.message]
     assert said.startswith(f"{tmp_path / 'file'}: the cache of retrained models cannot be written (")
     assert said.endswith("): the run goes on without; set FEDUNLEARN_CACHE to a folder that can be written")
@@ -387,7 +387,8 @@ def after_the_line(path, line, append=journals.append_line):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12 on
 def test_a_run_that_is_killed_at_every_step_it_finishes_ends_with_the_same_files(tmp_path):
-    recipe = load_recipe(str(write_set(tmp_path)), ["evidence.feature_maps=false"])
+    short = ["train.rounds=2", "unlearn.rounds=1", "evidence.feature_maps=false"]
+    recipe = load_recipe(str(write_set(tmp_path)), short)
     whole, out, kills = run(recipe, tmp_path / "whole"), tmp_path / "killed", 0
     for append in itertools.cycle((before_the_line, within_the_line, after_the_line)):
         if not dying(lambda: run(recipe, out), append):

@@ -20,6 +20,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import cores, one_torch_thread
 
 _HEAD = ""  # no convolution has this name
+_SMALLEST_PART = 64  # images: for fewer, a thread and its copy of the model cost more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
     taps = {_HEAD: Tap(head_layer(module, example), "input", 0, 0)}
     if layers:
         taps |= {name: tap for name, tap in find_channels(module, example).taps.items() if tap.module}
-    part = -(-len(images) // cores())
+    part = max(_SMALLEST_PART, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
         seen = list(pool.map(lambda some: _observe(copied(module).eval(), some, taps), parts))
