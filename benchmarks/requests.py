@@ -35,9 +35,16 @@ VARIANTS = {
         *("erase.complement=1.0", "unlearn.fraction=0"),
         *("erase.until=0.5", "unlearn.rounds=4", "unlearn.local_epochs=0.5"),
     ),
+    # Set on validation images of five classes at once: U 0 % with each seed, R 100 %.
+    "erase step alone, short rounds": (
+        *("erase.complement=1.0", "unlearn.fraction=0", "erase.until=0.75"),
+        *("unlearn.rounds=20", "unlearn.local_epochs=0.1"),
+        *("unlearn.schedule=one-cycle", "unlearn.lr=0.1", "unlearn.server_momentum=0.5"),
+    ),
 }
 ROW_VARIANTS = ("", "erase step alone")
-ONCE_VARIANTS = ("", "erase step", "fraction auto", "erase step alone, then plain")
+ONCE_VARIANTS = ("", "erase step", "fraction auto", "erase step alone", "erase step alone, short rounds")
+ONE_VARIANTS = ("", "erase step", "fraction auto", "erase step alone", "erase step alone, then plain")
 CLIENTS = 10
 SETTINGS = ("audit.oracles=3", "compute.workers=1", "evidence.feature_maps=false")
 
@@ -105,7 +112,8 @@ def main(out: str) -> None:
             for classes in AT_ONCE if variant in ONCE_VARIANTS else ():
                 wanted = (f"unlearn.forget={list(classes)}", "unlearn.jointly=true")
                 rows.ask(f"{len(classes)} at once", variant, seed, folder / f"once-{len(classes)}{mark}", *wanted)
-            rows.ask("held by one client", variant, seed, folder / f"one{mark}", "federation.clients=0", *given)
+            if variant in ONE_VARIANTS:
+                rows.ask("held by one client", variant, seed, folder / f"one{mark}", "federation.clients=0", *given)
 
 
 if __name__ == "__main__":

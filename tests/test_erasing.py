@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from conftest import make_images, make_net
+from conftest import job, make_images, make_net
 from fedunlearn.channels.plan import Cut
 from fedunlearn.channels.scores import Ranking, contrast
 from fedunlearn.data.batches import batches
@@ -17,13 +17,16 @@ from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import read_digits
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.federation.tasks import Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
-from fedunlearn.training.mixing import again_and_again, fewest, mixed
+from fedunlearn.training.compute import FLOAT32
+from fedunlearn.training.mixing import again_and_again, fewest, mixed, share_of
 from fedunlearn.training.objectives.erase import Erasing, complement, separation
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 from fedunlearn.unlearn import unlearn
@@ -142,6 +145,25 @@ def test_no_image_is_erased_again_before_all_others_were_though_the_passes_over_
     assert len(set(seen[:6])) == 6
 
 
+@given(share=st.floats(0.01, 0.99), classes=st.integers(1, 20))
+def test_each_of_several_classes_has_as_many_images_beside_the_kept_ones_as_one_alone(share, classes):
+    together = share_of(share, classes)
+    assert together / (1 - together) / classes == pytest.approx(share / (1 - share))
+
+
+@pytest.mark.parametrize(("forget", "of_a_batch"), [((1,), 4), ((1, 2), 6), ((1, 2, 7), 6), ((1, 2, 3), 8)])
+def test_a_client_mixes_in_as_much_as_the_forgotten_classes_that_it_holds_ask_for(forget, of_a_batch):
+    data, seen, net = make_images(400, classes=4), [], make_net(classes=8)
+    data.images[data.labels > 0] = 0
+    data.images[torch.isin(data.labels, torch.tensor(forget))] = 255
+    net.register_forward_pre_hook(lambda _, given: seen.append(int((given[0].amin((1, 2, 3)) > 2).sum())))
+    training = Training(0.1, 16, 0.2, objective=Erasing(share=0.25))  # of 16: 4, two fifths, and a half
+    Train(training=training, lr=0.1, exclude=forget).answer(
+        job(Train(training=training, lr=0.1), net), net, ClientData("a", data), DEFAULT_RULES, FLOAT32
+    )
+    assert max(seen) == of_a_batch
+
+
 def images(count, label):
     found = make_images(130, classes=2)
     return found.take((found.labels == label).nonzero().flatten()[:count])
@@ -216,7 +238,7 @@ def test_erasing_comes_again_in_every_so_many_th_round_until_its_share_of_them_i
 def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
     data = make_images(60, classes=3)
     net = make_net()
-    own = Forgetting(data.take((data.labels == 1).nonzero().flatten()), (1,), "8")
+    own = Forgetting(data.take((data.labels == 1).nonzero().flatten()), 0.25, (1,), "8")
     training = Training(0.1, 8, objective=Erasing(separation=0.1))
     kept = data.without((1,))
     seen = train_locally(net, kept, training, lr=0.1, draw=draw(), forgetting=own)

@@ -35,7 +35,7 @@ from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import Compute, device_of
 from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.mixing import fewest, is_forgotten
+from fedunlearn.training.mixing import fewest, is_forgotten, share_of
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 
 
@@ -206,13 +206,14 @@ class Train:
         objective = self.training.objective
         if objective is None:
             return None
-        mixed = None
-        if 0 < objective.share < 1:
+        mixed, share = None, objective.share
+        if 0 < share < 1:
             mixed = self._to_forget(data)
+            share = share_of(share, max(1, len(set(mixed.labels.tolist()))))
             size, limit = self.training.batch_size, self._images(images)
-            if fewest(len(images), len(mixed), size, objective.share, limit) < max(1, rules.min_images):
+            if fewest(len(images), len(mixed), size, share, limit) < max(1, rules.min_images):
                 return None
-        return Forgetting(mixed, self.exclude, head_layer(model, job.model.example))
+        return Forgetting(mixed, share, self.exclude, head_layer(model, job.model.example))
 
     def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's own state."""

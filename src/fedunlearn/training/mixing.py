@@ -17,6 +17,18 @@ def is_forgotten(labels: Tensor, forget: Sequence[int]) -> Tensor:
     return torch.isin(labels, torch.tensor(list(forget), device=labels.device))
 
 
+def share_of(share: float, classes: int) -> float:
+    """Return the part of a batch that ``k`` forgotten classes have: ``k s / (1 + (k - 1) s)``.
+
+    Each has as many images beside the kept ones as one class alone, whose part is ``s``.
+
+    Example:
+        >>> share_of(0.25, 3)  # one image of each class for three kept ones
+        0.5
+    """
+    return classes * share / (1 + (classes - 1) * share)
+
+
 def again_and_again(
     drawn: Drawn, forgotten: LabelledImages, size: int, share: float
 ) -> Iterator[tuple[Tensor, Tensor]]:

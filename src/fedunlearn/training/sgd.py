@@ -174,11 +174,13 @@ class Forgetting:
 
     Attributes:
         images: its images of the forgotten classes, mixed into each batch; None where batches are of one kind.
+        share: about the part of each batch that they are.
         classes: the forgotten classes.
         head: name of the last linear layer, whose input is read.
     """
 
     images: LabelledImages | None
+    share: float
     classes: tuple[int, ...]
     head: str
 
@@ -231,8 +233,8 @@ def train_locally(
     model.train()
     drawn = partial(batches, draw=draw, augment=training.augment, device=device, memory_format=compute.layout)
     if objective is not None and forgetting is not None and forgetting.images is not None:
-        erased = again_and_again(drawn, forgetting.images, training.batch_size, objective.share)
-        drawn = partial(mixed, drawn, erased, objective.share)
+        erased = again_and_again(drawn, forgetting.images, training.batch_size, forgetting.share)
+        drawn = partial(mixed, drawn, erased, forgetting.share)
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:

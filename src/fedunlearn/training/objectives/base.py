@@ -78,7 +78,7 @@ class Local(Protocol):
 
     @property
     def share(self) -> float:
-        """The part of each batch that is of the forgotten classes, at least an image; 0: none, 1: all of it."""
+        """The part of each batch that is of a forgotten class, at least an image; 0: none, 1: all of it."""
 
     @property
     def until(self) -> float:
