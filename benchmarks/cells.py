@@ -32,7 +32,7 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import fingerprint
-from fedunlearn.run.kept import RetrainedCache
+from fedunlearn.run.kept import KeptModel
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread
@@ -194,7 +194,7 @@ def _retrained(experiment: Experiment, folder: Path, work: Path, *, seed: int, d
         return
     fed = replace(experiment.federation(Journal(work / name, observe=_observer(name))), seed=seed - 1)
     (oracle,) = retrained_models(experiment, fed, data=data, count=1).values()
-    RetrainedCache(path).store(oracle.model.module, oracle.steps)
+    KeptModel(path).store(oracle.model.module, oracle.steps)
 
 
 def _level(experiment: Experiment, folder: Path, name: str) -> None:

@@ -41,7 +41,7 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
-from fedunlearn.run.kept import RetrainedCache, fill_kept, validation_unseen
+from fedunlearn.run.kept import KeptModel, fill_kept, validation_unseen
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import cost_blocks, knew
 from fedunlearn.training.sgd import Training, one_cycle
@@ -828,7 +828,7 @@ def test_a_folder_of_models_gives_what_that_of_a_run_gives(signed, tmp_path):
         model = new_model(experiment.recipe, experiment.splits.train, seed=1)
         steps = fill_kept(model, experiment, seed=1)
         found.append((steps, model.module.state_dict()))
-        RetrainedCache(tmp_path / "retrained-1.safetensors").store(model.module, steps)
+        KeptModel(tmp_path / "retrained-1.safetensors").store(model.module, steps)
     (steps, state), (same_steps, same_state) = found
     assert len(steps) == 3
     assert steps == same_steps
@@ -886,7 +886,7 @@ def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_wo
     known.mkdir()
     experiment = prepare(load_recipe(recipe, models))
     model = new_model(experiment.recipe, experiment.splits.train, seed=1)
-    RetrainedCache(known / "retrained-1.safetensors").store(model.module, fill_kept(model, experiment, seed=1))
+    KeptModel(known / "retrained-1.safetensors").store(model.module, fill_kept(model, experiment, seed=1))
     models[0] = f'audit.models="{known}"'
     text = r"retrained-1.safetensors names a class to forget in .* % of its test images, so it was not retrained"
     with pytest.raises(RunError, match=text):

@@ -17,7 +17,7 @@ from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
 from fedunlearn.run.inputs import fingerprint
-from fedunlearn.run.kept import RetrainedCache, check_folder_of_models, fill_kept
+from fedunlearn.run.kept import KeptModel, check_folder_of_models, fill_kept
 from fedunlearn.run.tables import PRUNE
 from fedunlearn.unlearn import Forgotten, Unlearned
 
@@ -164,7 +164,7 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         return Oracle(fresh, fill_kept(fresh, experiment, seed=fed.seed), True)
     # The shares of clients depend on the images of all classes.
     place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
-    cache = RetrainedCache.of(recipe, experiment.forget, place, fed.seed)
+    cache = KeptModel.in_cache(recipe, experiment.forget, place, fed.seed)
     if cache is not None and not fed.journal.steps("retrain"):
         restored = cache.restore(fresh.module)
         if restored is not None:

@@ -55,18 +55,18 @@ _TRAINED_BY = (
 
 
 @dataclass(frozen=True)
-class RetrainedCache:
-    """The place of one retrained model.
+class KeptModel:
+    """The file of one retrained model and its rounds, in the cache or in a folder of models.
 
     Attributes:
-        path: its file, which may not be there yet.
+        path: where it is, or will be.
     """
 
     path: Path
 
     @staticmethod
-    def of(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> RetrainedCache | None:
-        """Return the place for a recipe's data, federation, architecture, training and precision, without ``forget``.
+    def in_cache(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> KeptModel | None:
+        """Return the file for a recipe's data, federation, architecture, training and precision, without ``forget``.
 
         Args:
             recipe: the recipe; how it unlearns does not matter here.
@@ -82,7 +82,7 @@ class RetrainedCache:
         parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
         about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return RetrainedCache(cache_folder() / "retrained" / f"{key}.safetensors")
+        return KeptModel(cache_folder() / "retrained" / f"{key}.safetensors")
 
     def restore(self, model: nn.Module) -> list[Step] | None:
         """Fill ``model`` with the kept weights and return their rounds; None where there is nothing to read."""
@@ -154,7 +154,7 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
         steps = _of_run(folder, path, fresh.module)
     else:
         path = folder / f"{name}.safetensors"
-        steps = RetrainedCache(path).restore(fresh.module)
+        steps = KeptModel(path).restore(fresh.module)
     if steps is None:
         raise RunError(
             f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
