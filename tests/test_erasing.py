@@ -26,8 +26,9 @@ from fedunlearn.federation.tasks import Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import FLOAT32
-from fedunlearn.training.mixing import again_and_again, fewest, mixed, share_of
+from fedunlearn.training.mixing import again_and_again, each_of, fewest, mixed
 from fedunlearn.training.objectives.erase import Erasing, complement, separation
+from fedunlearn.training.objectives.sparse import Sparse
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 from fedunlearn.unlearn import unlearn
 
@@ -115,13 +116,13 @@ def test_a_class_at_the_place_of_the_others_is_not_moved(rows):
 def test_a_pass_shows_at_least_as_many_different_images_of_either_kind_as_is_counted(
     kept, forgotten, size, share, limit
 ):
-    few = min(max(1, round(share * size)), size - 1)
+    few = each_of(size, share)
 
     def drawn(images, part, *, limit):
         return batches(images, part, limit=limit, draw=draw())
 
-    erased = again_and_again(drawn, images(forgotten, 1), size, share)
-    found = list(mixed(drawn, erased, share, images(kept, 0), size, limit=limit))
+    erased = again_and_again(drawn, [images(forgotten, 1)], few)
+    found = list(mixed(drawn, erased, few, images(kept, 0), size, limit=limit))
     counts = [(int((labels == 0).sum()), int((labels == 1).sum())) for _, labels in found]
     assert sum(own for own, _ in counts) == min(kept, max(1, round(limit * (size - few) / size)))
     assert all(1 <= other <= few + 1 for _, other in counts)  # an image left over joins the batch before it
@@ -129,7 +130,7 @@ def test_a_pass_shows_at_least_as_many_different_images_of_either_kind_as_is_cou
         len({tuple(picture.flatten().tolist()) for pictures, labels in found for picture in pictures[labels == kind]})
         for kind in (0, 1)
     ]
-    assert min(different) >= fewest(kept, forgotten, size, share, limit)
+    assert min(different) >= fewest(kept, [forgotten], size, few, limit)
 
 
 def test_no_image_is_erased_again_before_all_others_were_though_the_passes_over_the_rest_are_short():
@@ -137,31 +138,47 @@ def test_no_image_is_erased_again_before_all_others_were_though_the_passes_over_
         return batches(images, part, limit=limit, draw=shuffles)
 
     shuffles = draw()
-    erased = again_and_again(drawn, images(6, 1), 4, 0.25)
+    erased = again_and_again(drawn, [images(6, 1)], 1)
     seen = []
     for _ in range(3):
-        for pictures, labels in mixed(drawn, erased, 0.25, images(6, 0), 4, limit=8):
+        for pictures, labels in mixed(drawn, erased, 1, images(6, 0), 4, limit=8):
             seen += [tuple(picture.flatten().tolist()) for picture in pictures[labels == 1]]
     assert len(set(seen[:6])) == 6
 
 
-@given(share=st.floats(0.01, 0.99), classes=st.integers(1, 20))
+@given(share=st.floats(0.01, 0.9), classes=st.integers(1, 20))
 def test_each_of_several_classes_has_as_many_images_beside_the_kept_ones_as_one_alone(share, classes):
-    together = share_of(share, classes)
-    assert together / (1 - together) / classes == pytest.approx(share / (1 - share))
+    size = 10**6
+    each, alone = each_of(size, share, classes), each_of(size, share)
+    assert each / (size - classes * each) == pytest.approx(alone / (size - alone), rel=0.01)
 
 
-@pytest.mark.parametrize(("forget", "of_a_batch"), [((1,), 4), ((1, 2), 6), ((1, 2, 7), 6), ((1, 2, 3), 8)])
-def test_a_client_mixes_in_as_much_as_the_forgotten_classes_that_it_holds_ask_for(forget, of_a_batch):
-    data, seen, net = make_images(400, classes=4), [], make_net(classes=8)
-    data.images[data.labels > 0] = 0
-    data.images[torch.isin(data.labels, torch.tensor(forget))] = 255
-    net.register_forward_pre_hook(lambda _, given: seen.append(int((given[0].amin((1, 2, 3)) > 2).sum())))
-    training = Training(0.1, 16, 0.2, objective=Erasing(share=0.25))  # of 16: 4, two fifths, and a half
-    Train(training=training, lr=0.1, exclude=forget).answer(
-        job(Train(training=training, lr=0.1), net), net, ClientData("a", data), DEFAULT_RULES, FLOAT32
-    )
-    assert max(seen) == of_a_batch
+@given(size=st.integers(2, 64), share=st.floats(0.01, 0.99), classes=st.integers(1, 20))
+def test_a_batch_has_an_image_of_each_class_and_of_the_kept_ones_where_there_is_room(size, share, classes):
+    each = each_of(size, share, classes)
+    assert each >= 1
+    assert each * classes < size or each == 1
+
+
+@pytest.mark.parametrize(
+    ("forget", "in_a_batch"),
+    [((1,), {1: 4}), ((1, 2), {1: 3, 2: 3}), ((1, 2, 7), {1: 3, 2: 3}), ((1, 3), {1: 4}), ((1, 2, 3), {1: 3, 2: 3})],
+)
+def test_a_client_mixes_in_every_forgotten_class_that_it_holds_many_images_of_alike(forget, in_a_batch):
+    whole, seen, net = make_images(400, classes=4), [], make_net(classes=8)
+    rows = [(whole.labels == label).nonzero().flatten()[:count] for label, count in enumerate((100, 100, 20, 4))]
+    data = whole.take(torch.cat(rows))
+    for label in range(4):
+        data.images[data.labels == label] = 10 * label  # told by how light they are, whatever is mixed with them
+    light = [round((10 * label / 255 - 0.3) / 0.25, 3) for label in range(4)]
+    net.register_forward_pre_hook(lambda _, given: seen.append([round(float(own.amin()), 3) for own in given[0]]))
+    training = Training(0.1, 16, 0.2, objective=Erasing(share=0.25))
+    asked = job(Train(training=training, lr=0.1, exclude=forget), net)
+    asked.task.answer(asked, net, ClientData("a", data), DEFAULT_RULES, FLOAT32)
+    trained = next(batch for batch in seen if len(batch) >= 16)
+    assert {
+        label: trained.count(light[label]) for label in forget if label < 4 and light[label] in trained
+    } == in_a_batch
 
 
 def images(count, label):
@@ -207,6 +224,22 @@ def test_who_holds_the_class_is_alone_in_the_rounds_of_the_step():
     assert nobody.able(training.objective) == list(engine.clients)
 
 
+def test_it_is_said_where_nobody_can_do_the_step(caplog):
+    data = make_images(90, classes=3)
+    engine = LocalEngine({"a": data.only([1]), "b": data.without([1])})  # a has nothing to repair with
+    repair = Repair(Training(0.05, 8, objective=Erasing()), rounds=1)
+    unlearn(make_net(), Federation(engine), forget=1, cut=Cut(0), repair=repair)
+    assert "no client that holds images of the classes [1] takes part in training, for which it needs" in caplog.text
+    caplog.clear()
+    unlearn(make_net(), Federation(LocalEngine(of_one_client())), forget=1, cut=Cut(0), repair=repair)
+    assert caplog.text == ""
+
+
+def test_an_objective_that_needs_no_image_of_the_class_is_that_of_all_clients():
+    fed = replace(Federation(LocalEngine(of_one_client())).keeping(exclude=(1,)), holders=("client-0",))
+    assert len(fed.able(Sparse(0.1))) == 10
+
+
 def test_what_one_client_erases_is_not_averaged_away():
     everywhere = Federation(LocalEngine(partition(make_images(300, classes=3), by="iid", clients=2)))
     original = train_rounds(make_net(), everywhere, Training(0.1, 8), rounds=4)
@@ -238,7 +271,7 @@ def test_erasing_comes_again_in_every_so_many_th_round_until_its_share_of_them_i
 def test_a_round_with_erasing_sees_as_many_images_and_starts_no_gradient_for_the_next_client():
     data = make_images(60, classes=3)
     net = make_net()
-    own = Forgetting(data.take((data.labels == 1).nonzero().flatten()), 0.25, (1,), "8")
+    own = Forgetting((data.only([1]),), 2, (1,), "8")
     training = Training(0.1, 8, objective=Erasing(separation=0.1))
     kept = data.without((1,))
     seen = train_locally(net, kept, training, lr=0.1, draw=draw(), forgetting=own)

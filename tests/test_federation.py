@@ -589,6 +589,23 @@ def test_training_goes_on_from_the_journal_and_leaves_the_model_as_it_was(net, t
     assert states_equal(whole.module.state_dict(), resumed.module.state_dict())
 
 
+def test_clients_that_join_between_rounds_take_part_from_then_on_and_after_a_kill(tmp_path):
+    all_three = LocalEngine(partition(make_images(90), by="iid", clients=3, seed=0))
+
+    class Growing:
+        shape, classes, clients = all_three.shape, all_three.classes, all_three.clients[:2]
+
+        def run(self, job):
+            self.clients = all_three.clients
+            return all_three.run(job)
+
+    engine, training = Growing(), Training(lr=0.1, batch_size=8)
+    train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=2)
+    resumed = Federation(engine, Journal(tmp_path))
+    train_rounds(make_net(), resumed, training, rounds=3)
+    assert [len(step.entries[0].clients) for step in resumed.journal.steps("train")] == [2, 3, 3]
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"run: cannot be made \(Not a directory\): choose another --out"):
@@ -600,7 +617,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     [
         (Reestimate(), {"square:1": -torch.ones(6, dtype=torch.float64)}, 3, "square:1 has negative values"),
         (Reestimate(), {"images": torch.tensor(-1.0, dtype=torch.float64)}, 3, "images has negative values"),
-        (Reestimate(), {"mean:1": -torch.ones(6, dtype=torch.float64)}, 3, None),
+        (Reestimate(), {"mean:1": -torch.ones(6, dtype=torch.float64)}, 1, None),
+        (Reestimate(), {}, 3, "it sums over 1 images and reports 3"),
+        (
+            Reestimate(),
+            {"mean:1": 1.01 * torch.ones(6, dtype=torch.float64)},
+            1,
+            "mean:1 and its squares are those of no images",
+        ),
+        (Reestimate(), {"square:1": 1e300 * torch.ones(6, dtype=torch.float64)}, 1, "are those of no images"),
         (Reestimate(), {}, 0, "it reports 0 images"),
         (Evaluate(), {"correct": torch.tensor(-1)}, 3, "correct has negative values"),
         (Evaluate(), {"correct": torch.tensor(2)}, 3, "correct is 2 of 1 images"),
@@ -625,6 +650,8 @@ def test_what_no_honest_answer_says_is_refused(net, task, change, images, text):
     tensors = {name: torch.ones(shape, dtype=kind) for name, (shape, kind) in layout.items()} | change
     found = refusal(Reply("a", tensors, images), job(task, net), layout)
     assert found is None if text is None else found.endswith(text)
+    seen = refusal(Reply("a", tensors, images, samples=10**400), job(task, net), layout)
+    assert text is not None or seen.endswith("images, more than any client sees in a round")
 
 
 @pytest.mark.parametrize(

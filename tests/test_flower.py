@@ -393,6 +393,18 @@ def test_a_refused_node_may_be_mended_and_come_back():
     assert collected(chosen, train_job())[1].refused == {}
 
 
+def introduced(**change):
+    """Return an app that introduces itself by ``change``."""
+    about = {"client": "client-3", "shape": [1, 8, 8], "classes": ["a", "b", "c"], "mean": [0.3], "std": [0.25]}
+    app = ClientApp()
+
+    @app.train()
+    def _(message, context):
+        return Message(RecordDict({"fedunlearn": ConfigRecord(about | change)}), reply_to=message)
+
+    return app
+
+
 def test_a_node_that_speaks_something_else_is_not_asked(caplog):
     silent, foreign, flat = ClientApp(), ClientApp(), ClientApp()
 
@@ -409,12 +421,32 @@ def test_a_node_that_speaks_something_else_is_not_asked(caplog):
         about = {"client": "client-3", "shape": [64], "classes": ["a"], "mean": [0.0], "std": [1.0]}
         return Message(RecordDict({"fedunlearn": ConfigRecord(about)}), reply_to=message)
 
-    grid = Loopback(nodes(count=3) | {7: (silent, 0), 8: (foreign, 0), 9: (flat, 3)})
+    false, unnamed = introduced(shape=[1, -8, 8]), introduced(client="client-3\n" + "x" * 300)
+    grid = Loopback(nodes(count=3) | {7: (silent, 0), 8: (foreign, 0), 9: (flat, 3), 10: (false, 3), 11: (unnamed, 3)})
     with caplog.at_level(logging.WARNING):
         engine(grid, clients=tuple(CLIENTS))
     assert "node 8 is not asked: it did not introduce itself (KeyError: 'fedunlearn')" in caplog.text
     assert "node 9 is not asked: it holds images of shape (64,), expected colours, height and width" in caplog.text
+    assert "node 10 is not asked: it holds images of which it says what cannot be: images must have pix" in caplog.text
     assert "3 of 4 clients are there after 0.1 s" in caplog.text
+    chosen = engine(Loopback(nodes(count=3) | {11: (unnamed, 3)}), clients=3)
+    assert chosen.clients == ("client-0", "client-1", "client-2")
+    assert "node 11 is not asked: it calls itself 'client-3\\nxx" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shape": [1, 10**6, 10**6]}, "at most 100,000,000 values, got the shape (1, 1000000, 1000000)"),
+        ({"classes": ["a", "a", "b"]}, "what cannot be: "),
+        ({"std": [0.0]}, "std above 0"),
+        ({"mean": [float("nan")]}, "mean must lie in [0, 1]"),
+    ],
+)
+def test_the_first_to_introduce_itself_cannot_say_what_no_images_are(change, text, caplog):
+    found = engine(Loopback({1: (introduced(**change), 3), **nodes(count=3)}), clients=3)
+    assert found.shape == (1, 8, 8)
+    assert text in caplog.text
 
 
 def test_too_few_clients_at_the_start_are_an_error():

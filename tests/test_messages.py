@@ -213,6 +213,13 @@ def test_a_reply_of_another_or_to_another_job_is_an_error_of_that_client(client,
     assert error in got.error
 
 
+@pytest.mark.parametrize(("field", "value"), [("samples", 10**10), ("seconds", 1e308)])
+def test_a_reply_that_claims_more_than_can_be_is_not_read(field, value):
+    tensors, line = encode_reply(Reply("client-1", {"a": torch.ones(2)}, images=5), "d1")
+    got = decode_reply(tensors, json.dumps(json.loads(line) | {field: value}), client="client-1", digest="d1")
+    assert f"it sent no reply that can be read ({field}: Input should be less than or equal to 1" in got.error
+
+
 def test_digests_differ_as_soon_as_one_setting_does():
     texts = {encode_job(own)[1] for own in jobs()}
     assert len({digest_of(text) for text in texts}) == len(texts) == len(jobs())

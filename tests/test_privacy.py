@@ -94,6 +94,11 @@ def test_with_noise_a_client_measures_all_its_images_whatever_is_asked():
     assert answer(make_images(300), Privacy(clip=1.0, min_count=0), sample=12).images == 12
 
 
+def test_with_noise_no_refusal_tells_how_many_images_there_are():
+    for images in (1, 4, 5):
+        assert answer(make_images(images), Privacy(clip=1.0, noise=4.0)).error is None
+
+
 def test_weights_that_give_nan_for_an_image_tell_nothing_through_noise():
     made = job()
     channels_of(made.model, "activation")  # found before: a model of such weights is refused whatever the images

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_the_server_s_momentum_is_that_of_the_formula_and_survives_an_interrupti
     whole = train_rounds(make_net(), fed, training, rounds=3, server=server)
     for mine, other in zip(whole.module.state_dict().values(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_server_s_momentum_moves_a_module_that_stands_under_two_names():
+    plain, twice = make_net(), make_net()
+    twice.add_module("again", nn.Identity())  # so that the state lists the first layer twice
+    twice.again.inner = twice[0]
+    fed = Federation(LocalEngine(partition(make_images(60), by="iid", clients=2, seed=0)))
+    one, two = (
+        train_rounds(net, replace(fed, journal=Journal()), Training(0.05, 8), rounds=3, server=Server(momentum=0.9))
+        for net in (plain, twice)
+    )
+    assert torch.equal(one.module[0].weight, two.module[0].weight)
 
 
 def test_a_killed_training_goes_on_with_the_server_s_velocity(tmp_path):

@@ -7,6 +7,7 @@ import torch_pruning
 from conftest import make_images, make_net
 from fedunlearn.channels.plan import Cut
 from fedunlearn.data.partition import partition
+from fedunlearn.errors import FederationError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
@@ -29,6 +30,12 @@ def test_the_graph_of_the_model_is_followed_once_for_each_pruning_step(monkeypat
     repair = Repair(Training(lr=0.05, batch_size=8), rounds=1)
     unlearn(make_net(classes=4), federation, forget=[0, 2], cut=Cut(0.3), repair=repair, jointly=jointly)
     assert len(followed) == steps
+
+
+def test_a_federation_that_leaves_classes_out_already_is_refused():
+    federation = Federation(LocalEngine(partition(make_images(80, 4), by="iid", clients=2, seed=0)), exclude=(3,))
+    with pytest.raises(FederationError, match=r"unlearn\(federation\) leaves out the classes \[3\], whose images"):
+        unlearn(make_net(classes=4), federation, forget=2, cut=Cut(0.3), repair=Repair(Training(lr=0.05), rounds=1))
 
 
 def test_the_repair_is_training_of_the_pruned_model_on_the_kept_classes_by_the_server_it_names():

@@ -13,7 +13,7 @@ from fedunlearn.channels.groups import Channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.channels.scores import ChannelScores, Classes, Ranking, forget_classes
 from fedunlearn.channels.stats import ChannelStats
-from fedunlearn.errors import PlanError, RecipeError
+from fedunlearn.errors import FederationError, PlanError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.federation import Federation, whole_model
 from fedunlearn.federation.ledger import Cost
@@ -172,6 +172,12 @@ def accepted(
     must_be(Repair, repair, f"{caller}(repair=...)", "a Repair, such as Repair(Training(lr=0.05))", RecipeError)
     must_be(Ranking, rank, f"{caller}(rank=...)", "a Ranking, such as Ranking('contrast')", PlanError)
     must_be(bool, jointly, f"{caller}(jointly=...)", "True or False", PlanError)
+    if federation.exclude:
+        raise FederationError(
+            f"{caller}(federation) leaves out the classes {list(federation.exclude)}, whose images would be measured, "
+            "and erased, with those of the classes to forget: give a federation that leaves none out, its clients "
+            "without these images"
+        )
     repair.check(original)
     # Only who has the images knows the names of their classes: an engine in this process.
     wanted = forget_classes(forget, getattr(federation.engine, "class_names", federation.engine.classes))

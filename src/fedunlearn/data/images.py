@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedunlearn.errors import DataError
 
 MOST_IMAGES = 10**9  # that one client may say it holds, or saw in a round
+MOST_PIXELS = 10**8  # that an image may have, its colours counted, as one process says to another
 
 COLOURS = (1, 3, 4)  # numbers of colours by which the axis of the colours is known
 _CONSTANT = 1e-6
@@ -139,6 +141,10 @@ class LabelledImages:
         unwanted = torch.isin(self.labels, torch.tensor(sorted(classes)))
         return self.take((~unwanted).nonzero().flatten())
 
+    def only(self, classes: Collection[int]) -> LabelledImages:
+        """Return the images of these classes; labels keep their numbers."""
+        return self.take(torch.isin(self.labels, torch.tensor(sorted(classes))).nonzero().flatten())
+
     def narrowed(self, gone: Collection[int]) -> LabelledImages:
         """Return the images of all classes but ``gone`` as images of the others alone, which are numbered anew."""
         kept = [label for label in range(len(self.classes)) if label not in gone]
@@ -185,6 +191,17 @@ class Meaning:
     def of(images: LabelledImages) -> Meaning:
         """Return that of ``images``."""
         return Meaning(images.shape, tuple(images.classes), tuple(images.mean), tuple(images.std))
+
+    def check(self) -> None:
+        """Refuse what no images can have.
+
+        Raises:
+            DataError: see ``LabelledImages``; or an image has more than ``MOST_PIXELS`` values.
+        """
+        if any(side < 0 for side in self.shape) or math.prod(self.shape) > MOST_PIXELS:
+            raise DataError(f"images must have pixels, at most {MOST_PIXELS:,} values, got the shape {self.shape}")
+        nothing = torch.zeros(0, dtype=torch.int64)
+        LabelledImages(nothing.new_zeros((0, *self.shape)).byte(), nothing, self.classes, self.mean, self.std)
 
     def difference(self, others: Meaning) -> str | None:
         """Return in what this differs from ``others``, or None."""

@@ -84,6 +84,8 @@ def refusal(reply: Reply, job: Job, expected: Layout) -> str | None:
             return f"{name} has values that are not finite"
     if reply.images > MOST_IMAGES * max(1, len(reply.members)):
         return f"it reports {reply.images} images, more than any client holds"
+    if reply.samples > MOST_IMAGES * max(1, len(reply.members)):
+        return f"it reports to have seen {reply.samples} images, more than any client sees in a round"
     return job.task.flaw(reply)
 
 

@@ -70,7 +70,8 @@ class Server:
         if not self.momentum:
             return average
         state = dict(average)
-        for name, parameter in model.named_parameters():
+        # A module may stand under two names, and the state under both.
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             before = parameter.detach().cpu()
             moving = average[name] - before
             if name in velocity:

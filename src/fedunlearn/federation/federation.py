@@ -14,6 +14,7 @@ from fedunlearn.federation.about import asked
 from fedunlearn.federation.jobs import Engine, Job, Task
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
+from fedunlearn.training.objectives.base import Local
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +84,23 @@ class Federation:
         able = self.clients if clients is None else tuple(clients)
         return replace(self, exclude=tuple(sorted({*self.exclude, *exclude})), clients=able)
 
-    def able(self, objective: object = None) -> list[str]:
+    def able(self, objective: Local | None = None) -> list[str]:
         """Return the clients that take part in training, sorted; with an objective those that may hold its images.
 
         All of them where none of the holders takes part.
         """
         clients = sorted(self.engine.clients if self.clients is None else self.clients)
-        if objective is None or self.holders is None:
+        if objective is None or not objective.share or self.holders is None:
             return clients
         return [name for name in clients if name in self.holders] or clients
+
+    def named(self, objective: Local | None = None) -> list[str] | None:
+        """Return ``able`` where the federation says who takes part; None where all of its engine do."""
+        return None if self.clients is None and self.holders is None else self.able(objective)
+
+    def has_holders(self) -> bool:
+        """Return whether somebody takes part who may hold images of ``exclude``."""
+        return self.holders is None or not set(self.holders).isdisjoint(self.able())
 
     def about(self, **values: object) -> dict[str, str]:
         """Return what a step of these values is about: the request, the values, and the owner of its draws."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.tasks import Evaluate, Train
 from fedunlearn.seeding import generator
 from fedunlearn.training.sgd import Training, check_trainable
+
+_logger = logging.getLogger(__name__)
 
 _VELOCITY = "velocity:"  # of the server, beside the weights in the state of a round
 
@@ -159,10 +162,9 @@ def train_rounds(
         Train(training=training.of_round(round, rounds), lr=lr, exclude=fed.exclude)
         for round, lr in enumerate(server.rates(training.lr, rounds))
     ]
-    teams = [fed.able(task.training.objective) for task in tasks]
     common = fed.about(weights=trained, participation=fed.participation, watch=watch)
     common |= asked(server_momentum=server.momentum)
-    about = [{**common, **asked(**vars(task), clients=team)} for task, team in zip(tasks, teams)]
+    about = [{**common, **asked(**vars(task), clients=fed.named(task.training.objective))} for task in tasks]
     steps = fed.journal.finished(phase, about)
     velocity = _restored(trained.module, fed.journal.state(phase)) if steps else {}
     for round in range(len(steps), rounds):
@@ -170,7 +172,8 @@ def train_rounds(
         if watch.reached(steps):
             break
         job = fed.job(tasks[round], trained, phase=phase, round=round)
-        job = replace(job, clients=_drawn(teams[round], fed, phase, round))
+        able = fed.able(tasks[round].training.objective)
+        job = replace(job, clients=_drawn(able, fed, phase, round))
         average, entry = ask(fed.engine, job, averaged)
         trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
@@ -190,6 +193,12 @@ def _check(model: Classifier, fed: Federation, training: Training, rounds: int) 
         raise RecipeError(
             "Training(objective=...) forgets the classes that a federation leaves out, and this one leaves none out: "
             "use fed.keeping(exclude=...)"
+        )
+    if training.objective is not None and training.objective.share and not fed.has_holders():
+        _logger.warning(
+            "no client that holds images of the classes %s takes part in training, for which it needs images of "
+            "others: nothing of them is trained on",
+            list(fed.exclude),
         )
     if rounds:
         check_trainable(model.module)

@@ -35,8 +35,12 @@ from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import Compute, device_of
 from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.mixing import fewest, is_forgotten, share_of
+from fedunlearn.training.mixing import each_of, fewest
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
+
+# What a step may take off the weights: with all of them each step forgets those before, however many images they saw.
+_MOST_DECAY = 0.1
+_BEYOND, _LITTLE = float(torch.finfo(torch.float32).max), 1e-9
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,7 +69,8 @@ class Measure:
         if self.classes != len(data.train.classes):
             raise FederationError(f"the job is for {self.classes} classes, this client has {len(data.train.classes)}")
         # Noise is for sums in which one image more is one image more: another sample would be another sum.
-        images = enough(data.train if rules.noise else sampled(job, data, data.train, self.sample), rules)
+        # And a refusal would tell how many there are.
+        images = data.train if rules.noise else enough(sampled(job, data, data.train, self.sample), rules)
         taps = channels_of(job.model, self.hook).taps
         with compute.autocast(device_of(model)):
             stats = measure_channels(
@@ -136,11 +141,21 @@ class Reestimate:
         return forward
 
     def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative squares, and sums over no image."""
+        """Refuse negative squares, sums over no image or others, and what no image can have as mean and square."""
         for name, tensor in reply.tensors.items():
             if not name.startswith("mean:") and bool((tensor < 0).any()):
                 return f"{name} has negative values"
-        return no_image(reply)
+        images = float(reply.tensors["images"])
+        if reply.images < 1:
+            return no_image(reply)
+        if images != reply.images:
+            return f"it sums over {images:g} images and reports {reply.images}"
+        for name, mean in reply.tensors.items():
+            if name.startswith("mean:"):
+                square = reply.tensors["square:" + name.removeprefix("mean:")]
+                if bool((square > images * _BEYOND).any()) or bool((mean**2 > 1.001 * images * square + _LITTLE).any()):
+                    return f"{name} and its squares are those of no images"
+        return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -166,7 +181,7 @@ class Train:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
-        images = self._to_forget(data) if alone else kept_images(data, self.exclude)
+        images = data.train.only(self.exclude) if alone else kept_images(data, self.exclude)
         if len(images) == 0:
             raise FederationError(f"the client holds no image of the classes {list(self.exclude)}")
         enough(images, rules)
@@ -175,6 +190,12 @@ class Train:
             raise FederationError(
                 f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
                 "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+            )
+        decay = self.lr * self.training.weight_decay / (1 - self.training.momentum)
+        if decay > _MOST_DECAY:
+            raise FederationError(
+                f"lr times weight_decay over 1 - momentum is {decay:g}, this client takes at most {_MOST_DECAY}: with "
+                "more the answer would be the gradient of the last few images alone; lower weight_decay"
             )
         draw = generator(job.seed, job.phase, job.round, data.client)
         samples = train_locally(
@@ -193,27 +214,26 @@ class Train:
     def _images(self, images: LabelledImages) -> int:
         return max(1, round(self.training.local_epochs * len(images)))
 
-    def _to_forget(self, data: ClientData) -> LabelledImages:
-        return data.train.take(is_forgotten(data.train.labels, self.exclude).nonzero().flatten())
-
     def _forgetting(
         self, images: LabelledImages, job: Job, model: nn.Module, data: ClientData, rules: Privacy
     ) -> Forgetting | None:
         """Return what the objective needs; nothing at a client whose steps would show too few images of either kind.
 
-        A weight can drown one kind in the other, so that each has to stand for ``min_images`` alone.
+        A weight can drown one kind in the other, so that each has to stand for ``min_images`` alone. A class of fewer
+        images is not mixed in.
         """
         objective = self.training.objective
         if objective is None:
             return None
-        mixed, share = None, objective.share
-        if 0 < share < 1:
-            mixed = self._to_forget(data)
-            share = share_of(share, max(1, len(set(mixed.labels.tolist()))))
+        mixed: tuple[LabelledImages, ...] = ()
+        least, each = max(1, rules.min_images), 0
+        if 0 < objective.share < 1:
             size, limit = self.training.batch_size, self._images(images)
-            if fewest(len(images), len(mixed), size, share, limit) < max(1, rules.min_images):
+            mixed = tuple(own for own in map(data.train.only, zip(self.exclude)) if len(own) >= least)
+            each = each_of(size, objective.share, max(1, len(mixed)))
+            if not mixed or fewest(len(images), [*map(len, mixed)], size, each, limit) < least:
                 return None
-        return Forgetting(mixed, share, self.exclude, head_layer(model, job.model.example))
+        return Forgetting(mixed, each, self.exclude, head_layer(model, job.model.example))
 
     def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's own state."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedunlearn.data.images import Meaning
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import DataError, FederationError
 from fedunlearn.federation.jobs import SUM, Job, Reply
 from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower.messages import (
@@ -41,6 +41,7 @@ from fedunlearn.flower.messages import (
 )
 
 _logger = logging.getLogger(__name__)
+_LONGEST_NAME = 200  # letters
 _LATE = 60.0  # seconds that a client which joins later may take to introduce itself: each job waits for it
 
 
@@ -199,13 +200,20 @@ class FlowerEngine:
             name, shape = str(own["client"]), tuple(_integers(own["shape"]))
             classes = tuple(str(label) for label in own["classes"])
             mean, std = (tuple(float(value) for value in own[key]) for key in ("mean", "std"))
+            if len(shape) != 3:
+                return f"it holds images of shape {shape}, expected colours, height and width"
+            meaning = Meaning((shape[0], shape[1], shape[2]), classes, mean, std)
+            meaning.check()
+        except DataError as error:
+            return one_line(f"it holds images of which it says what cannot be: {error}")
         except Exception as error:  # another process wrote this, anything may be in it
             return one_line(f"it did not introduce itself ({type(error).__name__}: {error})")
         if self._expected is not None and name not in self._expected:
             return f"it calls itself {name[:80]!r}, which is none of the clients {', '.join(self._expected)}"
-        if len(shape) != 3:
-            return f"it holds images of shape {shape}, expected colours, height and width"
-        meaning = Meaning((shape[0], shape[1], shape[2]), classes, mean, std)
+        if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+            return one_line(
+                f"it calls itself {name[:80]!r}, expected up to {_LONGEST_NAME} letters that can be printed"
+            )
         why = None if self._meaning is None else meaning.difference(self._meaning)
         if why is not None:
             return one_line(f"it holds {why}: all must agree")

@@ -61,6 +61,7 @@ __all__ = [
 
 _SCHEMA = 2
 _LONGEST = 300
+_LONGEST_JOB = 1e9  # seconds
 
 # How a job travels: the one message type that each app answers and that SecAgg+ masks, and the records in it.
 JOB = "train"
@@ -97,8 +98,8 @@ class _Answer(BaseModel):
     client: str
     job: str
     images: Annotated[int, Field(ge=0, le=MOST_IMAGES)]
-    samples: Annotated[int, Field(ge=0)]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    samples: Annotated[int, Field(ge=0, le=MOST_IMAGES)]
+    seconds: Annotated[float, Field(ge=0, le=_LONGEST_JOB, allow_inf_nan=False)]
     error: str | None
 
 

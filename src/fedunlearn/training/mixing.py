@@ -17,66 +17,76 @@ def is_forgotten(labels: Tensor, forget: Sequence[int]) -> Tensor:
     return torch.isin(labels, torch.tensor(list(forget), device=labels.device))
 
 
-def share_of(share: float, classes: int) -> float:
-    """Return the part of a batch that ``k`` forgotten classes have: ``k s / (1 + (k - 1) s)``.
+def each_of(size: int, share: float, classes: int = 1) -> int:
+    """Return how many images of each of ``k`` forgotten classes a batch has: about ``s / (1 + (k - 1) s)`` of it.
 
-    Each has as many images beside the kept ones as one class alone, whose part is ``s``.
+    Each has as many beside the kept ones as one class alone, whose part is ``s``; at least one, as the kept ones where
+    the batch has room.
 
     Example:
-        >>> share_of(0.25, 3)  # one image of each class for three kept ones
-        0.5
+        >>> each_of(64, 0.25), each_of(64, 0.25, classes=3)  # beside 48 kept ones, and beside 31
+        (16, 11)
     """
-    return classes * share / (1 + (classes - 1) * share)
+    part = share / (1 + (classes - 1) * share)
+    return max(1, min(round(part * size), (size - 1) // classes))
 
 
-def again_and_again(
-    drawn: Drawn, forgotten: LabelledImages, size: int, share: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what batches of ``size`` images take from ``forgotten``, without end; each image once before any again."""
+def again_and_again(drawn: Drawn, forgotten: Sequence[LabelledImages], each: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield about ``each`` images of every set in ``forgotten``, without end; of a set each once before any again."""
+    streams = [_endless(drawn, own, each) for own in forgotten]
     while True:
-        yield from drawn(forgotten, _few(size, share), limit=None)
+        images, labels = zip(*(next(stream) for stream in streams))
+        yield torch.cat(images), torch.cat(labels)
+
+
+def _endless(drawn: Drawn, forgotten: LabelledImages, each: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from drawn(forgotten, each, limit=None)
 
 
 def mixed(
     drawn: Drawn,
     erased: Iterator[tuple[Tensor, Tensor]],
-    share: float,
+    few: int,
     kept: LabelledImages,
     size: int,
     *,
     limit: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of about ``size`` images, about a part of each of the forgotten classes.
+    """Yield batches of about ``size`` images, ``few`` of each from ``erased``.
 
     Args:
         drawn: draws shuffled batches: ``drawn(images, size, limit=...)``.
         erased: see ``again_and_again``.
-        share: the part, at least an image.
+        few: images that it yields at a time.
         kept: images of the other classes; each at most once.
         size: images in a batch.
         limit: stop after about so many images.
     """
-    for images, labels in drawn(kept, size - _few(size, share), limit=_kept(len(kept), size, share, limit)):
+    for images, labels in drawn(kept, max(1, size - few), limit=_kept(len(kept), size, few, limit)):
         forgotten = next(erased)
         yield torch.cat([images, forgotten[0]]), torch.cat([labels, forgotten[1]])
 
 
-def fewest(kept: int, forgotten: int, size: int, share: float, limit: int) -> int:
-    """Return how many different images of either kind, whichever are fewer, the first pass of ``mixed`` takes.
+def fewest(kept: int, forgotten: Sequence[int], size: int, each: int, limit: int) -> int:
+    """Return how many different images of a kind, whichever are fewest, the first pass of ``mixed`` takes.
+
+    Args:
+        kept: images of the other classes.
+        forgotten: images in each of the sets that are mixed in.
+        size: images in a batch.
+        each: of these, images of each set.
+        limit: about as many images in a pass.
 
     Example:
-        >>> fewest(1000, 100, size=64, share=0.25, limit=128)  # of 96 and 32
+        >>> fewest(1000, [100], size=64, each=16, limit=128)  # of 96 and 32
         32
     """
-    few = _few(size, share)
-    part, drawn = size - few, _kept(kept, size, share, limit)
+    few = each * len(forgotten)
+    part, drawn = max(1, size - few), _kept(kept, size, few, limit)
     steps = -(-drawn // part) - (drawn > 1 and drawn % part == 1 % part)  # an image left over joins the batch before it
-    return min(drawn, forgotten, max(1, steps) * few)
+    return min(drawn, *forgotten, max(1, steps) * each)
 
 
-def _kept(kept: int, size: int, share: float, limit: int) -> int:
-    return min(kept, max(1, round(limit * (size - _few(size, share)) / size)))
-
-
-def _few(size: int, share: float) -> int:
-    return min(max(1, round(share * size)), size - 1)
+def _kept(kept: int, size: int, few: int, limit: int) -> int:
+    return min(kept, max(1, round(limit * max(1, size - few) / size)))

@@ -173,14 +173,14 @@ class Forgetting:
     """What a client needs for ``Training.objective``.
 
     Attributes:
-        images: its images of the forgotten classes, mixed into each batch; None where batches are of one kind.
-        share: about the part of each batch that they are.
+        images: its images of each forgotten class, mixed into each batch; none where batches are of one kind.
+        each: how many of each class.
         classes: the forgotten classes.
         head: name of the last linear layer, whose input is read.
     """
 
-    images: LabelledImages | None
-    share: float
+    images: tuple[LabelledImages, ...]
+    each: int
     classes: tuple[int, ...]
     head: str
 
@@ -232,9 +232,9 @@ def train_locally(
     teacher = copied(model).eval() if objective is not None and objective.teacher else None
     model.train()
     drawn = partial(batches, draw=draw, augment=training.augment, device=device, memory_format=compute.layout)
-    if objective is not None and forgetting is not None and forgetting.images is not None:
-        erased = again_and_again(drawn, forgetting.images, training.batch_size, forgetting.share)
-        drawn = partial(mixed, drawn, erased, forgetting.share)
+    if objective is not None and forgetting is not None and forgetting.images:
+        erased = again_and_again(drawn, forgetting.images, forgetting.each)
+        drawn = partial(mixed, drawn, erased, forgetting.each * len(forgetting.images))
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     while seen < wanted:

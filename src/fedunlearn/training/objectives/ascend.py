@@ -18,7 +18,7 @@ class Ascend:
 
     Attributes:
         kept: ``b``.
-        share: the part of each batch that is of a forgotten class; of several see ``share_of``.
+        share: the part of each batch that is of a forgotten class; of several see ``each_of``.
         until: share of the rounds with it.
 
     Raises:

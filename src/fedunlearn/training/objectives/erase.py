@@ -28,7 +28,7 @@ class Erasing:
     Attributes:
         complement: weight of ``complement``.
         separation: weight of ``separation``.
-        share: about the part of each batch that is of a forgotten class, at least an image; of several ``share_of``.
+        share: about the part of each batch that is of a forgotten class, at least an image; of several ``each_of``.
         until: share of the rounds, the first ones, in which it is done; the others train on the other classes alone.
         every: of these rounds it is done in the first and then in every ``every``-th, so that what the rounds between
             bring back is erased again.

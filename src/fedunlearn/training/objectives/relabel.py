@@ -18,7 +18,7 @@ class Relabel:
     Attributes:
         to: ``"random"``: drawn anew for each step; ``"likeliest"``: what the model as received says of the image when
             the forgotten classes are left out.
-        share: the part of each batch that is of a forgotten class; of several see ``share_of``.
+        share: the part of each batch that is of a forgotten class; of several see ``each_of``.
         until: share of the rounds with it.
 
     Raises:

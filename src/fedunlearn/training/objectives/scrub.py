@@ -24,7 +24,7 @@ class Scrub:
         turns: into how many a client's round is divided, all of the same length.
         ascents: how many of them, the first ones, begin with steps away from ``t``.
         away: share of the steps of such a turn that go away.
-        share: the part of each batch that is of a forgotten class; of several see ``share_of``.
+        share: the part of each batch that is of a forgotten class; of several see ``each_of``.
         until: share of the rounds with it.
 
     Raises:
