@@ -49,8 +49,8 @@ HOSTILE = {
             Training(0.1, 1, 0.2),
             Training(0.1, 20, 0.05, 0.0, 0.0),
             Training(0.1, 1, 1.0),
-            Training(0.1, 1, 1.0, momentum=0.0, weight_decay=10.0),
-            Training(0.1, 1, 1.0, momentum=0.99, weight_decay=0.09),
+            Training(1e-3, 1, 1.0, momentum=0.0, weight_decay=10.0),
+            Training(1e-3, 1, 1.0, momentum=0.99, weight_decay=0.09),
             Training(0.1, 20, 1.0, objective=Erasing(1e9, 0.0, 0.05)),
             Training(0.1, 20, 1.0, objective=Erasing(1e-9, 0.0, 0.95)),
             Training(0.1, 2, 0.3, objective=Erasing(1e9, 1e9, 0.5)),
@@ -190,12 +190,12 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
 @pytest.mark.parametrize(("momentum", "decay", "told"), [(0.0, 1.0, "1"), (0.9, 0.02, "0.2")])
 def test_weights_that_each_step_forgets_would_tell_the_last_images(momentum, decay, told):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-    training = Training(1.0, 1, 1.0, momentum=momentum, weight_decay=decay)
+    training = Training(1e-3, 1, 1.0, momentum=momentum, weight_decay=decay)
     asked = job(Train(training=training, lr=1.0), net)
     given = handle(asked, copy.deepcopy(net), DATA)
     assert given.error == (
-        f"FederationError: lr times weight_decay over 1 - momentum is {told}, this client takes at most 0.1: with more "
-        "the answer would be the gradient of the last few images alone; lower weight_decay"
+        f"FederationError: lr times weight_decay over 1 - momentum is {told}, expected at most 0.1: with more, what a "
+        "client answers is the gradient of its last few images alone; lower weight_decay"
     )
     assert given.tensors == {}
     usual = job(Train(training=Training(0.4, 1, 1.0), lr=0.4), net)

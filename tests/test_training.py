@@ -180,6 +180,14 @@ def test_the_server_s_momentum_is_that_of_the_formula_and_survives_an_interrupti
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+def test_a_decay_that_takes_the_weights_off_in_a_few_steps_is_refused():
+    with pytest.raises(
+        RecipeError, match=r"weight_decay=\.\.\.\): lr times weight_decay over 1 - momentum is 0\.2, exp"
+    ):
+        Training(0.1, momentum=0.9, weight_decay=0.2)
+    assert Training(0.1, momentum=0.9, weight_decay=0.05).decays_too_fast(0.1) is None
+
+
 def test_the_server_s_momentum_moves_a_module_that_stands_under_two_names():
     plain, twice = make_net(), make_net()
     twice.add_module("again", nn.Identity())  # so that the state lists the first layer twice

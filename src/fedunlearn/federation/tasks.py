@@ -38,8 +38,6 @@ from fedunlearn.training.evaluation import count_correct, in_order
 from fedunlearn.training.mixing import each_of, fewest
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 
-# What a step may take off the weights: with all of them each step forgets those before, however many images they saw.
-_MOST_DECAY = 0.1
 _BEYOND, _LITTLE = float(torch.finfo(torch.float32).max), 1e-9
 
 
@@ -191,12 +189,9 @@ class Train:
                 f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
                 "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
             )
-        decay = self.lr * self.training.weight_decay / (1 - self.training.momentum)
-        if decay > _MOST_DECAY:
-            raise FederationError(
-                f"lr times weight_decay over 1 - momentum is {decay:g}, this client takes at most {_MOST_DECAY}: with "
-                "more the answer would be the gradient of the last few images alone; lower weight_decay"
-            )
+        too_fast = self.training.decays_too_fast(self.lr)  # in this round's rate, which may be another
+        if too_fast is not None:
+            raise FederationError(too_fast)
         draw = generator(job.seed, job.phase, job.round, data.client)
         samples = train_locally(
             model,

@@ -30,6 +30,10 @@ _WARM_UP = 0.2
 _HEAD = ""  # no layer has this name
 
 
+# What a step may take off the weights: with all of them each step forgets those before, however many images they saw.
+_MOST_DECAY = 0.1
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of local SGD (Nesterov momentum, cross-entropy).
@@ -71,6 +75,9 @@ class Training:
         }.items():
             if not valid:
                 raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)!r}")
+        too_fast = self.decays_too_fast(self.lr)
+        if too_fast is not None:
+            raise RecipeError(f"Training(weight_decay=...): {too_fast}")
         if isinstance(self.augment, str) or not all(name in AUGMENTATIONS for name in self.augment):
             raise RecipeError(
                 f"Training(augment=...) must be a tuple of names among {', '.join(AUGMENTATIONS)}, got {self.augment!r}"
@@ -82,6 +89,16 @@ class Training:
                     "Training(batch_size=...) must be at least 2 with this objective: a batch holds images to forget "
                     "and others"
                 )
+
+    def decays_too_fast(self, lr: float) -> str | None:
+        """Return why no client trains with this weight decay at the rate ``lr``, None where it may."""
+        decay = lr * self.weight_decay / (1 - self.momentum)
+        if decay <= _MOST_DECAY:
+            return None
+        return (
+            f"lr times weight_decay over 1 - momentum is {decay:g}, expected at most {_MOST_DECAY}: with more, what a "
+            "client answers is the gradient of its last few images alone; lower weight_decay"
+        )
 
     def of_round(self, round: int, rounds: int) -> Training:
         """Return these settings for ``round`` of ``rounds``: without objective where it is not its turn."""
