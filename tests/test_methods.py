@@ -262,6 +262,18 @@ def test_the_epochs_that_are_resolved_are_those_that_are_trained(known):
         assert cost.client_samples == pytest.approx(by_recipe["epochs"] * images, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "takes_part"),
+    [(own, NAMES[:1]) for own in ("erase_only", "neg_grad", "relabel", "salun")]
+    + [(own, NAMES) for own in ("finetune", "l1_sparse")],
+)
+def test_rounds_that_need_images_of_the_class_are_of_those_who_hold_it(known, name, takes_part):
+    fed = federation()
+    METHODS[name].run(known, fed, replace(REQUEST, holders=NAMES[:1]), METHODS[name].settings)
+    trained = [entry.clients for entry in fed.journal.entries("") if entry.job == "train"]
+    assert trained[0] == tuple(takes_part)
+
+
 @pytest.mark.parametrize("name", ["finetune", "random", "negate", "delete"])
 def test_the_weight_decay_of_the_repair_reaches_controls_and_other_methods(known, name):
     def norm(decay):

@@ -177,7 +177,7 @@ def trained(
         epochs = settings.epochs / max(1, repair.rounds) / fed.participation
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
-    kept = fed.keeping(exclude=request.forget, clients=request.clients)
+    kept = replace(fed, holders=request.holders).keeping(exclude=request.forget, clients=request.clients)
     rounds = max(1, repair.rounds)
     # No target: a method that starts from the original is at it from the beginning.
     return replace(repair, training=training, rounds=rounds, target=None).of(model, kept, phase=phase)

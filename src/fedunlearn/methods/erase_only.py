@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
@@ -47,8 +47,7 @@ def erasing(settings: Erase | None, request: Request) -> Objective:
 def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase | None) -> Outcome:
     """Train ``model`` as the repair does, from its own weights."""
     local, objective = settings or LocalSettings(), erasing(settings, request)
-    holding = replace(fed, holders=request.holders)
-    erased = trained(model, holding, request, local, objective=objective, phase="erase_only")
+    erased = trained(model, fed, request, local, objective=objective, phase="erase_only")
     return Outcome(delivered(erased, request), fed.cost("erase_only"))
 
 
