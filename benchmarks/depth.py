@@ -55,7 +55,7 @@ def _measure(name: str, settings: Sequence[str], work: Path, epochs: float, seed
         value["cells"] = {cell: one for cell, one in value["cells"].items() if cell.rpartition("-")[0] in METHODS}
     else:
         out = work / f"{name}-{epochs:g}"
-        share_figures((folder for folder in sorted(work.glob("*")) if (folder / COMPARISON).exists()), out)
+        share_figures((folder for folder in sorted(work.glob(f"{name}-*")) if (folder / COMPARISON).exists()), out)
         recipe = load_recipe(name, [*settings, *(f"unlearn.{key}={number}" for key, number in repair.items())])
         plan = Plan(METHODS, seeds=seeds)
         value = compare(recipe, out, plan, tell=lambda line: print(f"{epochs:g} {line}", flush=True))

@@ -138,6 +138,19 @@ def test_relearning_a_retrained_model_twice_gives_the_same_curve(nets, set_of_im
     assert curves[0].samples_until(1.1) is None
 
 
+def test_what_was_delivered_frozen_relearns_as_what_was_not(nets, set_of_images):
+    forgotten = set_of_images.forgotten(set_of_images.test)
+    whole, delivered_frozen = Classifier.of(nets[0], forgotten.shape), delivered(nets[1][0])
+    for model in (whole, delivered_frozen.model):
+        frozen = model.copy()
+        frozen.module.requires_grad_(False)
+        one, two = (
+            relearn(own, set_of_images.known, forgotten, lr=0.05, doublings=2, draw=draw()) for own in (model, frozen)
+        )
+        assert one == two
+        assert not any(own.requires_grad for own in frozen.module.parameters())
+
+
 def test_relearning_ends_with_fewer_images_than_a_batch(nets):
     few = make_images(20, 4)
     curve = relearn(Classifier.of(nets[0], few.shape), few, few, lr=0.01, doublings=2, draw=draw())

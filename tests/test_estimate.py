@@ -36,8 +36,7 @@ def test_what_a_run_trains_on_is_counted_before_it_starts(monkeypatch):
     turns = prepare(load_recipe("digits", ["unlearn.forget=[8, 9]", "unlearn.rounds=2", "audit.oracles=3"]))
     one, both = images_to_train(turns, "train"), images_to_train(turns, "unlearn")
     stay = 1 - int(turns.table[:, [8, 9]].sum()) / int(turns.table.sum())
-    each = 2 * held * stay + 2 / 3 * sampled
-    assert both == pytest.approx(one + 2 * each)
+    assert both == pytest.approx(one + 2 * held * stay + 3 / 3 * sampled)  # two measurements, one repair
     elsewhere = replace(experiment, recipe=load_recipe("digits", ["federation.engine=flower-simulation"]))
     assert seconds_to_train(elsewhere, "run") is None
 

@@ -777,6 +777,27 @@ def test_a_confirmed_deletion_is_an_event_and_signed_again(signed, tmp_path):
     assert "no client 'client-7' took part in the run" in refused.stderr
 
 
+def test_what_was_changed_since_it_was_signed_is_not_signed_again(signed, tmp_path):
+    shutil.copytree(signed, tmp_path / "own")
+    folder = tmp_path / "own" / "run"
+    settings = [f'data.path="{folder.with_name("set.npz")}"', 'evidence.request="case 7"', "evidence.feature_maps=true"]
+    recipe = load_recipe(str(signed / "tiny.toml"), settings)
+    key = read_private_key(signed / "operator", outside=folder)
+    (folder / "report.md").write_text("indistinguishable from retraining")
+    (folder / "extra.txt").touch()
+    text = r"since it was signed extra\.txt, report\.md changed, came or went, and signing again would hide it: see"
+    before = (folder / "dossier.sig").read_bytes()
+    with pytest.raises(EvidenceError, match=text):
+        acknowledge(folder, ["client-0"], key)
+    with pytest.raises(EvidenceError, match=text):
+        run(recipe, folder, key=signed / "operator")
+    assert (folder / "dossier.sig").read_bytes() == before
+    assert "client-0" not in (folder / "events.jsonl").read_text()
+    (folder / "dossier.json").write_text("{}")
+    with pytest.raises(EvidenceError, match=r"dossier\.json cannot be read: see what fedunlearn verify says"):
+        run(recipe, folder, key=signed / "operator")
+
+
 def test_who_confirmed_is_held_against_the_events(signed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(signed / "run", folder)

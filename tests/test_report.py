@@ -295,6 +295,8 @@ def test_ids_of_plots_do_not_meet():
 
 
 def test_the_plot_of_work_has_its_operations_in_numbers_that_people_read():
+    many = plots.work([[(1e12, 0.5), (1e14, 0.9)]], {f"setting-{k}": [(2e12, 0.8)] for k in range(9)})
+    assert all(f"setting-{k}" in many for k in range(9))
     drawn = plots.work([[(1e12, 0.5), (1e14, 0.9)]], {"contrast": [(2e12, 0.8)]})
     assert [f">{number}<" in drawn for number in (1, 10, 100)] == [True] * 3
     assert "$" not in drawn

@@ -423,6 +423,19 @@ def step(round: int, phase: str = "train") -> Step:
     return Step(phase, round, (Entry("train", ("a",), samples=round),), 0.5)
 
 
+def test_a_finished_folder_without_its_result_is_not_done_again_in_silence(signed, tmp_path):
+    shutil.copytree(signed, tmp_path / "own")
+    (tmp_path / "own" / "plain" / "result.json").unlink()
+    settings = [
+        f'data.path="{tmp_path / "own" / "set.npz"}"',
+        'evidence.request="case 7"',
+        "evidence.feature_maps=true",
+    ]
+    recipe = load_recipe(str(signed / "tiny.toml"), settings)
+    with pytest.raises(RunError, match=r"the steps of train are there and state/train\.safetensors is not, as after"):
+        run(recipe, tmp_path / "own" / "plain")
+
+
 def test_a_journal_survives_a_line_cut_short_and_a_line_never_written(tmp_path):
     journal = Journal(tmp_path, header={"a": 1})
     for number in range(3):
@@ -873,6 +886,8 @@ def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_wo
     for change, name in (
         ("unlearn.forget=1", "unlearn.forget"),
         ("train.rounds=4", "train"),
+        ("data.validation=0.4", "data"),
+        ("compute.precision=bfloat16", "compute.precision"),
         ("federation.seed=5", "federation"),
         (f'data.path="{tmp_path / "set.npz"}"', "data"),
         ("model.shortcut=B", "model"),

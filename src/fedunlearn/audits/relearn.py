@@ -75,16 +75,18 @@ def relearn(
     """
     classes = len(train.classes)
     grown = with_all_rows(model, classes)
-    learner = grown.module
+    learner = grown.module.requires_grad_(True)  # whoever relearns does not leave frozen what was delivered so
+    device = next(learner.parameters()).device
     row_of = torch.empty(classes, dtype=torch.int64)
     row_of[torch.tensor(grown.labels)] = torch.arange(classes)
+    rows = row_of.to(device)
     optimiser = Sgd(learner.parameters(), lr=lr, momentum=0.9)
     samples, forget, seen = [0], [_accuracy(learner, test, row_of)], 0
     points = [_BATCH * 2**k for k in range(doublings + 1)]
     while points:
-        for images, truth in batches(train, _BATCH, draw=draw):
+        for images, truth in batches(train, _BATCH, draw=draw, device=device):
             learner.train()
-            loss = F.cross_entropy(learner(images), row_of[truth])
+            loss = F.cross_entropy(learner(images), rows[truth])
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()

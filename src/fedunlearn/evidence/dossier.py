@@ -55,6 +55,25 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     _write(folder / SIGNATURE, key.sign(data))
 
 
+def check_unchanged(folder: Path) -> None:
+    """Refuse a signed folder that holds something else than was signed: a new signature would be over that.
+
+    Raises:
+        EvidenceError: a file was changed, added or taken away; or the dossier cannot be read.
+    """
+    try:
+        signed = json.loads((folder / DOSSIER).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvidenceError(f"{folder / DOSSIER} cannot be read: see what fedunlearn verify says") from error
+    found = _hashed(folder)
+    other = sorted(name for name in {*found, *signed} if found.get(name) != signed.get(name))
+    if other:
+        raise EvidenceError(
+            f"{folder}: since it was signed {', '.join(other)} changed, came or went, and signing again would hide it: "
+            "see what fedunlearn verify says, and put back what was there"
+        )
+
+
 def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) -> None:
     """Record that clients confirmed to have deleted their images of the forgotten classes, and sign the folder again.
 
@@ -67,7 +86,8 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
 
     Raises:
         RunError: the folder does not hold a finished run.
-        EvidenceError: the run only trained a model, a client took no part in it, or another key signed the folder.
+        EvidenceError: the run only trained a model, a client took no part in it, another key signed the folder, or
+            something in it is not what was signed.
     """
     run = RunFolder.read(folder)
     if "unlearned" not in run.result and "verdict" not in run.result:
@@ -96,6 +116,7 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
                 f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
                 "fedunlearn verify says"
             ) from error
+        check_unchanged(folder)
     log = EventLog(run.path / EVENTS)
     for name in clients:
         log.once(f"{CONFIRMED}{name}")

@@ -26,6 +26,7 @@ from fedunlearn.evidence.words import clipped
 
 _INK = "#010203"  # replaced by currentColor
 _BLUE, _ORANGE, _GREEN, _GREY, _PURPLE = "#3b82c4", "#e07b1f", "#2f9e6e", "#8a8f98", "#9a63b5"
+_COLOURS, _MARKERS = (_BLUE, _GREEN, _GREY, _PURPLE), ("D", "s", "o", "^")  # sixteen things are told apart
 _STYLE: Any = {
     "text.parse_math": False,  # a class may be named with a dollar sign
     "svg.fonttype": "none",
@@ -158,7 +159,8 @@ def work(
         label = "retraining" if place == 0 else None
         spent, accuracy = zip(*curve)
         axes.plot(spent, _percent(accuracy), color=_ORANGE, linewidth=0.9, label=label)
-    for (name, own), colour, marker in zip(points.items(), (_BLUE, _GREEN, _GREY, _PURPLE), ("D", "s", "o", "^")):
+    for place, (name, own) in enumerate(points.items()):
+        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place // len(_COLOURS) % len(_MARKERS)]
         spent, accuracy = zip(*own)
         axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
     axes.set_xscale("log")

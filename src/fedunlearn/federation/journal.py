@@ -156,8 +156,18 @@ class Journal:
         return [entry for step in self._steps if step.phase.startswith(wanted) for entry in step.entries]
 
     def state(self, phase: str) -> dict[str, Tensor]:
-        """Return the tensors after the last finished step of ``phase``."""
-        return dict(self._states[self._prefix + phase])
+        """Return the tensors after the last finished step of ``phase``.
+
+        Raises:
+            RunError: they are gone, as those of a finished run are.
+        """
+        phase = self._prefix + phase
+        if phase not in self._states:
+            raise RunError(
+                f"{self._folder}: the steps of {phase} are there and state/{phase}.safetensors is not, as after a run "
+                "that had ended: choose another --out to do it again"
+            )
+        return dict(self._states[phase])
 
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         """Record ``step`` with the tensors to go on from.

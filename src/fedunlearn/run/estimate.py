@@ -32,15 +32,14 @@ def images_to_train(experiment: Experiment, command: str) -> float:
     kept = 1 - int(experiment.table[:, list(experiment.forget)].sum()) / held
     sample = min(held, (unlearn.sample or held) * len(experiment.clients))
     rounds = unlearn.rounds if unlearn.repair == "finetune" else 0
-    attempts = _ATTEMPTS if unlearn.fraction == "auto" else 1 if unlearn.jointly else len(experiment.forget)
-    once = rounds * share * unlearn.local_epochs * held * kept + 2 * _FORWARD * sample
+    attempts = _ATTEMPTS if unlearn.fraction == "auto" else 1
+    measured = 1 if unlearn.jointly else len(experiment.forget)  # of classes in turn each, with one repair for all
+    once = rounds * share * unlearn.local_epochs * held * kept + (measured + 1) * _FORWARD * sample
     if command == "unlearn":
         return wanted + attempts * once
     retrained = 0 if recipe.audit.models else recipe.audit.oracles
-    # Fine-tuning costs as much as all attempts, or all classes in turn; random channels as one attempt, or all classes;
-    # the erase step alone as one.
-    once_each = 1 if unlearn.fraction == "auto" else attempts
-    times = 2 * attempts + once_each + (recipe.erase.erasing() is not None)
+    # Fine-tuning costs as much as all attempts; random channels as one, and the erase step alone.
+    times = 2 * attempts + 1 + (recipe.erase.erasing() is not None)
     return wanted + times * once + retrained * whole * kept
 
 

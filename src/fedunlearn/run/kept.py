@@ -191,9 +191,11 @@ def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
         raise RunError(
             f"{folder}: {RESULT} is that of another version of fedunlearn: leave audit.models out to retrain"
         ) from error
-    other = [name for name in ("federation", "train") if there.digest(name) != here.digest(name)]
-    if header_of(folder).get("data") != data:  # images, names of classes, normalisation
+    other = [name for name in ("data", "federation", "train") if there.digest(name) != here.digest(name)]
+    if header_of(folder).get("data") != data and "data" not in other:  # images, names of classes, normalisation
         other.insert(0, "data")
+    if there.compute.precision != here.compute.precision:
+        other.append("compute.precision")
     if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut):
         other.append("model")
     if forgot != [experiment.splits.test.classes[label] for label in experiment.forget]:
