@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.errors import DataError, EvidenceError, ModelError
@@ -114,7 +114,9 @@ def test_retrained_models_that_are_not_several_or_not_comparable_are_refused(sig
     def audited(*paths):
         audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors", oracles=paths))
 
-    shutil.copy(oracles[0], tmp_path / "copy.safetensors")
+    with safe_open(oracles[0], "pt") as file:
+        save_file(load_file(oracles[0]), tmp_path / "copy.safetensors", file.metadata() | {"saved": "again"})
+    assert (tmp_path / "copy.safetensors").read_bytes() != oracles[0].read_bytes()
     with pytest.raises(EvidenceError, match=r"copy\.safetensors and .*retrained-1\.safetensors are the same model"):
         audited(*oracles, tmp_path / "copy.safetensors")
     state = dict(read_weights(oracles[0]).state)

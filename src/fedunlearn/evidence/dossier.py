@@ -55,6 +55,17 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     _write(folder / SIGNATURE, key.sign(data))
 
 
+def sign(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Sign the folder of a finished run; again, with this key and for longer, where it is as it was signed.
+
+    Raises:
+        EvidenceError: see ``check_unchanged``.
+    """
+    if (folder / DOSSIER).exists():
+        check_unchanged(folder)
+    write_dossier(folder, key)
+
+
 def check_unchanged(folder: Path) -> None:
     """Refuse a signed folder that holds something else than was signed: a new signature would be over that.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError
-from fedunlearn.evidence.dossier import write_dossier
+from fedunlearn.evidence.dossier import sign
 from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
@@ -104,7 +105,7 @@ def audit_model(
             work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
         write_report(out)
     if signer is not None:
-        write_dossier(out, signer)
+        sign(out, signer)
     work.fed.journal.leave()
     return read_result(out)
 
@@ -185,11 +186,12 @@ def _check_retrained(named: Mapping[str, Subject], experiment: Experiment) -> No
 
 def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Sequence[Path]) -> dict[str, Subject]:
     """Return the retrained models in files; refuse what would let one model stand for several."""
-    hashes = {sha256(path): path for path in besides}
+    # Of the weights: a file saved again has other bytes.
+    hashes = {_hash(_comparable(path, experiment)): path for path in besides}
     named: dict[str, Subject] = {}
     for path in paths:
         weights = _comparable(path, experiment)
-        same = hashes.setdefault(sha256(path), path)
+        same = hashes.setdefault(_hash(weights), path)
         if same != path:
             raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
         if path.stem in named or path.stem in MODELS:
@@ -202,6 +204,13 @@ def _earlier(weights: Weights, classes: Sequence[str], recipe: Recipe) -> tuple[
     """Return the classes that a model forgot before those that the recipe asks for: it has no rows for them."""
     labels, forget = weights.numbered(classes).labels, class_numbers(recipe.unlearn.forget, classes)
     return () if labels is None else tuple(sorted(set(range(len(classes))) - set(labels) - set(forget)))
+
+
+def _hash(weights: Weights) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.state.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _comparable(path: Path, experiment: Experiment) -> Weights:

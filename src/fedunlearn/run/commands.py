@@ -14,7 +14,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RecipeError, RunError
-from fedunlearn.evidence.dossier import check_unchanged, write_dossier
+from fedunlearn.evidence.dossier import sign
 from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
@@ -99,9 +99,7 @@ def run(
         write_card(out)
         write_report(out)
     if signer is not None and command != "train":  # again where it is signed already: with another key, or for longer
-        if (out / DOSSIER).exists():
-            check_unchanged(out)
-        write_dossier(out, signer)
+        sign(out, signer)
     work.fed.journal.leave()
     return read_result(out)
 
