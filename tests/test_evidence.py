@@ -793,6 +793,14 @@ def test_what_was_changed_since_it_was_signed_is_not_signed_again(signed, tmp_pa
         run(recipe, folder, key=signed / "operator")
     assert (folder / "dossier.sig").read_bytes() == before
     assert "client-0" not in (folder / "events.jsonl").read_text()
+    shutil.rmtree(folder)
+    shutil.copytree(signed / "run", folder)
+    EventLog(folder / "events.jsonl").once("deletion confirmed by client-1")  # and killed before it was signed
+    acknowledge(folder, ["client-1"], key)
+    assert problems(folder, signed / "operator.pub") == []
+    EventLog(folder / "events.jsonl").once("something else")
+    with pytest.raises(EvidenceError, match=r"since it was signed events\.jsonl changed"):
+        acknowledge(folder, ["client-0"], key)
     (folder / "dossier.json").write_text("{}")
     with pytest.raises(EvidenceError, match=r"dossier\.json cannot be read: see what fedunlearn verify says"):
         run(recipe, folder, key=signed / "operator")

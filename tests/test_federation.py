@@ -593,7 +593,7 @@ def test_clients_that_join_between_rounds_take_part_from_then_on_and_after_a_kil
     all_three = LocalEngine(partition(make_images(90), by="iid", clients=3, seed=0))
 
     class Growing:
-        shape, classes, clients = all_three.shape, all_three.classes, all_three.clients[:2]
+        shape, classes, clients, grows = all_three.shape, all_three.classes, all_three.clients[:2], True
 
         def run(self, job):
             self.clients = all_three.clients
@@ -604,6 +604,9 @@ def test_clients_that_join_between_rounds_take_part_from_then_on_and_after_a_kil
     resumed = Federation(engine, Journal(tmp_path))
     train_rounds(make_net(), resumed, training, rounds=3)
     assert [len(step.entries[0].clients) for step in resumed.journal.steps("train")] == [2, 3, 3]
+    engine.grows = False  # of an engine whose clients are named others are another request
+    with pytest.raises(RunError, match=r"train, step 1, of another request \(clients is "):
+        train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=3)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -185,7 +185,9 @@ def test_a_decay_that_takes_the_weights_off_in_a_few_steps_is_refused():
         RecipeError, match=r"weight_decay=\.\.\.\): lr times weight_decay over 1 - momentum is 0\.2, exp"
     ):
         Training(0.1, momentum=0.9, weight_decay=0.2)
-    assert Training(0.1, momentum=0.9, weight_decay=0.05).decays_too_fast(0.1) is None
+    most = Training(0.1, 1, momentum=0.9, weight_decay=0.1)
+    assert most.decays_too_fast(0.1, min_images=10) is None
+    assert "is 0.1, expected at most 0.05: with more" in most.decays_too_fast(0.1, min_images=20)
 
 
 def test_the_server_s_momentum_moves_a_module_that_stands_under_two_names():

@@ -56,7 +56,7 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
 
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Sign the folder of a finished run; again, with this key and for longer, where it is as it was signed.
+    """Sign the folder of a finished run; again, with another key or for longer, where it is as its dossier says.
 
     Raises:
         EvidenceError: see ``check_unchanged``.
@@ -67,17 +67,23 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> None:
 
 
 def check_unchanged(folder: Path) -> None:
-    """Refuse a signed folder that holds something else than was signed: a new signature would be over that.
+    """Refuse a folder that holds something else than its dossier lists: a new signature would be over that.
+
+    Confirmations that a kill kept from being signed may stand at the end of the events.
 
     Raises:
         EvidenceError: a file was changed, added or taken away; or the dossier cannot be read.
     """
     try:
         signed = json.loads((folder / DOSSIER).read_text("utf-8"))["files"]
+        size = signed[EVENTS]["bytes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvidenceError(f"{folder / DOSSIER} cannot be read: see what fedunlearn verify says") from error
     found = _hashed(folder)
-    other = sorted(name for name in {*found, *signed} if found.get(name) != signed.get(name))
+    events = (folder / EVENTS).read_bytes() if EVENTS in found else b""
+    if all(CONFIRMED.encode() in line for line in events[size:].splitlines()):
+        found[EVENTS] = _entry(events[:size])
+    other = sorted(name for name in {*found, *signed} - {_VERIFIER} if found.get(name) != signed.get(name))
     if other:
         raise EvidenceError(
             f"{folder}: since it was signed {', '.join(other)} changed, came or went, and signing again would hide it: "
@@ -172,9 +178,12 @@ def _hashed(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in (DOSSIER, SIGNATURE, LOCK):
-            data = path.read_bytes()
-            hashed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            hashed[name] = _entry(path.read_bytes())
     return hashed
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
 def _write(path: Path, data: bytes) -> None:

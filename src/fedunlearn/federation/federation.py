@@ -95,8 +95,9 @@ class Federation:
         return [name for name in clients if name in self.holders] or clients
 
     def named(self, objective: Local | None = None) -> list[str] | None:
-        """Return ``able`` where the federation says who takes part; None where all of its engine do."""
-        return None if self.clients is None and self.holders is None else self.able(objective)
+        """Return ``able``; None where that are all clients of an engine that others may join."""
+        everybody = self.clients is None and self.holders is None
+        return None if everybody and getattr(self.engine, "grows", False) else self.able(objective)
 
     def has_holders(self) -> bool:
         """Return whether somebody takes part who may hold images of ``exclude``."""

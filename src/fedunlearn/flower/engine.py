@@ -91,6 +91,11 @@ class FlowerEngine:
         return tuple(sorted(self._nodes)) if self._expected is None else self._expected
 
     @property
+    def grows(self) -> bool:
+        """Whether clients may join that nobody named at the start."""
+        return self._expected is None
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """``(colours, height, width)`` of the images."""
         assert self._meaning is not None  # _wait saw a client

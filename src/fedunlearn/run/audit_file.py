@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.evidence.words import MODELS
+from fedunlearn.federation.about import weights_digest
 from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, save_model, set_up
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
@@ -187,11 +187,11 @@ def _check_retrained(named: Mapping[str, Subject], experiment: Experiment) -> No
 def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Sequence[Path]) -> dict[str, Subject]:
     """Return the retrained models in files; refuse what would let one model stand for several."""
     # Of the weights: a file saved again has other bytes.
-    hashes = {_hash(_comparable(path, experiment)): path for path in besides}
+    hashes = {_digest(_comparable(path, experiment)): path for path in besides}
     named: dict[str, Subject] = {}
     for path in paths:
         weights = _comparable(path, experiment)
-        same = hashes.setdefault(_hash(weights), path)
+        same = hashes.setdefault(_digest(weights), path)
         if same != path:
             raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
         if path.stem in named or path.stem in MODELS:
@@ -206,11 +206,8 @@ def _earlier(weights: Weights, classes: Sequence[str], recipe: Recipe) -> tuple[
     return () if labels is None else tuple(sorted(set(range(len(classes))) - set(labels) - set(forget)))
 
 
-def _hash(weights: Weights) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.state.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest(weights: Weights) -> str:
+    return weights_digest(dict(sorted(weights.state.items())))
 
 
 def _comparable(path: Path, experiment: Experiment) -> Weights:

@@ -90,13 +90,18 @@ class Training:
                     "and others"
                 )
 
-    def decays_too_fast(self, lr: float) -> str | None:
-        """Return why no client trains with this weight decay at the rate ``lr``, None where it may."""
+    def decays_too_fast(self, lr: float, min_images: int = 1) -> str | None:
+        """Return why a client with this rule trains by no such weight decay at the rate ``lr``, None where it may.
+
+        After ``k`` more steps a step counts for ``(1 - decay)^k``, so that an answer is about its last ``1 / decay``
+        batches.
+        """
         decay = lr * self.weight_decay / (1 - self.momentum)
-        if decay <= _MOST_DECAY:
+        most = min(_MOST_DECAY, self.batch_size / max(1, min_images))
+        if decay <= most * (1 + 1e-9):  # as far as rounding goes
             return None
         return (
-            f"lr times weight_decay over 1 - momentum is {decay:g}, expected at most {_MOST_DECAY}: with more, what a "
+            f"lr times weight_decay over 1 - momentum is {decay:g}, expected at most {most:g}: with more, what a "
             "client answers is the gradient of its last few images alone; lower weight_decay"
         )
 
