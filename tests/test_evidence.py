@@ -796,6 +796,8 @@ def test_what_was_changed_since_it_was_signed_is_not_signed_again(signed, tmp_pa
     shutil.rmtree(folder)
     shutil.copytree(signed / "run", folder)
     EventLog(folder / "events.jsonl").once("deletion confirmed by client-1")  # and killed before it was signed
+    with pytest.raises(EvidenceError, match=r"since it was signed events\.jsonl changed"):
+        acknowledge(folder, ["client-0"], key)  # who signs this says nothing of another client
     acknowledge(folder, ["client-1"], key)
     assert problems(folder, signed / "operator.pub") == []
     EventLog(folder / "events.jsonl").once("something else")

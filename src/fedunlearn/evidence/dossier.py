@@ -66,10 +66,13 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> None:
     write_dossier(folder, key)
 
 
-def check_unchanged(folder: Path) -> None:
+def check_unchanged(folder: Path, *, confirming: Sequence[str] = ()) -> None:
     """Refuse a folder that holds something else than its dossier lists: a new signature would be over that.
 
-    Confirmations that a kill kept from being signed may stand at the end of the events.
+    Args:
+        folder: a signed folder.
+        confirming: clients whose confirmations may stand at the end of the events, where a kill kept them from being
+            signed.
 
     Raises:
         EvidenceError: a file was changed, added or taken away; or the dossier cannot be read.
@@ -81,7 +84,7 @@ def check_unchanged(folder: Path) -> None:
         raise EvidenceError(f"{folder / DOSSIER} cannot be read: see what fedunlearn verify says") from error
     found = _hashed(folder)
     events = (folder / EVENTS).read_bytes() if EVENTS in found else b""
-    if all(CONFIRMED.encode() in line for line in events[size:].splitlines()):
+    if _names(events[size:]) <= {f"{CONFIRMED}{name}" for name in confirming}:
         found[EVENTS] = _entry(events[:size])
     other = sorted(name for name in {*found, *signed} - {_VERIFIER} if found.get(name) != signed.get(name))
     if other:
@@ -133,7 +136,7 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
                 f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
                 "fedunlearn verify says"
             ) from error
-        check_unchanged(folder)
+        check_unchanged(folder, confirming=clients)
     log = EventLog(run.path / EVENTS)
     for name in clients:
         log.once(f"{CONFIRMED}{name}")
@@ -180,6 +183,14 @@ def _hashed(folder: Path) -> dict[str, Any]:
         if path.is_file() and name not in (DOSSIER, SIGNATURE, LOCK):
             hashed[name] = _entry(path.read_bytes())
     return hashed
+
+
+def _names(lines: bytes) -> set[str]:
+    """Return the events in ``lines``; of a line that is none, something that no event is called."""
+    try:
+        return {str(json.loads(line)["event"]) for line in lines.splitlines()}
+    except (ValueError, KeyError, TypeError):
+        return {""}
 
 
 def _entry(data: bytes) -> dict[str, Any]:
