@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from conftest import logits, make_images, make_net, normalised
 from fedunlearn.audits import audit as auditing
@@ -298,10 +302,26 @@ def test_artefacts_are_named(shipped):
     assert artefacts(path, state=net.state_dict(), forget=[1]) == ["tensor momentum is not of the architecture"]
 
 
-def test_a_file_of_another_kind_is_refused_by_the_artefact_scan(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+def test_a_file_of_another_kind_is_refused_by_the_artefact_scan(shipped, tmp_path):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="expected a model written by fedunlearn"):
-        artefacts(tmp_path / "model.safetensors", state={}, forget=[1])
+        artefacts(path, state={}, forget=[1])
+    with safe_open(shipped[0], "pt") as file:
+        whole = json.loads(file.metadata()["fedunlearn"])
+    for about in ({}, [], whole | {"plan": {"kept": 1}}, {name: whole[name] for name in whole if name != "classes"}):
+        save_file({"a": torch.zeros(1)}, path, {"fedunlearn": json.dumps(about)})
+        with pytest.raises(ModelError, match="expected a model written by fedunlearn"):
+            artefacts(path, state={}, forget=[1])
+
+
+def test_what_the_original_does_not_have_is_an_artefact(shipped):
+    path, net, _ = shipped
+    state = net.state_dict()
+    del state["3.weight"]
+    found = artefacts(path, state=state, forget=[1])
+    assert "tensor 3.weight is not of the architecture" in found
+    assert "the plan cuts 3.weight, which is not of the architecture" in found
 
 
 # images
@@ -551,6 +571,22 @@ def test_without_retrained_models_what_compares_with_them_is_left_out(nets, set_
     assert found.verdict == verdict.NO_VERDICT
     assert not {"neighbours", "membership", "cka", "procrustes"} & set(found.models["unlearned"].figures)
     assert found.held_out["models"] == {}
+
+
+def test_a_network_of_another_kind_is_held_against_retrained_models_by_its_features(nets, set_of_images):
+    torch.manual_seed(0)
+    layers = {
+        "own": nn.Conv2d(1, 5, 3),
+        "pool": nn.AdaptiveAvgPool2d(2),
+        "flat": nn.Flatten(),
+        "head": nn.Linear(20, 4),
+    }
+    other = nn.Sequential(OrderedDict(layers))
+    oracles = {f"retrained-{place}": whole_model(net) for place, net in enumerate(nets[1][:2])}
+    found = audit(whole_model(other), set_of_images, oracles=oracles)
+    distances = found.models["unlearned"].details["representation"]
+    assert set(distances) == {"features"}
+    assert 0 <= distances["features"]["cka"] < 1
 
 
 def test_figures_of_another_model_are_not_taken_for_this_one_s(nets, set_of_images, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.base import Figure
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
-from fedunlearn.evidence.dossier import acknowledge, write_dossier
+from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
@@ -707,6 +708,69 @@ def test_folders_without_a_finished_or_audited_run_are_refused(copied, tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(RunError, match=r"result\.json: expected JSON"):
         RunFolder.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("result.json", '{"verdict": "not forgotten"}'),
+        ("plan.json", '{"schema": 1}'),
+        ("plan.json", "["),
+        ("audits/unlearned.json", "{}"),
+        ("events.jsonl", "[]\n"),
+        ("scores.safetensors", "0"),
+    ],
+)
+def test_a_report_of_damaged_files_says_so_in_one_line_and_stays(copied, name, text):
+    folder, _ = copied
+    before = (folder / "report.html").read_bytes()
+    (folder / name).write_text(text)
+    with pytest.raises(RunError, match="its files cannot be read as those of a finished run"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_confirmations_in_a_folder_of_damaged_files_are_refused(copied, signed):
+    folder, _ = copied
+    key = read_private_key(signed / "operator", outside=folder)
+    (folder / "rounds.jsonl").write_text('{"header": 1}\n{}\n')
+    with pytest.raises(RunError, match=r"its files cannot be read as those of a finished run \(KeyError: 'entries'\)"):
+        acknowledge(folder, ["client-0"], key)
+    shutil.copytree(signed / "plain", folder.parent / "plain")
+    (folder.parent / "plain" / "events.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match=r"plain: its files cannot be read .* \(KeyError: 'event'\)"):
+        sign(folder.parent / "plain", key)
+    assert not (folder.parent / "plain" / "dossier.json").exists()
+
+
+def test_no_other_key_signs_a_folder_whose_report_names_one(signed, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(signed / "plain", folder)
+    make_keys(tmp_path / "other")
+    own, other = (read_private_key(path, outside=folder) for path in (signed / "operator", tmp_path / "other"))
+    named = verify.fingerprint(own.public_key())
+    EventLog(folder / "events.jsonl").once("operator named", key=named)  # as a run with --key, before its report
+    with pytest.raises(
+        EvidenceError, match=rf"its report names the key {named[:16]}\.\.\. as the one that signs it, got"
+    ):
+        sign(folder, other)
+    assert not (folder / "dossier.json").exists()
+    sign(folder, own)
+    sign(folder, own)
+    assert problems(folder, signed / "operator.pub") == []
+
+
+def test_a_folder_that_is_being_written_takes_no_confirmation(copied, signed):
+    folder, _ = copied
+    code = (
+        "import sys; from pathlib import Path; from fedunlearn.federation.lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    with Popen([sys.executable, "-c", code, str(folder)], stdin=PIPE, stdout=PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="is being written by process"):
+            acknowledge(folder, ["client-0"], read_private_key(signed / "operator", outside=folder))
+        writer.stdin.close()
 
 
 def test_damaged_feature_maps_are_named(tmp_path):

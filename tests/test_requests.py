@@ -19,7 +19,7 @@ from fedunlearn.federation.journal import Journal
 from fedunlearn.flower.app import built_by, engine_on, held_by
 from fedunlearn.flower.client import client_app
 from fedunlearn.run.audit_file import Candidate, audit_model
-from fedunlearn.run.commands import evaluate_weights, run
+from fedunlearn.run.commands import evaluate_weights, export_weights, run
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.inputs import share_out
 from fedunlearn.run.recipe import load_recipe
@@ -156,7 +156,24 @@ def test_the_class_may_be_gone_from_the_data(first, tmp_path):
     data = f"data.path={json.dumps(str(tmp_path / 'set.npz'))}"
     found = run(second(first, data), tmp_path / "two", command="unlearn")
     assert "earlier" not in found  # nothing here tells of it
-    assert read_weights(tmp_path / "two" / "model.safetensors").classes == ("cat", "owl")
+    model = tmp_path / "two" / "model.safetensors"
+    assert read_weights(model).classes == ("cat", "owl")
+
+    asked = second(first, data, f"model.weights={json.dumps(str(model))}")
+    assert evaluate_weights(asked)["accuracy"]["retain"] == found["unlearned"]["accuracy"]["retain"]
+    export_weights(asked, tmp_path / "model.onnx")
+    given = Candidate(model=model, original=tmp_path / "two" / "original.safetensors")
+    audited = audit_model(second(first, data, "audit.oracles=0"), tmp_path / "audit", given)
+    assert audited["model"]["accuracy"]["retain"] == found["unlearned"]["accuracy"]["retain"]
+
+    recipe = second(first, data)
+    app = client_app(
+        lambda own: built_by(recipe, own), lambda own: held_by(recipe, own), rules=lambda own: recipe.rules()
+    )
+    engine = engine_on(Loopback(nodes(app, recipe.federation.clients)))
+    run(recipe, tmp_path / "flower", command="unlearn", engine=engine)
+    theirs = read_weights(tmp_path / "flower" / "model.safetensors").state
+    assert all(torch.equal(own, theirs[name]) for name, own in read_weights(model).state.items())
 
 
 def test_a_client_that_held_nothing_but_the_forgotten_class_is_left_out(first, tmp_path):

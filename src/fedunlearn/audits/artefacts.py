@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
-from fedunlearn.errors import ModelError
+from fedunlearn.channels.plan import PruningPlan
+from fedunlearn.errors import ModelError, PlanError
 
 _METADATA = {"schema", "architecture", "labels", "classes", "mean", "std", "plan"}
 
@@ -38,24 +39,27 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
             about = json.loads(file.metadata()["fedunlearn"])
             extra = sorted(file.metadata().keys() - {"fedunlearn"})
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        kept = PruningPlan.from_json(json.dumps(about["plan"])).kept
+        names, labels = list(about["classes"]), list(about["labels"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, PlanError) as error:
         raise ModelError(f"{path}: expected a model written by fedunlearn, but {error}") from error
-    kept: Mapping[str, Mapping[str, Sequence[int]]] = about["plan"]["kept"]
     lines = [f"tensor {name} is not of the architecture" for name in sorted(found.keys() - state.keys())]
     lines += [f"metadata {key} is not needed to use the model" for key in [*extra, *sorted(about.keys() - _METADATA)]]
-    if len(about["classes"]) != len(about["labels"]):
-        lines.append(f"{len(about['classes'])} names of classes for {len(about['labels'])} output rows")
-    lines += [f"the labels name the forgotten class {label}" for label in forget if label in about["labels"]]
+    if len(names) != len(labels):
+        lines.append(f"{len(names)} names of classes for {len(labels)} output rows")
+    lines += [f"the labels name the forgotten class {label}" for label in forget if label in labels]
+    lines += [f"the plan cuts {name}, which is not of the architecture" for name in sorted(kept.keys() - state.keys())]
     for name in sorted(found.keys() & state.keys()):
         wanted = list(state[name].shape)
         for axis, positions in kept.get(name, {}).items():
-            wanted[int(axis)] = len(positions)
+            wanted[axis : axis + 1] = [len(positions)]
         if list(found[name].shape) != wanted:
             lines.append(f"tensor {name} has shape {list(found[name].shape)}, the plan leaves {wanted}")
-    lines += _rows_left(found, state, forget, len(about["labels"]) + len(set(forget) - set(about["labels"])))
+    lines += _rows_left(found, state, forget, len(labels) + len(set(forget) - set(labels)))
     data = path.read_bytes()
-    for name, axes in sorted(kept.items()):
-        gone = sorted(set(range(len(state[name]))) - set(axes.get("0", range(len(state[name])))))
+    for name in sorted(kept.keys() & state.keys()):
+        rows = range(len(state[name]))
+        gone = sorted(set(rows) - set(kept[name].get(0, rows)))
         if state[name].ndim == 4:
             lines += [f"filter {row} of {name} is still in the file" for row in gone if _inside(state[name][row], data)]
     return lines

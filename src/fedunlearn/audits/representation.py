@@ -72,6 +72,7 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
             for name, distance in (("cka", linear_cka), ("procrustes", procrustes))
         }
         for layer, x in seen.layers.items()
+        if all(layer in reference.layers for reference in references)  # a network of another kind shares the features
     }
     figures = {name: Figure(value) for name, value in distances["features"].items()}
     return Found(figures, {"representation": distances})

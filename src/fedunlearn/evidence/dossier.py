@@ -14,8 +14,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedunlearn.errors import EvidenceError
-from fedunlearn.evidence.events import EVENTS, EventLog, now
-from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.events import EVENTS, OPERATOR, EventLog, now
+from fedunlearn.evidence.folder import RunFolder, readable
 from fedunlearn.evidence.verify import (
     CONFIRMED,
     COSTS,
@@ -28,7 +28,7 @@ from fedunlearn.evidence.verify import (
     scope,
 )
 from fedunlearn.evidence.words import LIMITS
-from fedunlearn.federation.lock import LOCK
+from fedunlearn.federation.lock import LOCK, FolderLock
 from fedunlearn.files import written
 
 _SCHEMA = 1
@@ -38,6 +38,8 @@ _VERIFIER = "verify.py"
 def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = None) -> None:
     """Write dossier.json, its signature and a copy of the verifier into the folder of a finished run, audited or not.
 
+    The report of a run that had a key names it, so no other signs it.
+
     Args:
         folder: the folder; nothing in it changes afterwards without the dossier telling.
         key: the operator's.
@@ -45,21 +47,30 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
 
     Raises:
         RunError: the folder does not hold a finished run.
+        EvidenceError: the run names another key.
     """
     run = RunFolder.read(folder)
+    with readable(folder):
+        named = _operator(folder)
+    if named not in ("", fingerprint(key.public_key())):
+        raise EvidenceError(
+            f"{folder}: its report names the key {named[:16]}... as the one that signs it, got the key "
+            f"{fingerprint(key.public_key())[:16]}...: give that key, or do the same into another --out with this one"
+        )
     verifier = files("fedunlearn").joinpath("evidence", "verify.py").read_bytes()
     _write(folder / _VERIFIER, verifier)
-    value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
+    with readable(folder):
+        value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     _write(folder / DOSSIER, data)
     _write(folder / SIGNATURE, key.sign(data))
 
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Sign the folder of a finished run; again, with another key or for longer, where it is as its dossier says.
+    """Sign the folder of a finished run; again, for longer, where it is as its dossier says.
 
     Raises:
-        EvidenceError: see ``check_unchanged``.
+        EvidenceError: see ``check_unchanged`` and ``write_dossier``.
     """
     if (folder / DOSSIER).exists():
         check_unchanged(folder)
@@ -105,18 +116,29 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
         key: the operator's.
 
     Raises:
-        RunError: the folder does not hold a finished run.
+        RunError: the folder does not hold a finished run, or another process writes there.
         EvidenceError: the run only trained a model, a client took no part in it, another key signed the folder, or
             something in it is not what was signed.
     """
     run = RunFolder.read(folder)
+    lock = FolderLock(folder)
+    try:
+        lock.take()
+        _acknowledge(run, clients, key)
+    finally:
+        lock.leave()
+
+
+def _acknowledge(run: RunFolder, clients: Sequence[str], key: Ed25519PrivateKey) -> None:
+    folder = run.path
     if "unlearned" not in run.result and "verdict" not in run.result:
         raise EvidenceError(
             f"{folder}: nothing was forgotten or audited here, so no deletion can be confirmed: give the folder of "
             "fedunlearn run, unlearn or audit"
         )
-    lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
-    known = {name for line in lines for entry in json.loads(line)["entries"] for name in entry["clients"]}
+    with readable(folder):
+        lines = (folder / "rounds.jsonl").read_bytes().splitlines()[1:]
+        known = {name for line in lines for entry in json.loads(line)["entries"] for name in entry["clients"]}
     if not known:
         raise EvidenceError(
             f"{folder}: no client took part here, where a model from elsewhere was audited: confirm deletions in the "
@@ -137,7 +159,7 @@ def acknowledge(folder: Path, clients: Sequence[str], key: Ed25519PrivateKey) ->
                 "fedunlearn verify says"
             ) from error
         check_unchanged(folder, confirming=clients)
-    log = EventLog(run.path / EVENTS)
+    log = EventLog(folder / EVENTS)
     for name in clients:
         log.once(f"{CONFIRMED}{name}")
     write_dossier(folder, key)
@@ -173,6 +195,13 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
 
 _PURGED = ["output rows of the forgotten classes", "channels listed in plan.json"]
 _RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", *COSTS)
+
+
+def _operator(folder: Path) -> str:
+    """Return the fingerprint of the key that the events name; empty where the run had none."""
+    lines = (folder / EVENTS).read_bytes().splitlines() if (folder / EVENTS).exists() else []
+    events = {own["event"]: own for own in map(json.loads, lines)}
+    return str(events[OPERATOR]["facts"]["key"]) if OPERATOR in events else ""
 
 
 def _hashed(folder: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.errors import EvidenceError, RunError
+from fedunlearn.errors import EvidenceError, FedUnlearnError, RunError
 from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.files import write_text
 
@@ -45,8 +46,8 @@ class RunFolder:
         file = path / RESULT
         if not file.is_file():
             raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
-        result = _json(file)
-        return RunFolder(path, result, {own.stem: _json(own) for own in sorted((path / "audits").glob("*.json"))})
+        result = read_json(file)
+        return RunFolder(path, result, {own.stem: read_json(own) for own in sorted((path / "audits").glob("*.json"))})
 
     @staticmethod
     def audited(path: Path) -> RunFolder:
@@ -106,7 +107,30 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _json(path: Path) -> dict[str, Any]:
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Tell in one line that the files of a run are not what a run writes, whatever fails by it.
+
+    Raises:
+        RunError: a value that is expected in one of them is missing or of another kind.
+    """
+    try:
+        yield
+    except FedUnlearnError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise RunError(
+            f"{folder}: its files cannot be read as those of a finished run ({type(error).__name__}: {error}): where "
+            "they were changed or lost in part, put back what was there, or do the same into another --out"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a file of a run.
+
+    Raises:
+        RunError: it cannot be read.
+    """
     try:
         value: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ import jinja2
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence.events import EVENTS, OPERATOR
-from fedunlearn.evidence.folder import REPORT, RunFolder, write_unsigned
+from fedunlearn.evidence.folder import REPORT, RunFolder, readable, write_unsigned
 from fedunlearn.evidence.pictures import plots_of, until_back
 from fedunlearn.evidence.words import (
     GLOSSARY,
@@ -42,13 +42,20 @@ def write_report(folder: Path) -> None:
     """Write report.html and report.md into the folder of an audited run; the same files give the same bytes.
 
     Raises:
-        RunError: the folder does not hold an audited run.
+        RunError: the folder does not hold an audited run, or its files do not hold what one writes.
         EvidenceError: the folder is signed, and the signature would no longer fit.
     """
-    run = RunFolder.audited(folder)
-    plan = folder / "plan.json"
+    with readable(folder):
+        texts = _rendered(_values(RunFolder.audited(folder)))
+    for name in (MARKDOWN, REPORT):  # where the page is there, all is
+        write_unsigned(folder, name, texts[name])
+
+
+def _values(run: RunFolder) -> dict[str, Any]:
+    """Return what the templates ask for."""
+    plan = run.path / "plan.json"
     cannot_tell = unable(run.result["audits"], run.figures("original"))
-    values = {
+    return {
         "result": run.result,
         "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
         "summary": summary(run.result),
@@ -83,9 +90,6 @@ def write_report(folder: Path) -> None:
             for label in run.result["forget"]
         ],
     }
-    texts = _rendered(values)
-    for name in (MARKDOWN, REPORT):  # where the page is there, all is
-        write_unsigned(folder, name, texts[name])
 
 
 def _rendered(values: Mapping[str, Any]) -> dict[str, str]:

@@ -12,13 +12,14 @@ from typing import IO, cast
 from pydantic import ValidationError
 from torch import nn
 
+from fedunlearn.checkpoint import read_weights
 from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import Context, Grid, ServerApp
-from fedunlearn.run.experiment import Experiment, new_model
+from fedunlearn.run.experiment import Experiment, architecture_of, new_model
 from fedunlearn.run.inputs import client_data
 from fedunlearn.run.recipe import Recipe, check, load_recipe
 from fedunlearn.training.compute import one_torch_thread
@@ -101,8 +102,11 @@ def held_by(recipe: Recipe, context: Context) -> ClientData:
 
 
 def built_by(recipe: Recipe, context: Context) -> nn.Module:
-    """Return the architecture of ``recipe`` for the images of this client."""
-    return new_model(recipe, _held(recipe.model_dump_json(), _number(context))[1], seed=0).module
+    """Return the architecture of ``recipe`` for the images of this client, or that of the weights it starts from."""
+    images = _held(recipe.model_dump_json(), _number(context))[1]
+    if not recipe.model.weights:
+        return new_model(recipe, images, seed=0).module
+    return architecture_of(read_weights(Path(recipe.model.weights)), recipe, images).module
 
 
 def _number(context: Context) -> int:

@@ -22,7 +22,7 @@ from fedunlearn.evidence.verify import fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.federation.about import weights_digest
 from fedunlearn.run.compare import retrained_models
-from fedunlearn.run.experiment import Experiment, new_model, save_model, set_up
+from fedunlearn.run.experiment import Experiment, architecture_of, save_model, set_up
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
 from fedunlearn.run.kept import KNOWS, most_named
 from fedunlearn.run.machine import settled
@@ -241,7 +241,7 @@ def _subject(weights: Weights, experiment: Experiment) -> Subject:
     """Return the model in a file; one without a label map has a row for every class, or for every class but these."""
     train, forget = experiment.splits.train, experiment.forget
     # The architecture is that of all classes; the plan of a file says which rows went.
-    empty = new_model(experiment.recipe, replace(train, classes=experiment.all_classes), seed=0)
+    empty = architecture_of(weights, experiment.recipe, replace(train, classes=experiment.all_classes))
     weights = named_for(weights, empty).numbered(train.classes)
     everything = tuple(range(len(train.classes)))
     rows = weights.state.get(f"{head_layer(empty.module, empty.example)}.weight")

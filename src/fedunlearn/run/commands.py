@@ -25,7 +25,7 @@ from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle, check_kept, controls, forgotten_model, method_block, retrained_models
-from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
+from fedunlearn.run.experiment import Experiment, architecture_of, original_model, prepare, save_model
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
 from fedunlearn.run.kept import write_rounds
 from fedunlearn.run.machine import settled
@@ -98,7 +98,7 @@ def run(
             work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
         write_card(out)
         write_report(out)
-    if signer is not None and command != "train":  # again where it is signed already: with another key, or for longer
+    if signer is not None and command != "train":  # again where it is signed already: for longer
         sign(out, signer)
     work.fed.journal.leave()
     return read_result(out)
@@ -169,7 +169,7 @@ def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages, tuple[int, ...]
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
     weights = weights.numbered(test.classes)
-    model = load_weights(new_model(recipe, test, seed=0), weights)
+    model = load_weights(architecture_of(weights, recipe, test), weights)
     forget = class_numbers(recipe.unlearn.forget, test.classes)
     if model.labels is None:
         return model, test, forget

@@ -171,7 +171,7 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     if weights is None:
         model = new_model(recipe, train, seed=seed, earlier=earlier)
     else:
-        model = load_weights(_architecture(recipe, everything, weights), weights)
+        model = load_weights(architecture_of(weights, recipe, everything), weights)
         model = replace(model, labels=None) if earlier else model
     head_layer(model.module, model.example)  # refused here, not after hours of training
     find_channels(model.module, model.example)
@@ -188,8 +188,11 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
 
 
-def _architecture(recipe: Recipe, images: LabelledImages, weights: Weights) -> Classifier:
-    """Return the model that ``weights`` were cut from; with rows for classes of before that the data has no more."""
+def architecture_of(weights: Weights, recipe: Recipe, images: LabelledImages) -> Classifier:
+    """Return the recipe's architecture as ``weights`` were cut from it, with fresh weights.
+
+    It has a row for each class of ``images``, and for each that the weights forgot and the data has no more.
+    """
     model = new_model(recipe, images, seed=recipe.federation.seed)
     rows = weights.plan.shapes.get(f"{head_layer(model.module, model.example)}.weight", (model.rows,))[0]
     gone = rows - len(images.classes)

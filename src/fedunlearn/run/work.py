@@ -10,7 +10,7 @@ from typing import Any
 
 from fedunlearn.errors import EvidenceError
 from fedunlearn.evidence.events import EVENTS, EventLog
-from fedunlearn.evidence.folder import RESULT, SCHEMA, versions
+from fedunlearn.evidence.folder import RESULT, SCHEMA, read_json, versions
 from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
@@ -97,5 +97,4 @@ def finished(work: Work, blocks: Callable[[], Mapping[str, Any]]) -> None:
 
 def read_result(out: Path) -> dict[str, Any]:
     """Return the content of result.json."""
-    result: dict[str, Any] = json.loads((out / RESULT).read_text("utf-8"))
-    return result
+    return read_json(out / RESULT)
