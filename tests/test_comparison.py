@@ -246,8 +246,13 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
         (["audit.oracles=0"], Plan(("relabel",), tune=1), "--tune needs retrained models, whose R it is to reach"),
         (
             ["privacy.noise=2", "privacy.clip=1", "unlearn.sample=0"],
+            Plan(("contrast", "head_only")),
+            "privacy.noise protects one request, and a comparison measures the clients for each method, seed and trial",
+        ),
+        (
+            ["privacy.secure=true", "federation.engine=flower-simulation"],
             Plan(("contrast", "ssd", "head_only")),
-            "privacy.noise and privacy.secure protect what clients measure, and other numbers are asked for by ssd",
+            "privacy.secure protects what clients measure, and other numbers are asked for by ssd",
         ),
     ],
 )

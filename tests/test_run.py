@@ -275,6 +275,8 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     ratios = [cost_blocks(experiment, {"retrained-1": oracle}, result)["speedup"] for oracle in (first, second)]
     assert ratios[1] == {name: ratio for name, ratio in ratios[0].items() if name != "client_seconds"}
     assert "client_seconds" in ratios[0]
+    unseen = replace(first, steps=[replace(step, validation=None) for step in first.steps])  # of a folder of models
+    assert cost_blocks(experiment, {"retrained-1": unseen}, result) == {}
 
 
 def test_a_damaged_kept_model_is_trained_anew(tmp_path):

@@ -10,7 +10,6 @@ from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.methods.base import Outcome, Request, resolved
 from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
@@ -104,10 +103,8 @@ def request(
     rows = [experiment.engine.clients.index(name) for name in clients]
     stay = [label for label in range(len(experiment.splits.train.classes)) if label not in forget]
     kept = experiment.table[rows][:, stay].sum()
-    # Clients elsewhere have rules of their own: those that hold fewer images than the default lets an answer stand for
-    # would only refuse.
-    local = experiment.recipe.federation.engine == "local"
-    least = (experiment.recipe.rules() if local else DEFAULT_RULES).min_images
+    # Those that hold fewer images than their rules let an answer stand for would only refuse.
+    least = experiment.recipe.rules().min_images
     holds = (experiment.table[:, forget].sum(1) >= max(1, least)).tolist()
     return Request(
         experiment.forget,

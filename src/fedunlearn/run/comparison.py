@@ -123,8 +123,9 @@ def _check(experiment: Experiment, plan: Plan) -> None:
     """Refuse before any work what the cells would be worth nothing without.
 
     Raises:
-        RecipeError: settings are to be tried without validation images or without retrained models to reach, or the
-            recipe protects what clients measure and a method asks for other numbers.
+        RecipeError: settings are to be tried without validation images or without retrained models to reach; clients
+            add noise, which each of the many measurements would spend anew; or they aggregate securely and a method
+            asks for other numbers.
         DataError: there are no test images of a class to forget, or none of the others.
     """
     recipe = experiment.recipe
@@ -134,11 +135,16 @@ def _check(experiment: Experiment, plan: Plan) -> None:
         raise RecipeError("--tune needs validation images: set data.validation above 0")
     if plan.tune and recipe.audit.oracles == 0:
         raise RecipeError("--tune needs retrained models, whose R it is to reach: set audit.oracles above 0")
-    bare = [method.name for method in plan.chosen if method.run is not head_only and not method.measures]
-    if bare and (recipe.privacy.noise or recipe.privacy.secure):
+    if recipe.privacy.noise:
         raise RecipeError(
-            "privacy.noise and privacy.secure protect what clients measure, and other numbers are asked for by "
-            f"{', '.join(bare)}: leave them out, or name other --methods"
+            "privacy.noise protects one request, and a comparison measures the clients for each method, seed and "
+            "trial, which no epsilon here accounts for: compare without it, and set it for the run"
+        )
+    bare = [method.name for method in plan.chosen if method.run is not head_only and not method.measures]
+    if bare and recipe.privacy.secure:
+        raise RecipeError(
+            "privacy.secure protects what clients measure, and other numbers are asked for by "
+            f"{', '.join(bare)}: leave it out, or name other --methods"
         )
 
 

@@ -35,13 +35,14 @@ _logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parents[1]
 # Files that decide what training from fresh weights computes.
 _TRAINED_BY = (
-    "training/*.py",
+    "training/**/*.py",
     "data/*.py",
     "federation/ask.py",
     "federation/averaging.py",
     "federation/federation.py",
     "federation/jobs.py",
     "federation/local.py",
+    "federation/privacy.py",
     "federation/rounds.py",
     "federation/tasks.py",
     "methods/retrain.py",
@@ -50,6 +51,8 @@ _TRAINED_BY = (
     "run/experiment.py",
     "run/inputs.py",
     "run/kept.py",
+    "run/recipe.py",
+    "run/tables.py",
     "seeding.py",
 )
 
@@ -80,7 +83,8 @@ class KeptModel:
         if ":" in recipe.model.name:
             return None
         parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
-        about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed]
+        fewest = recipe.rules().min_images  # clients with fewer images take no part, nor count those of validation
+        about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed, fewest]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         return KeptModel(cache_folder() / "retrained" / f"{key}.safetensors")
 

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedunlearn.errors import RecipeError
-from fedunlearn.federation.privacy import Privacy
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.tables import (
     ON_FLOWER,
@@ -94,8 +94,12 @@ class Recipe(Table):
         )
 
     def rules(self) -> Privacy:
-        """Return what clients do to their statistics before they leave."""
-        return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise, min_images=1)
+        """Return what clients do to their statistics before they leave.
+
+        Sites of a deployment have a ``min_images`` of their own, of which none is known but the default.
+        """
+        fewest = DEFAULT_RULES.min_images if self.federation.engine == "flower" else 1
+        return Privacy(self.privacy.min_count, self.privacy.clip, self.privacy.noise, min_images=fewest)
 
     def digest(self, *tables: str) -> str:
         """Return the SHA-256 of these tables (all where none is named), for a cache.
@@ -104,7 +108,7 @@ class Recipe(Table):
         """
         value = self.model_dump(mode="json")
         value["data"].pop("path")
-        for name in ("engine", "deadline"):  # who runs the clients does not change what they do
+        for name in ("engine", "deadline"):  # who runs the clients does not change what they do, but for their rules
             value["federation"].pop(name)
         value["compute"].pop("workers")  # nor does how many work at the same time
         chosen = {table: value[table] for table in tables or value}

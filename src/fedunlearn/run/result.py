@@ -127,15 +127,18 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
 
     ``speedup``: until it was as good as the unlearned one. ``speedup_whole``: all its rounds, as whoever cannot watch
     the validation accuracy pays for. None of them where the original never knew the class: nothing was forgotten,
-    however fast.
+    however fast; nor where nobody looked how good the retrained model was on its way.
     """
     reached = result["unlearned"]["validation"]["retain"]
     if reached is None or not oracles or not knew(result["original"]["accuracy"], len(result["classes"])):
         return {}
     first = next(iter(oracles.values()))
+    curve = training_curve(first.steps)
+    if not curve:
+        return {}
     retraining = cost_until(first.steps, reached) | {"validation_unseen": validation_unseen(experiment)}
     costs = result["cost"] | {"retrain": retraining, "retrain_whole": whole_cost(first.steps)}
-    blocks: dict[str, Any] = {"cost": costs, "retraining": training_curve(first.steps)}
+    blocks: dict[str, Any] = {"cost": costs, "retraining": curve}
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):
         blocks[name] = speedup(costs["unlearn"], costs[retrained])
         if first.cached:  # seconds of another day, perhaps of another machine
