@@ -77,19 +77,30 @@ def test_secure_aggregation_in_the_simulation_prunes_the_same_channels(tmp_path,
     assert json.loads(done.stdout)["privacy"]["secure"] is True
 
 
-def test_a_deployment_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path):
+def phases(out):
+    return [json.loads(line)["phase"] for line in (out / "rounds.jsonl").read_text().splitlines()[1:]]
+
+
+def test_a_deployment_makes_the_same_model_as_one_process(tmp_path):
     # Each message starts a process that imports torch: two sites, one drawn in a round, none asked for validation.
-    settings = ("federation.clients=2", "federation.participation=0.5", "data.validation=0", *SETTINGS[1:])
-    local, out = tmp_path / "local", tmp_path / "run"
+    few = ("federation.clients=2", "federation.participation=0.5", "data.validation=0", "train.rounds=1")
+    settings, local, out = (*few, "unlearn.rounds=1"), tmp_path / "local", tmp_path / "run"
     run(load_recipe("digits", settings), local, command="unlearn")
     with Deployment(tmp_path / "sites", nodes=2) as sites:
-        assert_killed_and_resumed(sites, out, local, settings)
+        options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
+        done = subprocess.run(command(out, *options, settings=settings), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "training the original: done" in done.stderr
+        assert_same_run(out, local)
+        assert phases(out) == ["train", "measure-0", "reestimate", "repair"]
     assert sites.processes() == {}
 
 
-def assert_killed_and_resumed(sites, out, local, settings):
+@pytest.mark.sites
+def test_a_run_whose_server_was_killed_goes_on_and_makes_the_same_model(tmp_path, sites, local):
+    out = tmp_path / "run"
     options = ("--engine", "flower", "--superlink", sites.address, "--ca", str(sites.ca))
-    with start(command(out, *options, settings=settings)) as first:
+    with start(command(out, *options)) as first:
         while first.poll() is None and finished(out) < 1:
             time.sleep(0.2)
         sites.kill("superlink")
@@ -98,12 +109,11 @@ def assert_killed_and_resumed(sites, out, local, settings):
     assert "fedunlearn: flwr list on" in said
     assert not (out / "result.json").exists()
     sites.start_superlink()
-    again = subprocess.run(command(out, *options, settings=settings), capture_output=True, text=True)
+    again = subprocess.run(command(out, *options), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "training the original: done" in again.stderr
     assert_same_run(out, local)
-    rounds = [json.loads(line)["phase"] for line in (out / "rounds.jsonl").read_text().splitlines()[1:]]
-    assert rounds == ["train", "train", "measure-0", "reestimate", "repair"]
+    assert phases(out) == ["train", "train", "measure-0", "reestimate", "repair"]
 
 
 @pytest.mark.sites

@@ -25,7 +25,7 @@ from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import DataError, ModelError, PlanError, RecipeError, RunError
+from fedunlearn.errors import DataError, EvidenceError, ModelError, PlanError, RecipeError, RunError
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
 from fedunlearn.federation import journal as journals
@@ -798,8 +798,10 @@ def test_several_classes_are_forgotten_audited_signed_and_verified(tmp_path):
     assert set(result["controls"]) == {"original", "head_only", "pruned", "random", "finetune"}
     other = tmp_path / "other"
     make_keys(other)
-    run(recipe, tmp_path / "out", key=other)  # a finished run is signed again
-    assert problems(tmp_path / "out", tmp_path / "other.pub") == []
+    with pytest.raises(EvidenceError, match=r"its report names the key .* as the one that signs it, got the key"):
+        run(recipe, tmp_path / "out", key=other)
+    run(recipe, tmp_path / "out", key=tmp_path / "operator")  # a finished run is signed again
+    assert problems(tmp_path / "out", tmp_path / "operator.pub") == []
 
 
 def test_a_run_that_cannot_be_audited_is_refused_before_any_work(tmp_path):

@@ -20,7 +20,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import cores, one_torch_thread
 
 _HEAD = ""  # no convolution has this name
-_SMALLEST_PART = 64  # images: for fewer, a thread and its copy of the model cost more than they save
+_SMALLEST_PART = 128  # images: for fewer, a thread and its copy of the model cost more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,23 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
     taps = {_HEAD: Tap(head_layer(module, example), "input", 0, 0)}
     if layers:
         taps |= {name: tap for name, tap in find_channels(module, example).taps.items() if tap.module}
+    return _in_parts(module, images, taps)
+
+
+def logits_of(model: nn.Module, images: LabelledImages) -> Tensor:
+    """Return the logits that ``model``, checked before, gives ``images`` in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: they are not finite.
+    """
+    return _in_parts(model, images, {}).logits
+
+
+def _in_parts(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) -> Observed:
     part = max(_SMALLEST_PART, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        seen = list(pool.map(lambda some: _observe(copied(module).eval(), some, taps), parts))
+        seen = list(pool.map(lambda some: _observe(copied(model).eval(), some, taps), parts))
     return _joined(seen)
 
 
@@ -75,7 +88,7 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
                 for name, tap in taps.items()
                 if name != _HEAD
             }
-            features = head_input(maps[_HEAD]).float().cpu()
+            features = head_input(maps[_HEAD]).float().cpu() if _HEAD in taps else logits[:, :0]
             seen.append(Observed(logits, features, {name: m.cpu() for name, m in means.items()}))
     return _joined(seen)
 

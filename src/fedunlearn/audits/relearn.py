@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, row_labels, share
 from fedunlearn.audits.images import AuditImages
-from fedunlearn.audits.observe import observe
+from fedunlearn.audits.observe import logits_of
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.groups import head_layer
 from fedunlearn.channels.kinds import resize
@@ -121,7 +121,7 @@ def with_all_rows(model: Classifier, classes: int) -> Classifier:
 
 
 def _accuracy(model: nn.Module, test: LabelledImages, row_of: torch.Tensor) -> float:
-    return float((observe(model, test).logits.argmax(1) == row_of[test.labels]).double().mean())
+    return float((logits_of(model, test).argmax(1) == row_of[test.labels]).double().mean())
 
 
 def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
