@@ -205,3 +205,13 @@ def test_a_model_whose_rows_do_not_fit_or_whose_weights_are_not_finite_is_not_wr
     with pytest.raises(ModelError, match=r"4.running_var has 1 values of 8 that are NaN or infinite"):
         save_checkpoint(path, classifier(net), images=make_images(), architecture=about)
     assert not path.exists()
+
+
+def test_tensors_that_are_parts_of_one_are_written(tmp_path):
+    net = make_net(classes=4)
+    storage = torch.arange(6.0)
+    net.register_buffer("low", storage[:4])
+    net.register_buffer("high", storage[2:])
+    save_checkpoint(tmp_path / "m.safetensors", classifier(net), images=make_images(8, 4), architecture={"name": "x"})
+    state = read_weights(tmp_path / "m.safetensors").state
+    assert (state["low"].tolist(), state["high"].tolist()) == ([0, 1, 2, 3], [2, 3, 4, 5])

@@ -29,6 +29,7 @@ from fedunlearn.data.npz import load_npz
 from fedunlearn.errors import ModelError, PlanError
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.models import build_model
+from fedunlearn.options import Options
 from fedunlearn.version import __version__
 
 UNPRUNABLE = """
@@ -76,6 +77,21 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told")
     done = fedunlearn("run", write_set(folder, oracles=3), "--out", folder / "out", "--set", "train.rounds=2")
     return folder, done
+
+
+def test_weights_that_are_named_are_those_that_are_taken(tmp_path):
+    given = Options(recipe="digits", weights="mine.pt", models=tmp_path).recipe_set()
+    assert (given.model.weights, given.audit.models) == ("mine.pt", str(tmp_path))
+    assert Options(recipe="digits", models=tmp_path).recipe_set().model.weights == str(
+        tmp_path / "original.safetensors"
+    )
+
+
+def test_a_folder_may_have_brackets_in_its_name(recipe, tmp_path):
+    out = tmp_path / "o[/old]"
+    done = fedunlearn("train", "--recipe", recipe, "--set", "train.rounds=1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert f"files: {out}" in done.stderr
 
 
 def test_a_run_prints_its_table_its_verdict_and_where_the_files_are(told):

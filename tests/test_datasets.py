@@ -94,7 +94,7 @@ def test_labels_are_those_that_are_given_or_the_targets_or_those_of_one_pass():
     drawn = Drawn(images)
     assert from_dataset(drawn, NAMES).labels.equal(images.labels)
     assert drawn.asked == [0, *range(9)]
-    drawn.targets = [2] * 9
+    drawn.targets, drawn.labels = [2] * 9, torch.full((9,), 2)
     assert from_dataset(drawn, NAMES).labels.tolist() == [2] * 9
     assert from_dataset(drawn, NAMES, labels=[1] * 9).labels.tolist() == [1] * 9
 
@@ -327,3 +327,29 @@ def test_from_training_to_findings_with_data_model_and_optimiser_of_the_users_ow
     assert set(NEEDED) <= set(findings.models["unlearned"].figures)
     assert findings.judgements["original"]["verdict"] in VERDICTS
     assert f"{findings.verdict}: {findings.judgements['unlearned']['reason']}" == str(findings).splitlines()[0]
+
+
+class Renumbered(Dataset):
+    """Leaves the targets it was made with as they are."""
+
+    def __init__(self, order, numbers):
+        self.images, self.targets = torch.rand(40, 1, 8, 8), (torch.arange(40) % 2).tolist()
+        self.order, self.numbers = order, numbers
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, row):
+        own = self.order[row]
+        return self.images[own], self.numbers[self.targets[own]]
+
+
+def test_targets_that_items_gainsay_are_refused():
+    as_it_is, backwards = list(range(40)), list(range(39, -1, -1))
+    assert from_dataset(Renumbered(as_it_is, (0, 1)), ("a", "b")).counts().tolist() == [20, 20]
+    for order, numbers in ((as_it_is, (1, 0)), (backwards, (0, 1))):
+        data = Renumbered(order, numbers)
+        with pytest.raises(DataError, match="gives item 0 the label 1, and its targets 0: say which, from_dataset"):
+            from_dataset(data, ("a", "b"))
+        own = [data[row][1] for row in range(40)]
+        assert from_dataset(data, ("a", "b"), labels=own).labels.tolist() == own

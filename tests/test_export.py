@@ -102,3 +102,17 @@ def test_nothing_is_written_into_a_signed_folder(tmp_path):
     text = f"{tmp_path} holds a signed dossier, which one more file would break: write m.onnx elsewhere"
     with pytest.raises(RunError, match=re.escape(text)):
         export_weights(load_recipe("digits"), tmp_path / "sub" / "m.onnx")
+
+
+class Halved(nn.Module):
+    """Pools means in float64, which onnxruntime cannot."""
+
+    def forward(self, maps):
+        return nn.functional.avg_pool2d(maps.double(), 2).float()
+
+
+def test_what_onnxruntime_cannot_run_is_told_in_one_line(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), Halved(), nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(ModelError, match="not written: onnxruntime cannot run what torch exports"):
+        export_onnx(tmp_path / "m.onnx", classifier(net), images=make_images())
+    assert not (tmp_path / "m.onnx").exists()

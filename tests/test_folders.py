@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from rich.console import Console
 
 from conftest import EXAMPLES
@@ -295,6 +295,41 @@ def test_opaque_alpha_changes_nothing(tmp_path):
     opaque = np.concatenate([pixels, np.full((8, 8, 1), 255, np.uint8)], 2)
     found = one(tmp_path, "x.png", lambda path: Image.fromarray(opaque).save(path))
     assert found.equal(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "CMYK"])
+def test_a_tiff_is_turned_whatever_its_pixels_and_its_compression_are(tmp_path, mode, compression):
+    pixels = np.zeros((4, 6), np.uint8)
+    pixels[:2, :3] = 200
+    pixels[3] = 90
+    picture = (
+        Image.fromarray(pixels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    )
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[0x0112] = 6  # the first row is the right edge
+    found = one(tmp_path, "x.tif", lambda path: picture.save(path, tiffinfo=tags, compression=compression))
+    assert found[0].equal(torch.from_numpy(np.rot90(pixels, -1).copy()))
+
+
+def test_a_tiff_of_16_bits_in_which_white_is_0_is_not_inverted(tmp_path):
+    pixels = np.array([[0, 200], [90, 255]], np.uint8)
+    data = (65535 - pixels.astype(np.uint16) * 257).astype("<u2").tobytes()
+    tags = [(256, 2), (257, 2), (258, 16), (259, 1), (262, 0), (273, 0), (277, 1), (278, 2), (279, len(data))]
+    offset = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, offset if tag == 273 else value) for tag, value in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    found = one(tmp_path, "x.tif", lambda path: path.write_bytes(header + data))
+    assert found[0].tolist() == pixels.tolist()
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    for name in (b"caf\xe9", b"dog"):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        folder.mkdir()
+        Image.new("L", (4, 4)).save(folder / "a.png")
+    with pytest.raises(DataError, match=r"the name of the folder 'caf\\udce9' is no UTF-8: rename it"):
+        read_folder(tmp_path)
 
 
 def test_the_exif_orientation_is_applied(tmp_path):

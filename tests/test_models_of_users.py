@@ -509,3 +509,23 @@ def test_an_example_without_a_batch_and_an_output_that_is_no_tensor_are_refused(
 
     with pytest.raises(ModelError, match=r"in evaluation the model must return one tensor of logits.*got a tuple"):
         evaluate(Pair(), make_images(), forget=0)
+
+
+class Counting(nn.Linear):
+    """Keeps a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        assert state
+
+
+def test_a_state_that_is_no_tensor_is_refused_by_name(images):
+    net = make_net()
+    net[8] = Counting(8, 3)
+    for step in (lambda: find_channels(net, normalised(images)[:2]), lambda: evaluate(net, images, forget=[1])):
+        with pytest.raises(
+            ModelError, match=r"8 keeps a state that is no tensor \(get_extra_state\), of which clients"
+        ):
+            step()

@@ -781,3 +781,76 @@ PLAN = {"schema": 1, "shapes": {}, "kept": {}, "pruned": {}, "left_out": {}}
 def test_text_that_is_no_plan_is_refused(text, message):
     with pytest.raises(PlanError, match=message):
         PruningPlan.from_json(text)
+
+
+def with_log_softmax(classes):
+    layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes)
+    return nn.Sequential(*layers, nn.LogSoftmax(1))
+
+
+def pooled_convolution(classes):
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(("make", "head"), [(with_log_softmax, "4"), (pooled_convolution, "2")])
+def test_a_head_is_known_down_to_its_last_row(make, head):
+    torch.manual_seed(0)
+    model = classifier(make(4))
+    rows = model.module.get_submodule(head).weight.detach().clone()
+    for label in range(3):
+        assert head_layer(model.module, model.example) == head
+        model = model.without_rows([label])
+    assert model.checked(4).labels == (3,)
+    assert model.module.get_submodule(head).weight.equal(rows[3:])
+
+
+def test_a_layer_of_two_rows_that_is_no_head_is_not_taken_for_one():
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 2, bias=False), nn.Hardtanh())
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head, Mixed())
+    with pytest.raises(ModelError, match="the model's output must come straight from a Linear layer"):
+        head_layer(net, torch.rand(2, 1, 8, 8))
+
+
+class Mixed(nn.Module):
+    """Weighs the classes unequally."""
+
+    def forward(self, logits):
+        return logits * torch.tensor([1.0, 2.0])[: logits.shape[1]]
+
+
+class Flattened(nn.Module):
+    """Joins branches that were flattened before."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(1, 5, 3)
+        self.last = nn.Linear(6 + 5 + 4, 3)
+
+    def forward(self, images):
+        one = self.a(images).relu()
+        parts = self.b(one).relu(), self.c(images).relu(), one
+        return self.last(torch.cat([part.mean((2, 3)) for part in parts], 1))
+
+
+def test_every_convolution_is_cut_or_left_out_by_name():
+    torch.manual_seed(0)
+    found = find_channels(Flattened().eval(), torch.rand(2, 1, 8, 8))
+    named = {layer for group in found.groups for layer in group.layers} | found.left_out.keys()
+    assert named == {"a", "b", "c"}
+
+
+class ByName(nn.Module):
+    """Gives a layer its input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(1, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.last(input=self.conv(images).relu().mean((2, 3)))
+
+
+def test_a_layer_may_be_given_its_input_by_name():
+    found = find_channels(ByName().eval(), torch.rand(2, 1, 8, 8))
+    assert [group.layers for group in found.groups] == [("conv",)]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.data import readers
 from fedunlearn.data.npz import load_npz, read_npz
 from fedunlearn.data.partition import partition
 from fedunlearn.data.readers import READERS, read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
@@ -73,6 +74,19 @@ def test_cifar10_is_read_from_the_folder_or_from_above_it(tmp_path):
     assert train.images[6, 2, 1, 3] == batch[b"data"][0].reshape(3, 32, 32)[2, 1, 3]
     assert train.labels[6] == batch[b"labels"][0]
     assert len(read_cifar10(tmp_path / "cifar-10-batches-py", official=False).train) == 30
+
+
+def test_the_official_names_are_in_their_order(tmp_path):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    path = tmp_path / "batches.meta"
+    for protocol in (2, 4):  # the files of several sources differ, their names do not
+        path.write_bytes(pickle.dumps({b"label_names": [name.encode() for name in names]}, protocol=protocol))
+        assert readers._names(path, b"label_names", readers.CIFAR10_NAMES_MD5) == tuple(names)
+    names[3], names[9] = names[9], names[3]
+    path.write_bytes(pickle.dumps({b"label_names": [name.encode() for name in names]}))
+    assert readers._names(path, b"label_names", None) == tuple(names)
+    with pytest.raises(DataError, match="the classes have other names, or another order, than the official ones"):
+        readers._names(path, b"label_names", readers.CIFAR10_NAMES_MD5)
 
 
 def test_cifar100_gives_fine_labels(tmp_path):

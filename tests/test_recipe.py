@@ -1,3 +1,4 @@
+import re
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -41,11 +42,14 @@ def test_overrides_are_toml_values_or_bare_words():
     )
     assert (recipe.unlearn.fraction, recipe.unlearn.criterion, recipe.unlearn.forget) == (0.2, "margin", (3,))
     assert recipe.training().augment == ("flip",)
-    assert load_recipe("digits", ["data.path=/a b/ü"]).data.path == "/a b/ü"
+    assert load_recipe("cifar10-resnet20", ["data.path=/a b/ü"]).data.path == "/a b/ü"
 
 
 def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
-    one, two = load_recipe("digits"), load_recipe("digits", ["data.path=elsewhere", "unlearn.fraction=0.2"])
+    one, two = (
+        load_recipe("cifar10-resnet20"),
+        load_recipe("cifar10-resnet20", ["data.path=elsewhere", "unlearn.fraction=0.2"]),
+    )
     assert one.digest("data", "train") == two.digest("data", "train")
     assert one.digest() != two.digest()
 
@@ -184,3 +188,43 @@ def test_the_repair_has_the_weight_decay_of_training_or_its_own():
 def test_an_erase_step_that_would_do_nothing_is_refused(settings, text):
     with pytest.raises(RecipeError, match=text):
         load_recipe("digits", settings)
+
+
+def test_a_class_is_named_by_text_or_by_a_whole_number(tmp_path):
+    assert load_recipe("digits", ["unlearn.forget=true"]).unlearn.forget == ("true",)
+    assert load_recipe("digits", ["unlearn.forget=3.0"]).unlearn.forget == ("3.0",)
+    assert load_recipe("digits", ["unlearn.forget=[3, 'cat']"]).unlearn.forget == (3, "cat")
+    for wrong in ("[true]", "[3.0]", "[1, [2]]"):
+        with pytest.raises(
+            RecipeError, match="Input should be the number or the name of a class, a name in quotes, got"
+        ):
+            load_recipe("digits", [f"unlearn.forget={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (
+            'model = "small-cnn"',
+            "model.weights=w.pt",
+            "model must be a table of keys, [model], got 'small-cnn': model.we",
+        ),
+        ("[[data]]", "data.path=x", "data must be a table of keys, [data], got [{}]: data.path cannot be set in it"),
+    ],
+)
+def test_a_key_is_set_in_a_table_alone(tmp_path, text, override, message):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(str(tmp_path / "r.toml"), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/pictures", "the digits come with scikit-learn, and data.path is /pictures: leave it out, or give"),
+        ("data.size=32", "data.size resizes the pictures of a folder, and data.source is digits"),
+    ],
+)
+def test_what_the_data_have_no_use_for_is_refused(override, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe("digits", [override])

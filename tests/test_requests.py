@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fedunlearn.flower.app import built_by, engine_on, held_by
 from fedunlearn.flower.client import client_app
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import evaluate_weights, export_weights, run
-from fedunlearn.run.experiment import prepare
+from fedunlearn.run.experiment import architecture_of, prepare
 from fedunlearn.run.inputs import share_out
 from fedunlearn.run.recipe import load_recipe
 from loopback import Loopback, nodes
@@ -209,3 +210,14 @@ def test_a_client_that_held_nothing_else_keeps_its_place(first):
     assert set(validation) <= set(clients)
     assert all(own.classes == images.classes[:1] for own in clients.values())
     assert prepare(recipe).federation(Journal()).engine.clients == tuple(clients)
+
+
+def test_a_plan_that_tells_of_any_number_of_classes_is_refused(first, tmp_path):
+    weights = read_weights(first / "one" / "model.safetensors")
+    shapes = dict(weights.plan.shapes) | {"linear.weight": (3_000_000, 16)}
+    recipe = load_recipe(str(first / "tiny.toml"))
+    plan = replace(weights.plan, shapes=shapes)
+    with pytest.raises(
+        ModelError, match="its plan tells of 3000000 output rows, the data has 4 classes: the file was ch"
+    ):
+        architecture_of(replace(weights, plan=plan), recipe, make_images(8, 4))

@@ -26,6 +26,7 @@ from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.run.commands import run
 from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.smallest import FRACTIONS, unlearn_smallest
 from fedunlearn.training.sgd import Training
@@ -246,3 +247,11 @@ def test_the_phases_of_an_attempt_say_how_much_was_pruned():
     with RunProgress(Console(file=text, width=100)) as progress:
         progress.observe("attempt-20.repair", 2, 2)
     assert text.getvalue() == "repairing (20 % pruned): done\n"
+
+
+def test_a_fraction_that_nobody_can_choose_is_refused_before_any_work(tmp_path):
+    recipe = load_recipe(
+        str(write_set(tmp_path)), ["unlearn.fraction=auto", "federation.clients=40", "data.validation=0.1"]
+    )
+    with pytest.raises(PlanError, match=r"the clients hold none of them \(data.validation is 0.1\): raise it"):
+        prepare(recipe)

@@ -1,7 +1,10 @@
 """A recipe and a model to start from."""
 
+import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,4 +54,18 @@ def test_data_or_a_class_that_is_not_there_is_named_and_nothing_written(images, 
         write_starter(tmp_path / "none", "dog", tmp_path / "mine")
     with pytest.raises(PlanError, match="no class is named 'cow'; the classes are ant, cat, dog, elk"):
         write_starter(images, "cow", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_few_images_are_shared_among_few_clients(images, tmp_path):
+    recipe, _ = write_starter(images, "dog", tmp_path / "mine")
+    assert load_recipe(str(recipe)).federation.clients == 3  # of 120 images
+
+
+def test_a_path_that_is_no_text_is_refused_before_anything_is_written(images, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/p\xe9x"))
+    folder.mkdir()
+    shutil.copy(images, folder)
+    with pytest.raises(DataError, match="the path is no UTF-8, as a recipe is: rename the folders in it"):
+        write_starter(folder / "set.npz", "dog", tmp_path / "mine")
     assert not (tmp_path / "mine").exists()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -166,3 +168,39 @@ def test_statistics_do_not_depend_on_the_batch_size():
     net, images = make_net(), make_images(count=30)
     one, all_at_once = measured(net, images, size=2), measured(net, images, size=30)
     torch.testing.assert_close(one.sums["3"], all_at_once.sums["3"], rtol=1e-5, atol=1e-6)
+
+
+class Residual(nn.Module):
+    """Adds its input to what a convolution made, in place or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.inner = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.outer, self.last = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, images):
+        images = self.first(images).relu()
+        maps = self.outer(self.inner(images).relu())
+        if self.inplace:
+            maps += images
+        else:
+            maps = maps + images
+        return self.last(maps.relu().mean((2, 3)))
+
+
+def activated(inplace, activation):
+    layers = nn.Conv2d(1, 6, 3), activation(inplace=inplace), nn.Conv2d(6, 8, 3), activation(inplace=inplace)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("hook", ["convolution", "activation"])
+@pytest.mark.parametrize(
+    "make", [Residual, partial(activated, activation=nn.SiLU), partial(activated, activation=nn.Hardswish)]
+)
+def test_what_is_measured_does_not_depend_on_whether_what_follows_works_in_place(images, make, hook):
+    apart, within = make(inplace=False).eval(), make(inplace=True).eval()
+    within.load_state_dict(apart.state_dict())
+    one, other = measured(apart, images, hook=hook), measured(within, images, hook=hook)
+    for layer, sums in one.sums.items():
+        assert sums.equal(other.sums[layer]), layer

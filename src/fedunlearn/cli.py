@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -130,7 +131,7 @@ def compare(options: Options) -> None:
         typer.echo(json.dumps(result, indent=2))
     elif not options.quiet:
         print_table(Console(), comparison_table(result))
-        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
+        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
     if result["failed"]:
         _fail(f"{len(result['failed'])} cells failed, the first: {next(iter(result['failed'].values()))}", 1)
 
@@ -215,7 +216,7 @@ def audit(options: Options) -> None:
         Console().print(verdict_line(result), highlight=False)
         if sure := certainty(result):
             Console().print(sure, highlight=False)
-        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False)
+        console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -232,7 +233,7 @@ def init(
         recipe, images = write_starter(data, forget, out)
         typer.echo(f"{len(images)} images to train on in {len(images.classes)} classes: {', '.join(images.classes)}")
         typer.echo(f"wrote {recipe} and {recipe.with_name('my_model.py')}")
-        typer.echo(f"next: cd {out} && fedunlearn run {recipe.name}")
+        typer.echo(f"next: cd {shlex.quote(str(out))} && fedunlearn run {recipe.name}")
 
 
 @app.command()
@@ -330,7 +331,7 @@ def _work(command: str, options: Options) -> None:
     _show(result, options, result)
     if not options.quiet:
         for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
-            console.print(text, soft_wrap=True, highlight=False)
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager

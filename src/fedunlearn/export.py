@@ -74,8 +74,12 @@ def export_onnx(path: Path | str, model: Classifier, *, images: LabelledImages) 
     about = {"classes": [images.classes[label] for label in labels], "mean": images.mean, "std": images.std}
     onnx.helper.set_model_props(written, {name: json.dumps(value) for name, value in about.items()})
     shown = torch.randn((_IMAGES, *model.shape), generator=generator(0, "onnx"))
-    session = onnxruntime.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"images": shown.numpy()})
+    try:
+        session = onnxruntime.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"images": shown.numpy()})
+    except Exception as error:  # as does onnxruntime on what the exporter writes
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: not written: onnxruntime cannot run what torch exports ({why})") from error
     expected = forward(module, shown)
     apart = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not apart <= _TOLERANCE:

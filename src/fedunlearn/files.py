@@ -52,9 +52,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     places = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        # A module under two names has one tensor under both, which safetensors writes as two.
-        state[name] = own.clone() if own.data_ptr() in places else own
-        places.add(own.data_ptr())
+        # A module under two names has one tensor under both, and two may be parts of one: safetensors writes each.
+        place = own.untyped_storage().data_ptr()
+        state[name] = own.clone() if place in places else own
+        places.add(place)
     with written(path) as part:
         part.write_bytes(save(state, dict(metadata)))
 

@@ -45,7 +45,7 @@ class Options:
         """Return the recipe with all that options override."""
         named = {
             "data.path": self.data,
-            "model.weights": self.weights if self.models is None else str(self.models / "original.safetensors"),
+            "model.weights": self.weights or (self.models and str(self.models / "original.safetensors")),
             "audit.models": None if self.models is None else str(self.models),
             "federation.engine": self.engine,
             "compute.precision": self.precision,
@@ -88,7 +88,8 @@ OPTIONS = {
         option(
             "models",
             Path | None,
-            "Folder of a run with the same data, training and request, or of its models alone: trains none.",
+            "Folder of a run with the same data, training and request, or of its models alone: trains none, and takes "
+            "its original unless --weights names another.",
         ),
         option("overrides", list[str] | None, "table.key=value overrides a key of the recipe.", flag="--set"),
         option(

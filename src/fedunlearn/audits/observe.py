@@ -79,17 +79,18 @@ def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) 
     """Observe ``images`` with a copy of the model that no other thread uses: its hooks collect into one place."""
     seen = []
     device = next(model.parameters()).device
+
+    def made(name: str, z: Tensor) -> Tensor:
+        if name == _HEAD:
+            return head_input(z).float().cpu().clone()
+        return channel_means(z, taps[name], model.get_submodule(name).get_parameter("weight").shape[0]).cpu()
+
     with torch.inference_mode():
         for batch, _ in batches(images, FORWARD_BATCH, device=device):
-            with reading(model, taps) as maps:
+            with reading(model, taps, made) as found:
                 logits = finite(model(batch)).float().cpu()
-            means = {
-                name: channel_means(maps[name], tap, model.get_submodule(name).get_parameter("weight").shape[0])
-                for name, tap in taps.items()
-                if name != _HEAD
-            }
-            features = head_input(maps[_HEAD]).float().cpu() if _HEAD in taps else logits[:, :0]
-            seen.append(Observed(logits, features, {name: m.cpu() for name, m in means.items()}))
+            features = found.get(_HEAD, logits[:, :0])
+            seen.append(Observed(logits, features, {name: found[name] for name in taps if name != _HEAD}))
     return _joined(seen)
 
 

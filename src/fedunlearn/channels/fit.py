@@ -27,6 +27,14 @@ def check_module(model: object) -> nn.Module:
         raise ModelError(f"the model is wrapped by {type(model).__name__}, which hides its layers: give model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is scripted, and its layers cannot be cut: give the model it was made from")
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state and not isinstance(
+            module.get_extra_state(), Tensor
+        ):
+            raise ModelError(
+                f"{name or 'the model'} keeps a state that is no tensor (get_extra_state), of which clients have no "
+                "average: take it off the model"
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name} has no shape yet (a lazy layer): call the model on a batch of images first")

@@ -30,7 +30,7 @@ from fedunlearn.channels.kinds import FOLLOWED, block_size, blocks_of, channel_a
 from fedunlearn.channels.slicing import parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group, Member
 from fedunlearn.channels.taps import HOOKS, Tap, rectified, with_gradients
-from fedunlearn.channels.trial import drawn_anew, try_out
+from fedunlearn.channels.trial import CROSSED, drawn_anew, try_out
 from fedunlearn.errors import ModelError
 
 _SAME = 1e-4  # of the largest logit: how far what follows the head may move the others
@@ -112,6 +112,9 @@ def find_channels(model: nn.Module, example: Tensor, *, hook: str = "activation"
             usable.append(group)
         else:
             left_out |= dict.fromkeys(group.layers, reason)
+    named = {layer for group in usable for layer in group.layers} | left_out.keys()
+    lost = [name for name in calls if isinstance(trial.get_submodule(name), nn.Conv2d) and name not in named]
+    left_out |= dict.fromkeys(lost, CROSSED)  # of no group: Torch-Pruning has not all of their channels
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ModelError(
@@ -211,19 +214,31 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
 
 def _has_rows(layer: nn.Module, rows: int) -> bool:
     plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    return plain and layer.get_parameter("weight").shape[0] == rows > 1
+    return plain and layer.get_parameter("weight").shape[0] == rows
 
 
 def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
     """Return whether without the first row of a layer the logits are those of the others, up to a number per image."""
     model, example = drawn_anew(model, tuple(example.shape[1:]))  # what it has learnt may hide that a row is read
-    smaller = copied(model)
+
+    def with_rows(kept: Sequence[int]) -> Tensor:
+        other = copied(model)
+        slice_tensors(other, {own: {0: tuple(kept)} for own, _ in parameter_layers(model, name, 0)})
+        return forward(other, example)
+
     try:
-        rows = parameter_layers(model, name, 0)
-        slice_tensors(smaller, {own: {0: tuple(range(1, size))} for own, size in rows})
-        found, expected = forward(smaller, example), forward(model, example)[:, 1:]
+        whole = forward(model, example)
+        kept = list(range(1, whole.shape[1]))
+        if not kept:  # cut down to one class: what names it is the last layer with one row
+            return True
+        found = with_rows(kept)
+        if len(kept) == 1 and found.shape == whole[:, kept].shape:
+            # After a log-softmax one column is 0 whatever row it is of: so the two change places instead.
+            kept = [1, 0]
+            found = with_rows(kept)
     except ModelError:  # something reads that row
         return False
+    expected = whole[:, kept]
     if found.shape != expected.shape:
         return False
     apart = found - expected

@@ -154,10 +154,14 @@ def measure_channels(
         >>> measure_channels(net, [(images, torch.tensor([0, 0, 1, 1, 1]))], taps=taps, classes=2)
         ChannelStats(5 images; 0 (2, 4))
     """
-    widths = [int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in taps]
-    sums = torch.zeros(classes, sum(widths), dtype=torch.float64)
+    widths = {layer: int(model.get_submodule(layer).get_parameter("weight").shape[0]) for layer in taps}
+    sums = torch.zeros(classes, sum(widths.values()), dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.int64)
     training = model.training
+
+    def mean(layer: str, z: Tensor) -> Tensor:
+        return channel_means(z, taps[layer], widths[layer])
+
     model.eval()
     try:
         for images, labels in batches:
@@ -165,17 +169,18 @@ def measure_channels(
                 raise DataError(
                     f"labels must lie in 0 .. {classes - 1}, got {int(labels.min())} .. {int(labels.max())}"
                 )
-            with reading(model, taps) as maps, torch.inference_mode():
+            with torch.inference_mode(), reading(model, taps, mean) as means:
                 model(images)
-                means = [channel_means(maps[name], tap, width) for (name, tap), width in zip(taps.items(), widths)]
-                everything = torch.cat(means, dim=1).double().cpu()  # one row per image: all layers in one addition
+                # One row per image: all layers in one addition.
+                everything = torch.cat([means[name] for name in taps], dim=1).double().cpu()
             if clip:
                 everything = _clipped(everything, clip)
             sums.index_add_(0, labels.cpu(), everything)
             counts += torch.bincount(labels.cpu(), minlength=classes)
     finally:
         model.train(training)
-    return ChannelStats({name: own.contiguous() for name, own in zip(taps, torch.split(sums, widths, dim=1))}, counts)
+    split = torch.split(sums, [*widths.values()], dim=1)
+    return ChannelStats({name: own.contiguous() for name, own in zip(taps, split)}, counts)
 
 
 def _clipped(means: Tensor, clip: float) -> Tensor:

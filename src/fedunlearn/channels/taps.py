@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -70,8 +70,15 @@ def rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dic
 
 
 @contextmanager
-def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
+def reading(
+    model: nn.Module, taps: Mapping[str, Tap], made: Callable[[str, Tensor], Tensor] = lambda layer, found: found
+) -> Iterator[dict[str, Tensor]]:
     """Collect what passes each tap in one pass; the hooks are gone after the context, also on failure.
+
+    Args:
+        model: what passes images on.
+        taps: where to read, by name.
+        made: called with the name of a tap and what passes there, at once: a layer that follows may write into it.
 
     Raises:
         ModelError: a module that is read is called a second time, so that one map would take the place of another.
@@ -84,17 +91,19 @@ def reading(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Ten
                 f"{taps[layer].module or 'the model'} is called more than once in a pass, so that the channels of "
                 f"{layer or 'the last layer'} cannot be read there: give each call a module of its own"
             )
-        maps[layer] = found
+        maps[layer] = made(layer, found)
 
     handles = []
     for layer, tap in taps.items():
         module = model.get_submodule(tap.module)
         if tap.side == "input":
 
-            def before(_module: nn.Module, inputs: tuple[Tensor, ...], layer: str = layer) -> None:
-                keep(layer, inputs[0])
+            def before(
+                _module: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], layer: str = layer
+            ) -> None:
+                keep(layer, (*inputs, *named.values())[0])  # its only one, which may be given by name
 
-            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         else:
 
             def after(_module: nn.Module, _inputs: object, output: Tensor, layer: str = layer) -> None:

@@ -18,6 +18,8 @@ from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
 
+_LOOKS = 64  # items that targets are held against
+
 
 class _Nothing(Dataset[Any]):
     """A data set without images: fields after those with a default need one."""
@@ -93,11 +95,12 @@ def from_dataset(
     Args:
         dataset: ``dataset[i]`` is an image, float of any width and shape ``(colours, height, width)``, and its label.
         classes: the name of each class; labels count them from 0.
-        labels: of all images; where None, ``dataset.targets``, or what one pass over the data set tells.
+        labels: of all images; where None, ``dataset.targets``, which some of the items are held against, or what one
+            pass over the data set tells.
 
     Raises:
-        DataError: the data set has no length or is empty, an image is no float tensor of three axes, or labels do not
-            name the classes.
+        DataError: the data set has no length or is empty, an image is no float tensor of three axes, labels do not
+            name the classes, or an item has another label than its target.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -113,6 +116,8 @@ def from_dataset(
     if labels is None and getattr(dataset, "target_transform", None) is None:
         labels = getattr(dataset, "targets", None)
     found = [_item(dataset, row)[1] for row in range(count)] if labels is None else labels
+    if labels is not None and labels is getattr(dataset, "targets", None):
+        _check_targets(dataset, labels, count)
     try:
         own, names = torch.as_tensor(found), classes if isinstance(classes, str) else tuple(classes)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -136,6 +141,19 @@ def from_dataset(
         dataset=dataset,
         rows=torch.arange(count),
     )
+
+
+def _check_targets(dataset: Dataset[Any], targets: Any, count: int) -> None:
+    """Refuse targets that items gainsay: a subclass may number or order its items anew and leave its targets alone."""
+    if not hasattr(targets, "__len__") or len(targets) != count:  # which is told with what was given
+        return
+    for row in torch.linspace(0, count - 1, min(count, _LOOKS)).long().tolist():
+        _, label = _item(dataset, row)
+        if int(targets[row]) != label:
+            raise DataError(
+                f"the data set gives item {row} the label {label}, and its targets {int(targets[row])}: say which, "
+                "from_dataset(labels=...)"
+            )
 
 
 def as_dataset(images: LabelledImages) -> Dataset[tuple[Tensor, int]]:

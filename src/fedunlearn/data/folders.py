@@ -133,6 +133,8 @@ def _class_folders(path: Path, skipped: _Skipped) -> dict[str, Path]:
             skipped.add("files beside the folders of the classes", entry)
         else:
             name = unicodedata.normalize("NFC", entry.name)
+            if not _is_text(name):
+                raise DataError(f"{path}: the name of the folder {name!r} is no UTF-8: rename it, it names a class")
             if name in folders:
                 raise DataError(
                     f"{path}: two folders have the name {name!r}, in two spellings of Unicode: "
@@ -146,6 +148,15 @@ def _class_folders(path: Path, skipped: _Skipped) -> dict[str, Path]:
         )
     numbered = all(name.isascii() and name.isdigit() for name in folders)
     return {name: folders[name] for name in sorted(folders, key=lambda name: (int(name) if numbered else 0, name))}
+
+
+def _is_text(name: str) -> bool:
+    """Return whether ``name`` can be written as UTF-8: names of files may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _picture_files(name: str, folder: Path, skipped: _Skipped) -> list[Path]:
@@ -181,6 +192,9 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+_PHOTOMETRIC = 262  # the tag of a TIFF that says what 0 stands for
+
+
 class _Picture(NamedTuple):
     pixels: np.ndarray  # uint8, (height, width, 3)
     brightest: int  # of 65535; 0 for a picture that has not 16 bits
@@ -199,7 +213,11 @@ def _read_picture(file: Path, size: int) -> _Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on tags that no pixel depends on
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
+            # Not by its path: Pillow maps a TIFF into memory then, and has its sides exchanged before it turns it.
+            with (
+                file.open("rb") as data,
+                Image.open(data, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened,
+            ):
                 return _pixels(opened, size)
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
@@ -221,6 +239,10 @@ def _pixels(opened: Opened, size: int) -> _Picture:
     # Pillow before 11 opens 16-bit PNG and PPM as 32-bit integers.
     if turned.mode in _SIXTEEN_BITS or (turned.mode == "I" and opened.format in ("PNG", "PPM")):
         values = np.asarray(turned).astype(np.int64)
+        if (
+            opened.format == "TIFF" and getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+        ):  # white is 0: Pillow turns 8 bits alone
+            values = 65535 - values
         brightest = int(values.max())
         hidden = values == turned.info.get("transparency", -1)
         picture = Image.fromarray(np.where(hidden, 0, _eight_bits(values)).astype(np.uint8))

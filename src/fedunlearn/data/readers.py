@@ -46,6 +46,8 @@ CIFAR10_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
+CIFAR10_NAMES_MD5 = "c4a53feb1b64ee5c7b132f9a245e037b"  # of the names of the classes, a line each
+CIFAR100_NAMES_MD5 = "18d2388358c0483ca2d2be3aac2d399e"
 CIFAR100_MD5 = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
@@ -80,7 +82,7 @@ def read_cifar10(path: Path | str, *, official: bool = True, size: int = 0) -> S
     folder = _folder(path, "cifar-10-batches-py", "data_batch_1")
     files = {name: _read(folder / name, md5 if official else None) for name, md5 in CIFAR10_MD5.items()}
     parts = {name: _cifar(load_arrays(data, folder / name), b"labels", folder / name) for name, data in files.items()}
-    names = _names(folder / "batches.meta", b"label_names")
+    names = _names(folder / "batches.meta", b"label_names", CIFAR10_NAMES_MD5 if official else None)
     test = parts.pop("test_batch")
     images = torch.cat([part[0] for part in parts.values()])
     labels = torch.cat([part[1] for part in parts.values()])
@@ -94,7 +96,7 @@ def read_cifar100(path: Path | str, *, official: bool = True, size: int = 0) -> 
     """Read ``cifar-100-python`` with its fine labels (the folder itself or the one that holds it)."""
     folder = _folder(path, "cifar-100-python", "train")
     parts = []
-    names = _names(folder / "meta", b"fine_label_names")
+    names = _names(folder / "meta", b"fine_label_names", CIFAR100_NAMES_MD5 if official else None)
     for name, md5 in CIFAR100_MD5.items():
         data = _read(folder / name, md5 if official else None)
         images, labels = _cifar(load_arrays(data, folder / name), b"fine_labels", folder / name)
@@ -213,10 +215,16 @@ def _cifar(batch: Mapping[bytes, Any], key: bytes, path: Path) -> tuple[Tensor, 
     return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64)
 
 
-def _names(path: Path, key: bytes) -> tuple[str, ...]:
+def _names(path: Path, key: bytes, md5: str | None) -> tuple[str, ...]:
+    """Return the names of the classes; of the names and not of the file, which is written in several ways."""
     names = load_arrays(_read(path, None), path).get(key)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes) for name in names):
         raise DataError(f"{path}: expected the list {key.decode()}; fetch the file again")
+    if md5 not in (None, hashlib.md5(b"\n".join(names), usedforsecurity=False).hexdigest()):
+        raise DataError(
+            f"{path}: the classes have other names, or another order, than the official ones, so that another class "
+            "would be forgotten: fetch the file again, or set data.official=false if it is meant to differ"
+        )
     return tuple(name.decode(errors="replace") for name in names)
 
 

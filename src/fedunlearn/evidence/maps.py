@@ -88,10 +88,10 @@ def save_feature_maps(
     with torch.inference_mode():
         seen: dict[str, list[Tensor]] = {layer: [] for layer in taps}
         for image in picked:
-            with reading(module, taps) as maps:
+            with reading(module, taps, lambda _, z: z.clamp_min(0).cpu()) as maps:
                 module(next(iter(batches(image, 1, device=device)))[0])
             for layer, tap in taps.items():
-                seen[layer].append(maps[layer].clamp_min(0).cpu() if tap.module else torch.zeros(1, 1))
+                seen[layer].append(maps[layer] if tap.module else torch.zeros(1, 1))
     pictures = [name for name in taps if seen[name][0].ndim == 4 and seen[name][0][0, 0].numel() >= _FEWEST_PIXELS]
     if not pictures:
         return

@@ -18,7 +18,7 @@ from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_chec
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table
 from fedunlearn.data.splits import Splits
-from fedunlearn.errors import PlanError, RecipeError
+from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine
@@ -34,6 +34,8 @@ from fedunlearn.smallest import unlearn_smallest
 from fedunlearn.training.compute import Compute, own_device, workers_on
 from fedunlearn.training.sgd import SCHEDULES, one_cycle
 from fedunlearn.unlearn import Unlearned, unlearn
+
+_MOST_GONE = 10_000  # classes that a model knew and the data has no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +186,14 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
+    if recipe.unlearn.fraction == "auto" and recipe.federation.engine != "flower":  # sites hold out what they like
+        counted = sum(int(images.counts()[list(forget)].sum()) for images in validation.values())
+        if counted == 0:
+            raise PlanError(
+                f'unlearn.fraction = "auto" is chosen by validation images of the classes to forget, and the clients '
+                f"hold none of them (data.validation is {recipe.data.validation:g}): raise it, take fewer clients, or "
+                "give a fraction"
+            )
     about = tuple(earlier), everything.classes
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
 
@@ -198,6 +208,11 @@ def architecture_of(weights: Weights, recipe: Recipe, images: LabelledImages) ->
     gone = rows - len(images.classes)
     if gone <= 0:
         return model
+    if gone > _MOST_GONE:  # a file of a few bytes would ask for any amount of memory
+        raise ModelError(
+            f"{weights.path}: its plan tells of {rows} output rows, the data has {len(images.classes)} classes: the "
+            "file was changed, or is of another data set"
+        )
     names = (*images.classes, *(f"gone {number}" for number in range(gone)))
     return new_model(recipe, replace(images, classes=names), seed=recipe.federation.seed)
 

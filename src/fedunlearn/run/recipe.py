@@ -138,6 +138,13 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: a key or value is not valid beside the others.
     """
+    if recipe.data.source == "digits" and recipe.data.path:
+        raise RecipeError(
+            f"the digits come with scikit-learn, and data.path is {recipe.data.path}: leave it out, or give a recipe "
+            "of your images (fedunlearn init writes one)"
+        )
+    if recipe.data.size and recipe.data.source != "folder":
+        raise RecipeError(f"data.size resizes the pictures of a folder, and data.source is {recipe.data.source}")
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
     if recipe.unlearn.fraction == "auto":
@@ -256,9 +263,14 @@ def _override(value: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = text.strip()  # a bare word is a string
-    if name == "forget" and isinstance(parsed, int | str):
-        parsed = [parsed]
-    value.setdefault(table, {})[name] = parsed
+    if name == "forget" and not isinstance(parsed, list):  # true, 3.0 and dates are names here
+        parsed = [parsed if isinstance(parsed, str) or type(parsed) is int else text.strip()]
+    keys = value.setdefault(table, {})
+    if not isinstance(keys, dict):
+        raise RecipeError(
+            f"{table} must be a table of keys, [{table}], got {keys!r}: {key.strip()} cannot be set in it"
+        )
+    keys[name] = parsed
 
 
 def _explain(error: ValidationError) -> str:

@@ -15,6 +15,7 @@ from fedunlearn.run.inputs import class_numbers
 
 _SIZE = 32
 _CLIENTS, _BATCH = 10, 16
+_EACH = 40  # images of a client, or a tenth of them for validation has few of a class: then fewer clients
 _STEPS = 200  # of training at each client, or too little is learned; the repair takes a tenth of the rounds
 _ROUNDS = 20, 100
 _RECIPE = """\
@@ -85,16 +86,21 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
     if not data.exists():
         raise DataError(f"{data}: expected an .npz or a folder of pictures, found nothing: check the path")
     packed = data.suffix == ".npz"
+    try:
+        str(data.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{data}: the path is no UTF-8, as a recipe is: rename the folders in it") from error
     images = (read_npz(data) if packed else read_folder(data, size=_SIZE)).train
     label = int(forget) if forget not in images.classes and forget.isdecimal() else forget
     class_numbers([label], images.classes)  # refused here, by name
-    steps = math.ceil(len(images) / _CLIENTS / _BATCH)
+    clients = min(_CLIENTS, max(2, len(images) // _EACH))
+    steps = math.ceil(len(images) / clients / _BATCH)
     rounds = min(max(math.ceil(_STEPS / steps), _ROUNDS[0]), _ROUNDS[1])
     text = _RECIPE.format(
         recipe=recipe.name,
         source="npz" if packed else "folder",
         path=json.dumps(str(data.resolve()), ensure_ascii=False),
-        clients=_CLIENTS,
+        clients=clients,
         rounds=rounds,
         batch=_BATCH,
         repair=rounds // 10,

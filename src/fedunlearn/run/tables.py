@@ -40,6 +40,12 @@ def _fraction(value: Any) -> float | Literal["auto"]:
     return float(value)
 
 
+def _number_or_name(value: Any) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):  # "true" is a name, and true would be 1
+        raise ValueError("Input should be the number or the name of a class, a name in quotes")
+    return value
+
+
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -100,7 +106,7 @@ class TrainTable(Table):
 class UnlearnTable(Table):
     """Forgetting: what, by which ranking, and the repair after it."""
 
-    forget: tuple[int | str, ...]
+    forget: tuple[Annotated[int | str, PlainValidator(_number_or_name)], ...]
     method: Annotated[str, _among((PRUNE, *METHODS))] = PRUNE
     settings: dict[str, float] = Field(default_factory=dict)  # of the method
     criterion: Annotated[str, _among(CRITERIA)] = "tf_idf"

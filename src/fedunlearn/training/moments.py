@@ -78,15 +78,19 @@ def input_moments(
     for name, layer in layers.items():
         sums[name] = torch.zeros(patch_width(layer), patch_width(layer), dtype=torch.float64)
     told = [*layers] if not hide else _told(layers, (len(images) - 1) * images.images[0].numel())
+
+    def moment(name: str, z: Tensor) -> Tensor:
+        x = patches(z.float(), layers[name])
+        rows[name] += len(x)
+        return (x.T @ x).double().cpu()
+
     model.eval()
     with torch.no_grad():
         for batch, _ in in_order(images, model, compute):
-            with reading(model, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
+            with reading(model, {name: Tap(name, "input", 0, 0) for name in told}, moment) as read:
                 model(batch)
-            for name in told:
-                x = patches(read[name].float(), layers[name])
-                sums[name] += (x.T @ x).double().cpu()
-                rows[name] += len(x)
+            for name, own in read.items():
+                sums[name] += own
     for name, own in sums.items():
         if hide and rows[name] < _ROWS * len(own):
             own.zero_()
