@@ -819,9 +819,9 @@ def test_a_run_in_python_needs_the_engine_that_its_recipe_names(tmp_path, engine
     assert not (tmp_path / "out").exists()
 
 
-def test_the_models_of_a_run_give_it_again_and_are_not_trained_again(tmp_path):
-    path, whole = str(write_set(tmp_path, oracles=3)), tmp_path / "whole"
-    first = run(load_recipe(path), whole)
+def test_the_models_of_a_run_give_it_again_and_are_not_trained_again(signed, tmp_path):
+    path, whole = str(signed / "tiny.toml"), signed / "plain"
+    first = json.loads((whole / "result.json").read_text())
     models = [f'audit.models="{whole}"', f'model.weights="{whole / "original.safetensors"}"']
     again = run(load_recipe(path, models), tmp_path / "again")
     for name in ("original", "pruned", "unlearned", "audits", "verdict", "controls"):
