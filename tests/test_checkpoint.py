@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -172,6 +173,7 @@ def test_a_label_map_that_was_changed_is_refused(net, tmp_path, labels, text):
     save_checkpoint(path, classifier(net), images=make_images(), architecture={"name": "mine", "shortcut": "A"})
     state = dict(read_weights(path).state)
     about = {
+        "schema": 1,
         "labels": labels,
         "plan": {"schema": 1, "shapes": {}, "kept": {}, "pruned": {}, "left_out": {}},
         "mean": [0.3],
@@ -181,6 +183,16 @@ def test_a_label_map_that_was_changed_is_refused(net, tmp_path, labels, text):
     save_file(state, path, {"fedunlearn": json.dumps(about)})
     with pytest.raises(ModelError, match=text):
         load_weights(classifier(make_net()), read_weights(path))
+
+
+def test_a_checkpoint_of_another_version_is_refused(net, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, classifier(net), images=make_images(), architecture={"name": "mine", "shortcut": "A"})
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["fedunlearn"])
+    save_file(dict(read_weights(path).state), path, {"fedunlearn": json.dumps(about | {"schema": 2})})
+    with pytest.raises(ModelError, match="expected a checkpoint of schema 1, got 2: it was written by another version"):
+        read_weights(path)
 
 
 def test_a_checkpoint_goes_where_it_can_be_read_again(net, tmp_path):

@@ -303,6 +303,7 @@ def test_a_cell_is_done_again_where_its_settings_or_its_budget_changed(tmp_path,
     ("given", "text"),
     [
         (["--methods", "finetune,scrubb"], "there is no method 'scrubb'; known are tf_idf, contrast, erase"),
+        (["--methods", "all,scrubb"], "there is no method 'scrubb'; known are tf_idf, contrast, erase"),
         (["--methods", "prune"], "compare takes pruning by the name of its ranking: tf_idf or contrast (or erase)"),
         (["--methods", "all,finetune", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),

@@ -274,6 +274,11 @@ def _safetensors(path: Path) -> Weights:
     if about is None:
         return Weights(path, state)
     value: dict[str, Any] = json.loads(about)
+    if value["schema"] != _SCHEMA:
+        raise ModelError(
+            f"{path}: expected a checkpoint of schema {_SCHEMA}, got {value['schema']!r}: it was written by another "
+            "version of fedunlearn; load it with that one"
+        )
     return Weights(
         path,
         state,

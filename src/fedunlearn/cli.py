@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -40,6 +41,8 @@ from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import SHIPPED
 from fedunlearn.training.compute import one_torch_thread
 from fedunlearn.version import __version__
+
+_ALL = "all"  # of --methods
 
 app = typer.Typer(
     help="Make a federated image classifier forget classes, fast, and show that it did.",
@@ -109,8 +112,8 @@ def compare(options: Options) -> None:
     from fedunlearn.run.comparison import Plan
 
     given = [name.strip() for name in options.methods.split(",") if name.strip()]
-    named = () if "all" in given else tuple(given)
-    plan, recipe = Plan(named, options.seeds, options.tune), options.recipe_set()
+    plan = Plan(tuple(name for name in given if name != _ALL), options.seeds, options.tune)
+    plan, recipe = replace(plan, methods=()) if _ALL in given else plan, options.recipe_set()
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-compare"
     with _progress(options.quiet) as (console, observe):
         result = carry_out(

@@ -189,9 +189,7 @@ class Train:
                 f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
                 "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
             )
-        too_fast = self.training.decays_too_fast(
-            self.lr, rules.min_images
-        )  # in this round's rate, which may be another
+        too_fast = self.training.decays_too_fast(self.lr, rules.min_images)  # by the rate of this round
         if too_fast is not None:
             raise FederationError(too_fast)
         draw = generator(job.seed, job.phase, job.round, data.client)

@@ -114,7 +114,7 @@ class Cells:
         """Return what a method is asked for; the erase step of the recipe is for those that take one."""
         experiment = self._work.experiment
         spent = self._spent(seed) if method.matched else None
-        asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders(), spent=spent)
+        asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers(), spent=spent)
         return replace(asked, repair=replace(asked.repair, training=replace(asked.repair.training, objective=None)))
 
     def _spent(self, seed: int) -> Cost | None:

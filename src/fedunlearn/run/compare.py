@@ -43,7 +43,7 @@ def forgotten_model(experiment: Experiment, original: Classifier, fed: Federatio
         return unlearned_model(experiment, original, fed)
     method, part = METHODS[u.method], fed.part("method")  # a control may have phases of the same names
     settings = replace(method.settings, **u.settings)
-    asked = request(experiment, part, cut=experiment.cut(), clients=experiment.holders())
+    asked = request(experiment, part, cut=experiment.cut(), clients=experiment.keepers())
     outcome = method.run(original, part, asked, settings)
     subject = outcome.subject
     assert subject.row_kept is not None  # controls alone lack the rows
@@ -51,7 +51,7 @@ def forgotten_model(experiment: Experiment, original: Classifier, fed: Federatio
         forget=experiment.forget,
         repaired=subject.row_kept,
         model=subject.model,
-        clients=experiment.holders(),
+        clients=experiment.keepers(),
         cost=outcome.cost or Cost(),
     )
 
@@ -62,7 +62,7 @@ def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
     if u.method == PRUNE:
         return {}
     method = METHODS[u.method]
-    asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.holders())
+    asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers())
     used = resolved(replace(method.settings, **u.settings), asked, fed.participation)
     about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
     return {"method": about | {"settings": used}}
@@ -166,7 +166,7 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         restored = cache.restore(fresh.module)
         if restored is not None:
             return Oracle(fresh, restored, True)
-    kept = fed.keeping(exclude=experiment.forget, clients=experiment.holders())
+    kept = fed.keeping(exclude=experiment.forget, clients=experiment.keepers())
     validate = recipe.train.validate_every if recipe.data.validation else 0
     model = retrain(
         fresh, kept, recipe.training(), rounds=recipe.train.rounds, server=experiment.server(), validate=validate

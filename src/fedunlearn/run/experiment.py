@@ -69,8 +69,8 @@ class Experiment:
     earlier: tuple[int, ...]
     all_classes: tuple[str, ...]
 
-    def holders(self) -> tuple[str, ...]:
-        """Return the clients that hold images of the kept classes."""
+    def keepers(self) -> tuple[str, ...]:
+        """Return the clients that hold images of the kept classes, and train on them."""
         kept = [label for label in range(len(self.splits.train.classes)) if label not in self.forget]
         return tuple(name for name, row in zip(self.clients, self.table) if int(row[kept].sum()) > 0)
 
