@@ -309,7 +309,9 @@ def test_a_file_of_another_kind_is_refused_by_the_artefact_scan(shipped, tmp_pat
         artefacts(path, state={}, forget=[1])
     with safe_open(shipped[0], "pt") as file:
         whole = json.loads(file.metadata()["fedunlearn"])
-    for about in ({}, [], whole | {"plan": {"kept": 1}}, {name: whole[name] for name in whole if name != "classes"}):
+    strange = ({"plan": {"kept": 1}}, {"labels": [[0], 2]}, {"labels": "02"}, {"classes": "ab"})
+    nameless = {name: whole[name] for name in whole if name != "classes"}
+    for about in ({}, [], nameless, *(whole | own for own in strange)):
         save_file({"a": torch.zeros(1)}, path, {"fedunlearn": json.dumps(about)})
         with pytest.raises(ModelError, match="expected a model written by fedunlearn"):
             artefacts(path, state={}, forget=[1])
@@ -319,6 +321,7 @@ def test_what_the_original_does_not_have_is_an_artefact(shipped):
     path, net, _ = shipped
     state = net.state_dict()
     del state["3.weight"]
+    state["0.weight"] = torch.tensor(1)  # such as a counter
     found = artefacts(path, state=state, forget=[1])
     assert "tensor 3.weight is not of the architecture" in found
     assert "the plan cuts 3.weight, which is not of the architecture" in found

@@ -351,5 +351,31 @@ def test_targets_that_items_gainsay_are_refused():
         data = Renumbered(order, numbers)
         with pytest.raises(DataError, match="gives item 0 the label 1, and its targets 0: say which, from_dataset"):
             from_dataset(data, ("a", "b"))
+        assert from_dataset(data, ("a", "b"), labels=data.targets).counts().tolist() == [
+            20,
+            20,
+        ]  # who names them means it
         own = [data[row][1] for row in range(40)]
         assert from_dataset(data, ("a", "b"), labels=own).labels.tolist() == own
+
+
+class Targeted(Renumbered):
+    """Has one label, whatever its targets are."""
+
+    def __init__(self, targets):
+        super().__init__(list(range(40)), (0, 1))
+        self.targets = targets
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        return self.images[row], 0
+
+
+@pytest.mark.parametrize(
+    "targets", [["a"] * 40, torch.eye(40), [[0, 1]] * 40, [None] * 40, dict.fromkeys(range(40), 0), [float("nan")] * 40]
+)
+def test_targets_of_another_kind_are_told_in_one_line(targets):
+    with pytest.raises(DataError):
+        from_dataset(Targeted(targets), ("a", "b"))

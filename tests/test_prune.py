@@ -854,3 +854,40 @@ class ByName(nn.Module):
 def test_a_layer_may_be_given_its_input_by_name():
     found = find_channels(ByName().eval(), torch.rand(2, 1, 8, 8))
     assert [group.layers for group in found.groups] == [("conv",)]
+
+
+class Gated(nn.Module):
+    """Weighs its maps by a convolution of one row, after the head of its classes."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.head, self.gate = nn.Conv2d(1, 6, 3), nn.Conv2d(6, classes, 1), nn.Conv2d(6, 1, 1)
+
+    def forward(self, images):
+        maps = self.conv(images).relu()
+        return (self.head(maps) * self.gate(maps).sigmoid()).mean((2, 3))
+
+
+def test_a_gate_is_not_taken_for_the_row_of_the_last_class():
+    torch.manual_seed(0)
+    model = classifier(Gated(2))
+    assert head_layer(model.module, model.example) == "head"
+    with pytest.raises(ModelError, match="the model's output must come straight from a Linear layer"):
+        model.without_rows([0]).checked(2)
+
+
+class Normalised(nn.Module):
+    """Scales the logits of an image to the length 1."""
+
+    def forward(self, logits):
+        return F.normalize(logits)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("last", [nn.Softmax(1), Normalised()])
+def test_an_output_in_which_classes_scale_each_other_is_refused_for_any_number_of_classes(classes, last):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes)
+    net = nn.Sequential(*layers, last)
+    with pytest.raises(ModelError, match="the model's output must come straight from a Linear layer"):
+        head_layer(net, torch.rand(2, 1, 8, 8))

@@ -26,7 +26,6 @@ from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.run.commands import run
 from fedunlearn.run.comparison import Plan, compare
-from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.smallest import FRACTIONS, unlearn_smallest
 from fedunlearn.training.sgd import Training
@@ -253,5 +252,7 @@ def test_a_fraction_that_nobody_can_choose_is_refused_before_any_work(tmp_path):
     recipe = load_recipe(
         str(write_set(tmp_path)), ["unlearn.fraction=auto", "federation.clients=40", "data.validation=0.1"]
     )
-    with pytest.raises(PlanError, match=r"the clients hold none of them \(data.validation is 0.1\): raise it"):
-        prepare(recipe)
+    with pytest.raises(PlanError, match=r"hold none of them \(data.validation is 0.1\): raise it, take fewer clients"):
+        run(recipe, tmp_path / "out", command="unlearn")
+    assert not (tmp_path / "out").exists()
+    assert "original" in run(recipe, tmp_path / "out", command="train")  # which chooses none

@@ -6,11 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from conftest import write_set
+from conftest import make_images, write_set
 from fedunlearn.errors import DataError, PlanError, RunError
 from fedunlearn.run.commands import run
+from fedunlearn.run.experiment import check_choice, prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.starter import write_starter
 
@@ -60,6 +63,17 @@ def test_data_or_a_class_that_is_not_there_is_named_and_nothing_written(images, 
 def test_few_images_are_shared_among_few_clients(images, tmp_path):
     recipe, _ = write_starter(images, "dog", tmp_path / "mine")
     assert load_recipe(str(recipe)).federation.clients == 3  # of 120 images
+
+
+@pytest.mark.parametrize(("count", "classes"), [(9, 3), (40, 4), (100, 10), (300, 10), (400, 20)])
+def test_a_fraction_is_left_to_validation_images_where_some_client_has_them(tmp_path, count, classes):
+    made = make_images(count, 4)
+    labels = torch.arange(count) % classes
+    np.savez(tmp_path / "set.npz", x_train=made.images[:, 0], y_train=labels, x_test=made.images[:, 0], y_test=labels)
+    for label in range(classes):
+        recipe, _ = write_starter(tmp_path / "set.npz", str(label), tmp_path / f"mine-{label}")
+        shutil.copy(recipe.with_name("my_model.py"), tmp_path)
+        check_choice(prepare(load_recipe(str(recipe), ["model.name=small-cnn"])))
 
 
 def test_a_path_that_is_no_text_is_refused_before_anything_is_written(images, tmp_path):

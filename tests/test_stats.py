@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from conftest import make_images, make_net
+from fedunlearn.audits.observe import observe
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.stats import (
     ChannelStats,
@@ -17,6 +18,8 @@ from fedunlearn.channels.stats import (
 from fedunlearn.data.batches import batches
 from fedunlearn.data.partition import partition
 from fedunlearn.errors import DataError
+from fedunlearn.training.compute import FLOAT32
+from fedunlearn.training.moments import input_moments
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -196,7 +199,7 @@ def activated(inplace, activation):
 
 @pytest.mark.parametrize("hook", ["convolution", "activation"])
 @pytest.mark.parametrize(
-    "make", [Residual, partial(activated, activation=nn.SiLU), partial(activated, activation=nn.Hardswish)]
+    "make", [Residual, *(partial(activated, activation=own) for own in (nn.ReLU, nn.SiLU, nn.Hardswish))]
 )
 def test_what_is_measured_does_not_depend_on_whether_what_follows_works_in_place(images, make, hook):
     apart, within = make(inplace=False).eval(), make(inplace=True).eval()
@@ -204,3 +207,36 @@ def test_what_is_measured_does_not_depend_on_whether_what_follows_works_in_place
     one, other = measured(apart, images, hook=hook), measured(within, images, hook=hook)
     for layer, sums in one.sums.items():
         assert sums.equal(other.sums[layer]), layer
+        assert bool((sums >= 0).all())
+
+
+class Overwritten(nn.Module):
+    """Goes on to use, in place or not, what a convolution and the last layer were given."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.second, self.last = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, images):
+        maps = self.first(images).relu()
+        made = self.second(maps)
+        maps = maps.add_(made) if self.inplace else maps + made
+        features = maps.mean((2, 3))
+        logits = self.last(features)
+        if self.inplace:
+            features.zero_()
+        return logits
+
+
+def test_audits_and_moments_read_what_a_layer_was_given(images):
+    torch.manual_seed(0)
+    apart, within = Overwritten(inplace=False).eval(), Overwritten(inplace=True).eval()
+    within.load_state_dict(apart.state_dict())
+    one, other = (observe(net, images) for net in (apart, within))
+    assert one.logits.equal(other.logits)
+    assert one.features.equal(other.features)
+    one, other = (input_moments(net, images, FLOAT32, hide=False) for net in (apart, within))
+    assert one.keys() == other.keys()
+    for layer, moments in one.items():
+        assert moments.equal(other[layer]), layer

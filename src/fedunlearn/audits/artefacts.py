@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors
 from torch import Tensor
 
+from fedunlearn.arguments import is_whole
 from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.channels.plan import PruningPlan
@@ -40,7 +41,9 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
             extra = sorted(file.metadata().keys() - {"fedunlearn"})
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         kept = PruningPlan.from_json(json.dumps(about["plan"])).kept
-        names, labels = list(about["classes"]), list(about["labels"])
+        names, labels = about["classes"], about["labels"]
+        if not isinstance(names, list) or not isinstance(labels, list) or not all(is_whole(own, 0) for own in labels):
+            raise TypeError(f"its rows are {labels!r}, named {names!r}")
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, PlanError) as error:
         raise ModelError(f"{path}: expected a model written by fedunlearn, but {error}") from error
     lines = [f"tensor {name} is not of the architecture" for name in sorted(found.keys() - state.keys())]
@@ -58,9 +61,9 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
     lines += _rows_left(found, state, forget, len(labels) + len(set(forget) - set(labels)))
     data = path.read_bytes()
     for name in sorted(kept.keys() & state.keys()):
-        rows = range(len(state[name]))
+        rows = range(len(state[name]) if state[name].ndim == 4 else 0)
         gone = sorted(set(rows) - set(kept[name].get(0, rows)))
-        if state[name].ndim == 4:
+        if gone:
             lines += [f"filter {row} of {name} is still in the file" for row in gone if _inside(state[name][row], data)]
     return lines
 

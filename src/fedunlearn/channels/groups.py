@@ -197,7 +197,10 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear) and any(output is seen.logits for output in seen.outputs[name])
     ]
-    shown = (name for name, layer in layers.items() if _has_rows(layer, rows) and _names_classes(model, name, example))
+    maybe = [name for name, layer in layers.items() if _has_rows(layer, rows)]
+    if rows == 1 and len(maybe) > 1:  # nothing tells the last class's row from a gate
+        maybe = []
+    shown = (name for name in maybe if _names_classes(model, name, example))
     for name in (*heads, *([] if heads else shown)):
         used = tied_tensors(model).get(name)
         if len(seen.outputs[name]) > 1:
@@ -229,12 +232,12 @@ def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
     try:
         whole = forward(model, example)
         kept = list(range(1, whole.shape[1]))
-        if not kept:  # cut down to one class: what names it is the last layer with one row
+        if not kept:  # cut down to one class
             return True
         found = with_rows(kept)
         if len(kept) == 1 and found.shape == whole[:, kept].shape:
-            # After a log-softmax one column is 0 whatever row it is of: so the two change places instead.
-            kept = [1, 0]
+            # One column says nothing up to a number per image: so the second row is there twice.
+            kept = [0, 1, 1]
             found = with_rows(kept)
     except ModelError:  # something reads that row
         return False
@@ -242,8 +245,7 @@ def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     apart = found - expected
-    if apart.shape[1] > 1:  # of one column nothing would be left
-        apart = apart - apart.mean(1, keepdim=True)
+    apart = apart - apart.mean(1, keepdim=True)
     return bool(apart.abs().max() <= _SAME * expected.abs().max())
 
 

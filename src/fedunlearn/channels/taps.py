@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,17 @@ def rectified(model: nn.Module, taps: Mapping[str, Tap], example: Tensor) -> dic
     ``model`` may be changed.
     """
     with_gradients(model)  # the model, not its input: a model may change that in place
-    with torch.enable_grad(), reading(model, taps) as maps:
+    made: dict[str, Any] = {}
+
+    def note(layer: str, z: Tensor) -> Tensor:
+        made[layer] = z.grad_fn  # now: a layer that follows may write into the map
+        return z
+
+    with torch.enable_grad(), reading(model, taps, note):
         model(example.clone())
     found = {}
     for layer, tap in taps.items():
-        made_by = maps[layer].grad_fn
+        made_by = made[layer]
         while made_by is not None and made_by.name() in _KEEPS_SIGNS:
             made_by = made_by.next_functions[0][0]
         found[layer] = replace(tap, rectified=made_by is not None and made_by.name() == "ReluBackward0")

@@ -113,11 +113,10 @@ def from_dataset(
     if count == 0:
         raise DataError("the data set holds no images: give one that does")
     first, _ = _item(dataset, 0)
-    if labels is None and getattr(dataset, "target_transform", None) is None:
+    given = labels is not None
+    if not given and getattr(dataset, "target_transform", None) is None:
         labels = getattr(dataset, "targets", None)
     found = [_item(dataset, row)[1] for row in range(count)] if labels is None else labels
-    if labels is not None and labels is getattr(dataset, "targets", None):
-        _check_targets(dataset, labels, count)
     try:
         own, names = torch.as_tensor(found), classes if isinstance(classes, str) else tuple(classes)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -130,6 +129,8 @@ def from_dataset(
             f"the data set has {count} images and labels of {own.dtype} and shape {tuple(own.shape)}: one whole number "
             "per image is needed, from_dataset(labels=...)"
         )
+    if labels is not None and not given:
+        _check_targets(dataset, own.tolist())
     colours, height, width = first.shape
     shape = (int(colours), int(height), int(width))
     return DatasetImages(
@@ -143,15 +144,13 @@ def from_dataset(
     )
 
 
-def _check_targets(dataset: Dataset[Any], targets: Any, count: int) -> None:
+def _check_targets(dataset: Dataset[Any], targets: Sequence[int]) -> None:
     """Refuse targets that items gainsay: a subclass may number or order its items anew and leave its targets alone."""
-    if not hasattr(targets, "__len__") or len(targets) != count:  # which is told with what was given
-        return
-    for row in torch.linspace(0, count - 1, min(count, _LOOKS)).long().tolist():
+    for row in torch.linspace(0, len(targets) - 1, min(len(targets), _LOOKS)).long().tolist():
         _, label = _item(dataset, row)
-        if int(targets[row]) != label:
+        if targets[row] != label:
             raise DataError(
-                f"the data set gives item {row} the label {label}, and its targets {int(targets[row])}: say which, "
+                f"the data set gives item {row} the label {label}, and its targets {targets[row]}: say which, "
                 "from_dataset(labels=...)"
             )
 

@@ -206,7 +206,7 @@ def _read_picture(file: Path, size: int) -> _Picture:
     Raises:
         DataError: the file is damaged, too large, holds several pictures or has pixels of an unknown range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
     try:
@@ -222,7 +222,8 @@ def _read_picture(file: Path, size: int) -> _Picture:
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
     except Exception as error:  # a damaged picture can fail in any way
-        why = " ".join(str(error).split()) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text names an object that reads the file
+        why = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{file}: expected an image ({', '.join(_FORMATS)}), but {why}: mend it or take it away"
         ) from error
@@ -236,18 +237,17 @@ def _pixels(opened: Opened, size: int) -> _Picture:
         raise DataError(f"expected one picture, got {pages}: save each as a file of its own, or the one that is meant")
     turned = ImageOps.exif_transpose(opened)
     brightest = 0
+    white_is_zero = getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # of a TIFF: Pillow turns 8 bits alone
     # Pillow before 11 opens 16-bit PNG and PPM as 32-bit integers.
     if turned.mode in _SIXTEEN_BITS or (turned.mode == "I" and opened.format in ("PNG", "PPM")):
         values = np.asarray(turned).astype(np.int64)
-        if (
-            opened.format == "TIFF" and getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-        ):  # white is 0: Pillow turns 8 bits alone
+        if white_is_zero:
             values = 65535 - values
         brightest = int(values.max())
         hidden = values == turned.info.get("transparency", -1)
         picture = Image.fromarray(np.where(hidden, 0, _eight_bits(values)).astype(np.uint8))
     elif turned.mode == "F":
-        floats = np.asarray(turned)
+        floats = 1 - np.asarray(turned) if white_is_zero else np.asarray(turned)
         if not (floats.min() >= 0 and floats.max() <= 1):
             raise DataError(
                 f"expected float pixels in [0, 1], got {floats.min():g} .. {floats.max():g}: "

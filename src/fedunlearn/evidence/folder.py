@@ -116,7 +116,7 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FedUnlearnError:
+    except (FedUnlearnError, ImportError, MemoryError, OSError):  # which say what they are
         raise
     except Exception as error:  # a damaged file can fail in any way
         raise RunError(

@@ -25,7 +25,7 @@ from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle, check_kept, controls, forgotten_model, method_block, retrained_models
-from fedunlearn.run.experiment import Experiment, architecture_of, original_model, prepare, save_model
+from fedunlearn.run.experiment import Experiment, architecture_of, check_choice, original_model, prepare, save_model
 from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
 from fedunlearn.run.kept import write_rounds
 from fedunlearn.run.machine import settled
@@ -80,6 +80,8 @@ def run(
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
+    if command != "train":
+        check_choice(experiment)
     if command == "run" and not (out / RESULT).exists():
         check_kept(experiment)  # before the folder is that of this request
     about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}

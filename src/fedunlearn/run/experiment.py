@@ -186,16 +186,25 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     for label in forget:
         if int(table[:, label].sum()) == 0:
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
-    if recipe.unlearn.fraction == "auto" and recipe.federation.engine != "flower":  # sites hold out what they like
-        counted = sum(int(images.counts()[list(forget)].sum()) for images in validation.values())
-        if counted == 0:
-            raise PlanError(
-                f'unlearn.fraction = "auto" is chosen by validation images of the classes to forget, and the clients '
-                f"hold none of them (data.validation is {recipe.data.validation:g}): raise it, take fewer clients, or "
-                "give a fraction"
-            )
     about = tuple(earlier), everything.classes
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
+
+
+def check_choice(experiment: Experiment) -> None:
+    """Refuse to leave the fraction to validation images that no client has.
+
+    Raises:
+        PlanError: ``unlearn.fraction`` is ``"auto"``, and no client holds one of the classes to forget.
+    """
+    recipe, forget = experiment.recipe, list(experiment.forget)
+    if recipe.unlearn.fraction != "auto" or recipe.federation.engine == "flower":  # sites hold out what they like
+        return
+    if not any(int(images.counts()[forget].sum()) for images in experiment.validation.values()):
+        raise PlanError(
+            'unlearn.fraction = "auto" is chosen by validation images of the classes to forget, and the clients hold '
+            f"none of them (data.validation is {recipe.data.validation:g}): raise it, take fewer clients, or give a "
+            "fraction"
+        )
 
 
 def architecture_of(weights: Weights, recipe: Recipe, images: LabelledImages) -> Classifier:

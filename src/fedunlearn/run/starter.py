@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.npz import read_npz
+from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_folder
 from fedunlearn.errors import DataError, RunError
 from fedunlearn.files import write_text
@@ -24,6 +26,7 @@ _RECIPE = """\
 source = "{source}"
 path = {path}
 size = {size}
+validation = {validation:g}        # share of each client's images
 
 [federation]
 clients = {clients}            # equal shares of the images; partition = "group" makes a client of each group
@@ -38,7 +41,7 @@ batch_size = {batch}
 [unlearn]
 forget = [{forget}]
 criterion = "contrast"
-fraction = "auto"       # the smallest cut that forgets, by validation images; a number is three times as cheap
+fraction = {fraction}
 rounds = {repair}
 
 [audit]
@@ -67,6 +70,19 @@ def net(classes: int, colours: int) -> nn.Module:
 '''
 
 
+_AUTO = '"auto"       # the smallest cut that forgets, by validation images; a number is three times as cheap'
+_NUMBER = '0.3          # of the channels; "auto" needs validation images of the class, and it has too few images'
+
+
+def _choice(images: LabelledImages, forget: Sequence[int], clients: int) -> tuple[float, str]:
+    """Return the share held out for validation and the fraction: with few images, one by which a cut can be chosen."""
+    shares = partition(images, by="iid", clients=clients, seed=0)
+    for validation in (0.1, 0.2, 0.3):
+        if any(int(own.counts()[list(forget)].sum()) for own in hold_out(shares, validation, seed=0)[1].values()):
+            return validation, _AUTO
+    return 0.1, _NUMBER
+
+
 def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledImages]:
     """Write ``recipe.toml`` and ``my_model.py`` into ``out`` and return the recipe and the images to train on.
 
@@ -92,8 +108,9 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
         raise DataError(f"{data}: the path is no UTF-8, as a recipe is: rename the folders in it") from error
     images = (read_npz(data) if packed else read_folder(data, size=_SIZE)).train
     label = int(forget) if forget not in images.classes and forget.isdecimal() else forget
-    class_numbers([label], images.classes)  # refused here, by name
+    forgotten = class_numbers([label], images.classes)  # refused here, by name
     clients = min(_CLIENTS, max(2, len(images) // _EACH))
+    validation, fraction = _choice(images, forgotten, clients)
     steps = math.ceil(len(images) / clients / _BATCH)
     rounds = min(max(math.ceil(_STEPS / steps), _ROUNDS[0]), _ROUNDS[1])
     text = _RECIPE.format(
@@ -102,6 +119,8 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
         path=json.dumps(str(data.resolve()), ensure_ascii=False),
         clients=clients,
         rounds=rounds,
+        validation=validation,
+        fraction=fraction,
         batch=_BATCH,
         repair=rounds // 10,
         size=0 if packed else _SIZE,

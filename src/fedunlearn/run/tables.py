@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
@@ -41,9 +42,11 @@ def _fraction(value: Any) -> float | Literal["auto"]:
 
 
 def _number_or_name(value: Any) -> int | str:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):  # "true" is a name, and true would be 1
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):  # "true" is a name, and true would be 1
         raise ValueError("Input should be the number or the name of a class, a name in quotes")
-    return value
+    return int(value)
 
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
