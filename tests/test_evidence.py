@@ -26,7 +26,7 @@ from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
 from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
 from fedunlearn.evidence.events import EventLog
-from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.folder import RunFolder, readable
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.report import write_card, write_report
@@ -771,6 +771,13 @@ def test_a_folder_that_is_being_written_takes_no_confirmation(copied, signed):
         with pytest.raises(RunError, match="is being written by process"):
             acknowledge(folder, ["client-0"], read_private_key(signed / "operator", outside=folder))
         writer.stdin.close()
+
+
+def test_what_is_no_fault_of_the_files_is_told_as_what_it_is(tmp_path):
+    for error in (OSError(28, "No space left on device"), MemoryError(), ImportError("matplotlib"), RunError("other")):
+        with pytest.raises(type(error)) as raised, readable(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 def test_damaged_feature_maps_are_named(tmp_path):

@@ -312,10 +312,13 @@ def test_a_tiff_is_turned_whatever_its_pixels_and_its_compression_are(tmp_path, 
     assert found[0].equal(torch.from_numpy(np.rot90(pixels, -1).copy()))
 
 
-def test_a_tiff_of_16_bits_in_which_white_is_0_is_not_inverted(tmp_path):
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_tiff_in_which_white_is_0_is_not_inverted(tmp_path, bits):
     pixels = np.array([[0, 200], [90, 255]], np.uint8)
-    data = (65535 - pixels.astype(np.uint16) * 257).astype("<u2").tobytes()
-    tags = [(256, 2), (257, 2), (258, 16), (259, 1), (262, 0), (273, 0), (277, 1), (278, 2), (279, len(data))]
+    deep = (65535 - pixels.astype(np.uint16) * 257).astype("<u2") if bits == 16 else (1 - pixels / 255).astype("<f4")
+    data, kind = deep.tobytes(), 1 if bits == 16 else 3  # whole numbers or floats
+    tags = [(256, 2), (257, 2), (258, bits), (259, 1), (262, 0), (273, 0), (277, 1), (278, 2), (279, len(data))]
+    tags.append((339, kind))
     offset = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, offset if tag == 273 else value) for tag, value in tags)
     header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
