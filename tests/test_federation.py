@@ -463,6 +463,36 @@ def test_flops_match_the_formula():
     assert training == forward + convolution + 2 * linear
 
 
+class InParts(nn.Module):
+    """A grouped convolution as one convolution for each group."""
+
+    def __init__(self, grouped):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Conv2d(
+                grouped.in_channels // grouped.groups,
+                grouped.out_channels // grouped.groups,
+                grouped.kernel_size,
+                stride=grouped.stride,
+                padding=grouped.padding,
+            )
+            for _ in range(grouped.groups)
+        )
+
+    def forward(self, images):
+        return torch.cat([part(own) for part, own in zip(self.parts, images.chunk(len(self.parts), 1))], 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_grouped_convolution_counts_as_one_for_each_group(groups):
+    grouped = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups)
+
+    def counts(middle):
+        return flops_per_image(nn.Sequential(nn.Conv2d(1, 8, 1), middle, nn.Flatten(), nn.Linear(256, 3)), (1, 8, 8))
+
+    assert counts(grouped) == counts(InParts(grouped))
+
+
 def test_ledger_entries_count_what_was_asked_and_answered(net):
     train = make_train(net, clients=("a", "b", "c"))
     replies = [Reply("a", {"x": torch.zeros(5)}, images=10, samples=20, seconds=1.5), Reply("b", samples=1)]

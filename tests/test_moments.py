@@ -164,6 +164,15 @@ def test_sums_are_read_back_and_not_asked_for_again_nor_taken_for_another_task(t
         summed(model, again, Gradients(squared=True), phase="sums")
 
 
+def test_gradients_of_a_frozen_weight_are_taken_and_counted():
+    net = make_net()
+    whole = flops(classifier(net))[1]
+    net[0].requires_grad_(False)
+    frozen = classifier(net)
+    assert flops(frozen)[1] < whole
+    assert Gradients().operations(frozen, *flops(frozen)) == whole
+
+
 def flops(model):
     from fedunlearn.federation.ledger import flops_per_image
 

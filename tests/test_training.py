@@ -39,7 +39,7 @@ class Unusual(nn.Module):
     def __init__(self):
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(8, 1, 3, 3))
-        self.grouped = nn.Conv2d(8, 8, 3, groups=4, stride=2)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2)
         self.upwards = nn.ConvTranspose2d(8, 4, 2)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.weight = nn.Parameter(torch.randn(5, 4))
@@ -47,7 +47,7 @@ class Unusual(nn.Module):
         self.fixed = nn.Linear(5, 5).requires_grad_(False)
 
     def forward(self, images):
-        maps = self.upwards(self.grouped(F.relu(F.conv2d(images, self.kernel, padding=1, dilation=2))))
+        maps = self.upwards(self.strided(F.relu(F.conv2d(images, self.kernel, padding=1, dilation=2))))
         rows = maps.flatten(2).transpose(1, 2)
         rows = self.attention(rows, rows, rows, need_weights=False)[0]
         rows = rows + F.scaled_dot_product_attention(rows, rows, rows)

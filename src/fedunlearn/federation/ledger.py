@@ -148,13 +148,14 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int,
 
     Counted by the formulas of ``torch.utils.flop_counter`` on two blank images; one multiply-add is two operations,
     and only convolutions and matrix products count, so the figure does not depend on the machine. A model is counted
-    once for as long as its tensors keep their shapes: rounds of one phase ask again and again.
+    once for as long as its tensors keep their shapes and the same are trained: rounds of one phase ask again and again.
     """
     return _flops(model, model.state_dict(), shape)
 
 
 def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[int, int]:
-    layout = (shape, *(tensor.shape for tensor in state.values()))
+    frozen = [name for name, own in model.named_parameters() if not own.requires_grad]
+    layout = (shape, *frozen, *(tensor.shape for tensor in state.values()))
     known = _counted.get(model)
     if known is None or known[0] != layout:
         known = _counted[model] = (layout, _count_flops(model, shape))
@@ -194,5 +195,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 composed = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if composed is NotImplemented else composed
         result = func(*args, **kwargs)
-        self.flops += formula(*args, **kwargs, out_val=result)
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            self.flops += _convolution_backward(*args)
+        else:
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
+
+
+def _convolution_backward(gradient: Tensor, images: Tensor, weight: Tensor, bias: Any, *layer: Any) -> int:
+    """Return the operations of both gradients: each costs what the forward pass does, whatever the groups.
+
+    The formula of torch counts that of the weight ``groups`` times.
+    """
+    *how, (of_images, of_weight, _) = layer
+    forward: int = flop_registry[torch.ops.aten.convolution](images, weight, bias, *how, out_val=gradient)
+    return forward * (of_images + of_weight)

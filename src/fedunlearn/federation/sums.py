@@ -9,7 +9,9 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.channels.taps import with_gradients
 from fedunlearn.federation.jobs import (
     STRICT,
     Answer,
@@ -23,6 +25,7 @@ from fedunlearn.federation.jobs import (
     no_image,
     sampled,
 )
+from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.moments import (
@@ -65,8 +68,10 @@ class Gradients:
         return {name: (tuple(own.shape), torch.float64) for name, own in model.module.named_parameters()}
 
     def operations(self, model: Classifier, forward: int, training: int) -> int:
-        """Return those of a pass forth and back."""
-        return training
+        """Return those of a pass forth and back, to the weights that are frozen in training too."""
+        if all(own.requires_grad for own in model.module.parameters()):
+            return training
+        return flops_per_image(with_gradients(copied(model.module)), model.shape)[1]
 
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative squares, and sums over no image."""
