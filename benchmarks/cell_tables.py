@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -19,7 +20,7 @@ from fedunlearn.evidence.plots import work
 from fedunlearn.evidence.words import MODELS as LABELS
 from fedunlearn.evidence.words import clipped
 from fedunlearn.federation.journal import Step
-from fedunlearn.run.result import training_curve
+from fedunlearn.run.result import cost_until, training_curve
 
 Result = dict[str, Any]
 # R unlearned, R retrained and speed-up in rounds, as the paper gives them.
@@ -36,12 +37,16 @@ _BY_RECIPE = ("contrast", "tf_idf")  # settings that a comparison of methods has
 # Controls to show beside a setting; those that any ranking shares beside contrast.
 _BESIDE = {
     "contrast": ("original", "head_only", "finetune", "random"),
-    "erase": ("random",),
+    "erase": ("random", "finetune"),
     "erase-again-decay": ("finetune",),
+    "tf_idf-paper": ("random", "finetune"),
 }
 _OWN_LABELS = {
     ("erase", "random"): "random, erased and repaired",
+    ("erase", "finetune"): "fine-tuning only, the step's rate",
     ("erase-again-decay", "finetune"): "fine-tuning only, the same decay",
+    ("tf_idf-paper", "random"): "random + repair, as many channels as the paper",
+    ("tf_idf-paper", "finetune"): "fine-tuning only, beside tf_idf-paper",
 }
 
 
@@ -102,8 +107,8 @@ def headline() -> str:
                     _spread([_u(one["unlearned"]) for one in own]),
                     _spread([_r(one["unlearned"]) for one in own]),
                     _spread(_retrained(own[0])),
-                    _times(own, "speedup"),
-                    _times(own, "speedup_whole"),
+                    _to_equal_r(recipe, own),
+                    _times([one["speedup_whole"]["client_flops"] for one in own if "speedup_whole" in one]),
                 ]
             some = f", {len(own)} of {len(SEEDS)} seeds" if 0 < len(own) < len(SEEDS) else ""
             lines.append(row_of((recipe, setting + some, *cells, paper)))
@@ -112,32 +117,34 @@ def headline() -> str:
 
 def levels() -> str:
     """Return U and R on test images of the original and the retrained models that are kept, beside the level asked."""
-    head = ("cell", "R asked", "original, U", "original, R", "retrained, R", "models")
+    head = ("cell", "R asked", "original, U", "original, R", "retrained, R", "models", "trained in")
     lines = [row_of(head), "|---" * len(head) + "|"]
     for recipe, asked in LEVEL.items():
-        path = MODELS / recipe / "levels.json"
-        if not path.exists():
-            lines.append(row_of((recipe, str(asked), *[NOT_RUN] * 4)))
-            continue
-        found = json.loads(path.read_text("utf-8"))
-        original = found.pop("original")
-        cells = [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
-        retrained = [100 * own["retain"] for own in found.values()]
-        lines.append(
-            row_of((recipe, str(asked), *cells, _spread(retrained) if retrained else NOT_RUN, str(len(retrained))))
-        )
+        if not (MODELS / recipe).exists():
+            lines.append(row_of((recipe, str(asked), *[NOT_RUN] * 5)))
+        # Models retrained without other classes are of the same original.
+        for folder in sorted(MODELS.glob(f"{recipe}*")):
+            found = json.loads((folder / "levels.json").read_text("utf-8"))
+            original = found.pop("original", None)
+            cells = ["", ""] if original is None else [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
+            retrained = _spread([100 * own["retain"] for own in found.values()])
+            used = Counter(own["precision"] for own in found.values())
+            precision = ", ".join(f"{name} ({number})" for name, number in used.items())
+            if original is not None:
+                precision = f"original {original['precision']}; {precision}"
+            lines.append(row_of((folder.name, str(asked), *cells, retrained, str(len(found)), precision)))
     return "\n".join(lines) + "\n"
 
 
 def settings_table(recipe: str) -> str:
     """Return U, R and the verdicts of each setting and of its controls, mean and range over the seeds."""
-    head = ("model", "U, row in place", "R", "R less retrained", "verdict")
+    head = ("model", "U, row in place", "R", "R less retrained", "speed-up to equal R", "verdict")
     lines = [row_of(head), "|---" * len(head) + "|"]
     for setting in SETTINGS:
         own = results(recipe, setting)
         # Cells of other classes are made by the settings that matter.
         if not own and recipe in PAPER and setting not in LESS_WORK:
-            lines.append(row_of((setting, *[NOT_RUN] * 4)))
+            lines.append(row_of((setting, *[NOT_RUN] * 5)))
         for name, blocks in _models(setting, own):
             verdicts = Counter(block["verdict"] for block in blocks)
             lines.append(
@@ -147,6 +154,7 @@ def settings_table(recipe: str) -> str:
                         _spread([_u(block) for block in blocks]),
                         _spread([_r(block) for block in blocks]),
                         _spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, own)], sign="+"),
+                        _to_equal_r(recipe, own) if name == f"**{setting}**" else "",
                         ", ".join(f"{verdict} ({count})" for verdict, count in verdicts.items()),
                     )
                 )
@@ -199,8 +207,14 @@ def picture(recipe: str) -> str | None:
 
 
 def _curve(path: Path) -> list[tuple[int, float]]:
+    return training_curve(_steps(path))
+
+
+@functools.cache
+def _steps(path: Path) -> list[Step]:
+    """Return the rounds by which a model that is kept was trained."""
     with safetensors.safe_open(path, "pt") as file:
-        return training_curve([Step.from_dict(value) for value in json.loads(file.metadata()["steps"])])
+        return [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
 
 
 def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -238,12 +252,23 @@ def _spread(values: Sequence[float], *, sign: str = "") -> str:
     return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
-def _times(own: Sequence[Result], name: str) -> str:
-    found = [one[name]["client_flops"] for one in own if name in one]
+def _to_equal_r(recipe: str, own: Sequence[Result]) -> str:
+    """Return the speed-up to equal R of each seed beside each retrained model: which of them is the first is chance."""
+    found, reached = [], True
+    for one in own:
+        if "speedup" not in one:
+            continue
+        for name in one["oracles"]:
+            until = cost_until(
+                _steps(MODELS / recipe / f"{name}.safetensors"), one["unlearned"]["validation"]["retain"]
+            )
+            found.append(until["client_flops"] / one["cost"]["unlearn"]["client_flops"])
+            reached = reached and until["reached"]
+    return ("" if reached else "> ") + _times(found)
+
+
+def _times(found: Sequence[float]) -> str:
     if not found:
         return ""
-    bound = (
-        "" if name == "speedup_whole" or all(one["cost"]["retrain"]["reached"] for one in own if name in one) else "> "
-    )
     spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
-    return f"{bound}{fmean(found):.1f}x{spread}"
+    return f"{fmean(found):.1f}x{spread}"

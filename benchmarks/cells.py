@@ -164,15 +164,20 @@ def unlearn(
 
 
 def _compare(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say how far figures are from those that are kept."""
+    """Say how far figures are from those that are kept, and of which models none are."""
     kept = json.loads(path.read_text("utf-8"))["figures"]
     apart = {
         f"{figure} of {model}": abs(own["value"] - kept[model][figure]["value"])
         for model, theirs in figures.items()
         for figure, own in theirs.items()
+        if figure in kept.get(model, {})
     }
     name, largest = max(apart.items(), key=lambda pair: pair[1])
-    _say(path.stem, f"differs from the kept figures by {largest:.4f} at most ({name})")
+    new = ", ".join(sorted(figures.keys() - kept.keys()))
+    _say(
+        path.stem,
+        f"differs from the kept figures by {largest:.4f} at most ({name})" + (f"; not kept: {new}" if new else ""),
+    )
 
 
 def share_figures(done: Iterable[Path], out: Path) -> None:

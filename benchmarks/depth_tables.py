@@ -52,7 +52,7 @@ def work_table(recipe: str) -> str:
                         epochs,
                         *(_share([cell["accuracy"][key] for cell in own]) for key in ("forget_row_kept", "retain")),
                         *(_share([cell["figures"][name] for cell in own]) for name in DEPTH),
-                        *(f"{fmean(cell[key] for cell in own):.1f}" for key in ("speedup", "speedup_whole")),
+                        *(_times(own, key) for key in ("speedup", "speedup_whole")),
                         _counts([len(cell["outside"]) for cell in own]),
                     ]
                 )
@@ -104,6 +104,12 @@ def _draw(panel: Axes, value: dict[str, Any], method: str) -> None:
 def methods(value: dict[str, Any]) -> list[str]:
     """Return the methods in the order in which they were done."""
     return list(dict.fromkeys(cell["method"] for cells in value["epochs"].values() for cell in cells.values()))
+
+
+def _times(cells: list[dict[str, Any]], key: str) -> str:
+    own = [cell[key] for cell in cells]
+    bound = "> " if key == "speedup" and not all(cell.get("speedup_reached", True) for cell in cells) else ""
+    return bound + spread((fmean(own), min(own), max(own)), 1)
 
 
 def _counts(numbers: list[int]) -> str:

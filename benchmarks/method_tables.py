@@ -37,7 +37,7 @@ def method_table(name: str) -> str:
                     f"{row['number']} `{row['name']}`{seeds}",
                     *(spread(own) for own in (row["u"], row["r"])),
                     *(spread(row["figures"].get(figure)) for figure in shown),
-                    spread(row["speedup"], 1),
+                    ("" if row["reached"] else "> ") + spread(row["speedup"], 1),
                     f"{len(outside)}: {', '.join(outside)}" if outside else "none",
                 ]
             )

@@ -87,8 +87,10 @@ def main(data: str, out: str) -> None:
             "cifar10-resnet20", [*SETTINGS, f"data.path={part}", f"model.name=benchmarks.own_networks:{network}"]
         )
         result = run(recipe, Path(out) / network, observe=_told)
-        kept = ("original", "pruned", "unlearned", "controls", "oracles", "speedup", "verdict", "reason", "decided_by")
-        found[network] = {name: result[name] for name in (*kept, "audits") if name in result}
+        kept = ("version", "recipe", "original", "pruned", "unlearned", "controls", "oracles", "cost", "speedup")
+        told = ("verdict", "reason", "decided_by", "audits")
+        found[network] = {name: result[name] for name in (*kept, *told) if name in result}
+        found[network]["recipe"]["data"]["path"] = ""
         OUT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
