@@ -660,15 +660,16 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         ),
         (Reestimate(), {"square:1": 1e300 * torch.ones(6, dtype=torch.float64)}, 1, "are those of no images"),
         (Reestimate(), {}, 0, "it reports 0 images"),
-        (Evaluate(), {"correct": torch.tensor(-1)}, 3, "correct has negative values"),
-        (Evaluate(), {"correct": torch.tensor(2)}, 3, "correct is 2 of 1 images"),
+        (Evaluate(), {"correct": torch.tensor(-1)}, 1, "correct has negative values"),
+        (Evaluate(), {"correct": torch.tensor(2)}, 1, "correct is 2 of 1 images"),
+        (Evaluate(), {"counts": torch.tensor(2**62)}, 5, f"it counts {2**62} images and reports 5"),
         (
             Evaluate(probability=True),
             {"probability": torch.tensor(1.01, dtype=torch.float64)},
-            3,
+            1,
             "probability is 1.01 of 1 images",
         ),
-        (Evaluate(), {}, 0, None),
+        (Evaluate(), {"correct": torch.tensor(0), "counts": torch.tensor(0)}, 0, None),
         (
             Train(training=Training(0.1), lr=0.1),
             {"1.running_var": -torch.ones(6)},
@@ -695,6 +696,10 @@ def test_what_no_honest_answer_says_is_refused(net, task, change, images, text):
         ({"held": torch.tensor([0, 0, 1])}, "it counts 2 images of 1 that it holds"),
         ({"counts": torch.tensor([1, 0, 0])}, "sums.0 has values for classes of which it counts no image"),
         ({"held": torch.tensor([1, -1, 1])}, "held has negative values"),
+        (  # which add up to a negative number
+            {"counts": torch.tensor([2**62, 2**62, 1]), "held": torch.tensor([2**62, 2**62, 1])},
+            f"it holds {2**62} images of a class, more than any client does",
+        ),
     ],
 )
 def test_statistics_that_contradict_themselves_are_refused(net, change, text):

@@ -1,6 +1,7 @@
 """The Flower engine on a grid inside this process: agreement with the in-process engine, and what clients do wrong."""
 
 import copy
+import json
 import logging
 import pickle
 import re
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch.utils.data import DataLoader
 
@@ -29,7 +30,7 @@ from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.flower.messages import digest_of, encode_job, encode_reply
+from fedunlearn.flower.messages import digest_of, encode_job, encode_reply, to_arrays
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
@@ -309,8 +310,89 @@ def test_a_federation_of_no_fixed_names_grows():
     collected(chosen, train_job())
     assert chosen.clients == tuple(CLIENTS)
     assert (chosen.shape, chosen.classes) == ((1, 8, 8), 3)
+    (reply,) = chosen.run(train_job(clients=("client-9",)))  # of before a kill, it may come back
+    assert reply.error == "it is not connected"
     with pytest.raises(FederationError, match="there is no client 'client-9'; the clients are client-0, client-1"):
-        chosen.run(train_job(clients=("client-9",)))
+        engine(clients=tuple(CLIENTS)).run(train_job(clients=("client-9",)))
+
+
+def test_who_joins_while_clients_are_asked_is_asked_from_the_next_job_on():
+    grid = Loopback(nodes(count=3))
+    chosen = engine(grid, clients=3)
+    grid.nodes[999] = (APP, 3)
+    first, second = (collected(chosen, measure_job())[1] for _ in range(2))
+    assert (first.clients, first.refused) == (("client-0", "client-1", "client-2"), {})
+    assert second.clients == tuple(CLIENTS)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_of_no_fixed_names_goes_on_with_whom_it_finds_after_a_kill(tmp_path, count):
+    class Killed(Loopback):
+        def push_messages(self, messages):
+            if "repair-1" in {message.metadata.group_id for message in messages}:
+                raise KeyboardInterrupt
+            return super().push_messages(messages)
+
+    settings = {"forget": 1, "cut": Cut(0.4), "repair": Repair(Training(0.1, 8), rounds=2), "rank": Ranking(contrast)}
+    before = Federation(engine(Killed(nodes(count=3)), clients=3), Journal(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(make_net(), before, **settings)
+    before.journal.leave()
+    after = Federation(engine(Loopback(nodes(count=count)), clients=3), Journal(tmp_path))
+    done = unlearn(make_net(), after, **settings)
+    assert [len(step.entries[0].clients) for step in after.journal.steps("repair")] == [3, count]
+    assert int(done.stats.counts.sum()) == sum(len(CLIENTS[name]) for name in list(CLIENTS)[:3])
+
+
+def test_a_site_that_comes_back_under_another_number_is_asked_when_flower_has_missed_the_old_one():
+    grid = Loopback(nodes())
+    chosen = engine(grid, clients=tuple(CLIENTS))
+    grid.nodes[555] = (APP, 1)  # the old node counts as connected for a while yet
+    assert collected(chosen, train_job())[1].refused == {}
+    del grid.nodes[101]
+    assert collected(chosen, train_job())[1].refused == {}
+
+
+class Unreadable(Loopback):
+    """A grid in which the answer of a node cannot be read, as Flower's own raises then."""
+
+    def pull_messages(self, message_ids):
+        found = super().pull_messages(message_ids)
+        if any(message.metadata.src_node_id == 102 for message in found):
+            raise KeyError("arraychunk_ids")
+        return found
+
+
+def test_an_answer_that_flower_cannot_read_costs_that_client_alone():
+    grid = Unreadable(nodes())
+    chosen = engine(Loopback(nodes()), clients=tuple(CLIENTS))
+    chosen._grid = grid
+    _, entry = collected(chosen, train_job())
+    assert entry.refused == {"client-2": "it sent no reply that can be read (KeyError: 'arraychunk_ids')"}
+
+
+def test_a_link_that_breaks_is_no_fault_of_a_client():
+    class Broken(Loopback):
+        def pull_messages(self, message_ids):
+            raise ConnectionError("gone")
+
+    chosen = engine()
+    chosen._grid = Broken(nodes())
+    with pytest.raises(ConnectionError, match="gone"):
+        chosen.run(train_job())
+
+
+@pytest.mark.parametrize("numbers", [[], ["", None, "", ""]])
+def test_a_message_that_the_superlink_does_not_take_is_no_fault_of_a_client(numbers):
+    class Full(Loopback):
+        def push_messages(self, messages):
+            return numbers
+
+    chosen = engine()
+    chosen._grid = Full(nodes())
+    assert {reply.error for reply in chosen.run(train_job())} == {
+        "the SuperLink did not take its message, which may be too large: see its log, and raise its limit"
+    }
 
 
 @pytest.mark.parametrize(
@@ -452,6 +534,8 @@ def test_the_first_to_introduce_itself_cannot_say_what_no_images_are(change, tex
 def test_too_few_clients_at_the_start_are_an_error():
     with pytest.raises(FederationError, match=r"only 1 of 4 clients were there after 0.1 s, expected at least half"):
         engine(Loopback(nodes(count=1)))
+    with pytest.raises(FederationError, match=r"expected at least half; missing: client-1, client-2, client-3: start"):
+        engine(Loopback(nodes(count=1)), clients=tuple(CLIENTS))
 
 
 def test_a_client_that_is_there_but_slow_is_not_told_to_start():
@@ -537,6 +621,45 @@ def test_an_app_with_the_mod_forgets_with_its_own_training():
 def test_an_app_with_the_mod_refuses_an_objective_that_its_training_does_not_know():
     with pytest.raises(FederationError, match=r"it cannot do the objective 'erase' of the job"):
         forget(engine(Loopback(nodes(app_with_mod()))))
+
+
+@pytest.mark.parametrize("exclude", [(0, 1), ()])
+def test_a_train_function_is_told_what_was_checked_and_not_what_else_a_message_says(exclude):
+    """A server that names other classes beside the job would have it train on one image, and send what it learnt."""
+    held = make_images(60).take(torch.tensor([*range(0, 51, 3), 1, 4, 2]))  # 17, 2 and 1 of each class
+    seen = []
+    app = ClientApp(mods=[unlearning_mod(build_model, lambda context: ClientData("a", held))])
+
+    @app.train()
+    def _(message, context):
+        seen.append(len(held.without(tuple(message.content["config"]["exclude"]))))
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": seen[-1]})}
+        return Message(RecordDict(content), reply_to=message)
+
+    Loopback({})  # sets who this process is for Flower
+    tensors, text = encode_job(train_job(exclude=exclude))
+    config = ConfigRecord({"lr": 9.0, "server-round": 1, "exclude": [0, 1]})
+    own = {"arrays": to_arrays(tensors), "config": config, "fedunlearn": ConfigRecord({"job": text})}
+    reply = app(Message(RecordDict(own), 5, "train"), Context(1, 5, {}, RecordDict(), {}))
+    answer = json.loads(reply.content.config_records["fedunlearn"]["reply"])
+    if exclude:
+        assert "would stand for 1 image" in answer["error"]
+        assert seen == []
+    else:
+        assert (answer["error"], answer["images"], seen) == (None, 20, [20])
+
+
+def test_an_answer_of_a_train_function_that_left_too_much_out_stays_here():
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
+
+    @app.train()
+    def _(message, context):
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 2})}
+        return Message(RecordDict(content), reply_to=message)
+
+    replies, entry = collected(engine(Loopback(nodes() | {100: (app, 0)})), train_job())
+    assert "its train function trained on 2 images, fewer than 5, the fewest" in entry.refused["client-0"]
+    assert "client-0" not in {reply.client for reply in replies}
 
 
 def done_counts(done):

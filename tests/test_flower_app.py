@@ -1,5 +1,6 @@
 """The Flower app of a recipe: what a client finds by it, and what fails at the start or later."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.tasks import Evaluate
 from fedunlearn.flower.app import engine_on, recipe_images, recipe_model, recipe_of, recipe_rules, server_app
 from fedunlearn.flower.client import client_app
-from fedunlearn.flower.launch import SuperLink, run_on, simulation
+from fedunlearn.flower.launch import SuperLink, _result, run_on, simulation
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.tables import PrivacyTable
@@ -219,6 +220,16 @@ def test_a_run_that_never_starts_is_stopped_and_told(monkeypatch, tmp_path):
     with pytest.raises(FederationError, match=r"run 7 on here:1 was still pending after 0.05 s, expected running: see"):
         run_on(SuperLink("here:1"), load_recipe("digits"), tmp_path / "run", command="train", tell=lambda line: None)
     assert Slow.asked == ["stop"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"recipe": 1}', '{"recipe": {"unlearn": {"rounds": -1}}}'])
+def test_a_result_that_is_none_of_this_run_is_not_taken_for_its_own(tmp_path, text):
+    recipe = load_recipe("digits")
+    assert _result(tmp_path / "result.json", recipe) is None
+    (tmp_path / "result.json").write_text(text)
+    assert _result(tmp_path / "result.json", recipe) is None
+    (tmp_path / "result.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    assert _result(tmp_path / "result.json", recipe) is not None
 
 
 def test_a_superlink_that_keeps_silent_is_told(monkeypatch, tmp_path):

@@ -168,7 +168,7 @@ def test_a_changed_reply_is_refused_in_one_line_or_has_the_layout_that_was_asked
     if data.draw(st.integers(0, 9)) == 0:
         del content[data.draw(st.sampled_from((ARRAYS, OWN)))]
     Loopback({})  # Flower's messages need a run to be of
-    reply = _read_reply(Message(content, 1, "train"), "client-1", "d1", 1.0)
+    reply = _read_reply(Message(content, 1, "train"), "client-1", "d1")
     assert reply.client == "client-1"
     why = refusal(reply, sent, expected)
     if why is None:

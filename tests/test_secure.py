@@ -32,11 +32,12 @@ from fedunlearn.flower.client import add_secure_measure, client_app, unlearning_
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.flower.messages import encode_job, to_arrays
 from fedunlearn.flower.secure import BITS, FRACTION, LIMBS, answer, decode, encode, secure_mod, secure_sum
+from fedunlearn.training.compute import Compute
 from fedunlearn.training.sgd import Training
 from fedunlearn.unlearn import unlearn
 from loopback import Loopback, build_model, nodes, same
 
-CLIENTS, _ = hold_out(partition(make_images(100), by="iid", clients=5), 0.0)
+CLIENTS, _ = hold_out(partition(make_images(140), by="iid", clients=7), 0.0)
 STAGES = ("setup", "share_keys", "collect_masked_vectors", "unmask")
 
 
@@ -61,8 +62,8 @@ def train_job():
 
 
 def engine(grid=None, **options):
-    grid = grid or Loopback(nodes(APP, 5))
-    return FlowerEngine(grid, **({"clients": 5, "deadline": 0.5, "patience": 0.1, "secure": True} | options))
+    grid = grid or Loopback(nodes(APP, 7))
+    return FlowerEngine(grid, **({"clients": 7, "deadline": 0.5, "patience": 0.1, "secure": True} | options))
 
 
 def in_the_clear(names=tuple(CLIENTS)):
@@ -104,7 +105,7 @@ def test_the_server_gets_the_sum():
     assert_is_sum(reply.tensors, tuple(CLIENTS))
     assert entry.clients == tuple(CLIENTS)
     assert entry.refused == {}
-    assert entry.samples == 100
+    assert entry.samples == 140
 
 
 def test_unlearning_prunes_the_same_channels():
@@ -152,7 +153,7 @@ def masked_vectors(grid):
 
 
 def test_the_server_sees_masked_statistics_only():
-    grid = Wiretap(nodes(APP, 5))
+    grid = Wiretap(nodes(APP, 7))
     chosen = engine(grid)
     grid.seen.clear()
     chosen.run(measure_job())
@@ -174,7 +175,7 @@ def test_the_server_sees_masked_statistics_only():
         for name, record in message.content.config_records.items():
             if name != "secaggplus_configs":
                 assert dict(record) in ({}, {"code": 0, "message": ""}), name
-    assert stages == [stage for stage in STAGES for _ in range(5)]
+    assert stages == [stage for stage in STAGES for _ in range(7)]
     plain = {
         100 + k: np.concatenate([limb.ravel() for _, t in sorted(own.items()) for limb in encode(t.numpy())]) + 2.0**29
         for k, own in enumerate(in_the_clear().values())
@@ -214,9 +215,9 @@ def failing_at(stage, *, silent):
 @pytest.mark.parametrize("stage", STAGES)
 def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
     lost = {101: (failing_at(stage, silent=silent), 1), 104: (failing_at(stage, silent=silent), 4)}
-    replies, entry = collected(engine(Loopback(nodes(APP, 5) | lost)), measure_job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 7) | lost)), measure_job())
     # Who is lost after it sent its masked numbers is in the sum all the same: the others remove its mask.
-    inside = tuple(CLIENTS) if stage == "unmask" else ("client-0", "client-2", "client-3")
+    inside = tuple(CLIENTS) if stage == "unmask" else ("client-0", "client-2", "client-3", "client-5", "client-6")
     assert replies[0].members == inside
     assert_is_sum(replies[0].tensors, inside)
     said = "it gave no answer within 0.5 s" if silent else "its app failed: the site lost power"
@@ -226,8 +227,8 @@ def test_clients_lost_at_any_stage_are_tolerated(stage, silent):
 
 def test_with_most_clients_lost_there_is_no_sum():
     lost = {100 + k: (failing_at("collect_masked_vectors", silent=True), k) for k in range(3)}
-    with pytest.raises(FederationError, match="fewer than 3 of 5 clients went through all its stages"):
-        collected(engine(Loopback(nodes(APP, 5) | lost)), measure_job())
+    with pytest.raises(FederationError, match="fewer than 5 of 7 clients went through all its stages"):
+        collected(engine(Loopback(nodes(APP, 7) | lost)), measure_job())
 
 
 def answering(change):
@@ -244,7 +245,7 @@ def answering(change):
 
 def test_a_client_whose_numbers_cannot_be_added_drops_out_and_says_so():
     bad = answering(lambda own: own | {"counts": torch.tensor([float("nan")])})
-    replies, entry = collected(engine(Loopback(nodes(APP, 5) | {102: (bad, 2)})), measure_job())
+    replies, entry = collected(engine(Loopback(nodes(APP, 7) | {102: (bad, 2)})), measure_job())
     assert list(entry.refused) == ["client-2"]
     assert "statistics under secure aggregation must lie in 0" in entry.refused["client-2"]
     assert_is_sum(replies[0].tensors, replies[0].members)
@@ -255,9 +256,9 @@ def test_statistics_that_do_not_fit_the_others_are_an_error_not_a_wrong_sum():
     # Which of the two it is depends on the order in which the vectors are added up.
     either = r"secure aggregation (failed: a client's answer does not fit|gave 1 arrays, expected 4)"
     with pytest.raises(FederationError, match=either):
-        collected(engine(Loopback(nodes(APP, 5) | {102: (odd, 2)})), measure_job())
+        collected(engine(Loopback(nodes(APP, 7) | {102: (odd, 2)})), measure_job())
     with pytest.raises(FederationError, match="secure aggregation gave 1 arrays, expected 4"):
-        collected(engine(Loopback(nodes(odd, 5))), measure_job())
+        collected(engine(Loopback(nodes(odd, 7))), measure_job())
 
 
 def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
@@ -266,17 +267,17 @@ def test_an_answer_that_is_none_of_the_protocols_ends_the_sum():
         return Message(RecordDict(), reply_to=message) if own else APP(message, context)
 
     with pytest.raises(FederationError, match="secure aggregation failed: a client's answer does not fit"):
-        collected(engine(Loopback(nodes(APP, 5) | {102: (mute, 2)})), measure_job())
+        collected(engine(Loopback(nodes(APP, 7) | {102: (mute, 2)})), measure_job())
 
 
 def test_nothing_but_measure_goes_under_secure_aggregation():
-    grid = Wiretap(nodes(APP, 5))
+    grid = Wiretap(nodes(APP, 7))
     tensors, text = encode_job(train_job())
     content = RecordDict({"arrays": to_arrays(tensors), "fedunlearn": ConfigRecord({"job": text})})
-    with pytest.raises(FederationError, match="fewer than 3 of 5 clients"):
-        secure_sum(grid, {f"c{k}": 100 + k for k in range(5)}, content, ["counts"], deadline=1.0)
+    with pytest.raises(FederationError, match="fewer than 5 of 7 clients"):
+        secure_sum(grid, {f"c{k}": 100 + k for k in range(7)}, content, ["counts"], deadline=1.0)
     failures = [message.error.reason for message in grid.seen if message.has_error()]
-    assert len(failures) == 5
+    assert len(failures) == 7
     assert all("expected a measure job under secure aggregation, got train" in why for why in failures)
 
 
@@ -295,7 +296,7 @@ def test_an_app_with_the_mod_reports_under_secure_aggregation_too():
     app = ClientApp(mods=[unlearning_mod(build_model, load_images, secure=True)])
     app.train()(lambda message, context: None)
     add_secure_measure(app, build_model, load_images)
-    replies, _ = collected(engine(Loopback(nodes(app, 5))), measure_job())
+    replies, _ = collected(engine(Loopback(nodes(app, 7))), measure_job())
     assert_is_sum(replies[0].tensors, tuple(CLIENTS))
 
 
@@ -303,7 +304,7 @@ TERMS = {
     "stage": "setup",
     "sample_num": 5,
     "share_num": 5,
-    "threshold": 3,
+    "threshold": 4,
     "target_range": 2**30,
     "clipping_range": 2.0**29,
     "mod_range": 2**48,
@@ -320,18 +321,18 @@ TERMS = {
             "of 2 clients with threshold 2 is refused: expected 3",
         ),
         (
-            TERMS | {"sample_num": 2**18, "share_num": 2**18, "threshold": 2**17 + 1},
-            "secure aggregation of 262144 clients with threshold 131073 is refused: expected 3 to 262143 clients",
+            TERMS | {"sample_num": 2**18, "share_num": 2**18, "threshold": 2 * 2**18 // 3 + 1},
+            "secure aggregation of 262144 clients with threshold 174763 is refused: expected 3 to 262143 clients",
         ),
-        (TERMS | {"threshold": 2}, "secure aggregation of 5 clients with threshold 2 is refused"),
+        (TERMS | {"threshold": 3}, "secure aggregation of 5 clients with threshold 3 is refused"),
         (TERMS | {"mod_range": 2}, "secure aggregation is refused: expected the terms {'target_range'"),
         (
-            {"stage": "unmask", "active_nids": [1, 2, 3], "dead_nids": [3]},
-            "unmasking is refused: expected each node as present or as lost, not both, and 3 or more present",
+            {"stage": "unmask", "active_nids": [1, 2, 3], "dead_nids": [4]},
+            "unmasking is refused: expected each node that shared its keys once",
         ),
         (
-            {"stage": "unmask", "active_nids": [1], "dead_nids": [2, 3]},
-            "unmasking is refused: expected each node as present or as lost, not both, and 3 or more present",
+            {"stage": "collect_masked_vectors", "srcs": [101, 102, 101], "ctxts": [b"", b"", b""]},
+            "masking is refused: expected each other node once, and one comes twice",
         ),
     ],
 )
@@ -342,6 +343,55 @@ def test_terms_that_would_reveal_one_client_are_refused(terms, text):
     with pytest.raises(FederationError) as error:
         APP(message, Context(1, 100, {"partition-id": 0}, RecordDict(), {}))
     assert text in str(error.value)
+
+
+def unmasking(active, dead):
+    """Return what a client answers that went through the stages with six others and is sent these lists at the end."""
+    grid, keys, shares = Loopback(nodes(APP, 7)), {}, {}
+    nobody = {"target_range": 2**30, "clipping_range": 2.0**29, "mod_range": 2**48, "max_weight": 1.0}
+
+    def sent(node, stage, terms, records=()):
+        own = RecordDict({"secaggplus_configs": ConfigRecord(terms | {"stage": stage}), **dict(records)})
+        (reply,) = grid.send_and_receive([Message(own, node, "train.measure")])
+        return reply if reply.has_error() else reply.content.config_records["secaggplus_configs"]
+
+    for node in grid.nodes:
+        own = sent(node, "setup", nobody | {"sample_num": 7, "share_num": 7, "threshold": 5})
+        keys[str(node)] = [own["pk1"], own["pk2"]]
+    for node in grid.nodes:
+        own = sent(node, "share_keys", keys)
+        shares |= {(node, to): text for to, text in zip(own["dsts"], own["ctxts"])}
+    tensors, text = encode_job(measure_job())
+    records = {"arrays": to_arrays(tensors), "fedunlearn": ConfigRecord({"job": text})}
+    others = [node for node in grid.nodes if node != 100]
+    terms = {"srcs": others, "ctxts": [shares[node, 100] for node in others]}
+    assert "masked_params" in sent(100, "collect_masked_vectors", terms, records)
+    return sent(100, "unmask", {"active_nids": active, "dead_nids": dead})
+
+
+@pytest.mark.parametrize(
+    ("active", "dead"),
+    [
+        ([101, 102, 103, 104, 105], [100, 106]),  # itself lost
+        ([100, 101, 102, 103, 104], [104, 105, 106]),  # both shares of one
+        ([100, 101, 102, 103, 104], []),  # two that are neither
+        ([100, 101, 102, 103, 103], [105, 106]),  # one in the place of another
+        ([100, 101, 102, 103], [104, 105, 106]),  # too few
+    ],
+)
+def test_a_client_gives_its_shares_for_the_lists_of_an_honest_server_alone(active, dead):
+    assert "expected each node that shared its keys once" in unmasking(active, dead).error.reason
+    assert len(unmasking([100, 101, 102, 103, 104], [105, 106])["shares"]) == 7
+
+
+def test_lists_that_differ_from_client_to_client_are_not_enough_to_unmask_one():
+    """One client told of ``t - 1`` others has the masks of these alone, and ``t`` shares of each key undo them.
+
+    All give ``n (n - t)`` shares of keys at most, as each has ``t`` present.
+    """
+    for clients in range(3, 1000):
+        least = secure._threshold(clients)
+        assert clients * (clients - least) < least * (least - 1)
 
 
 @pytest.mark.parametrize("pooling", [mean_of_clients, capped(2.0)], ids=["mean_of_clients", "influence"])
@@ -379,7 +429,7 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
     monkeypatch.setattr(secure, "_masks", recorded)
     collected(engine(), measure_job())
     assert theirs.pseudo_rand_gen is weak
-    assert len(set(seeds)) >= 5 + 10  # a private one per client, one per pair
+    assert len(set(seeds)) >= 7 + 21  # a private one per client, one per pair
     assert min(len(seed) for seed in seeds) >= 32
     ours, other = (masks(seed, 2**48, [(1000,)])[0] for seed in (b"a" * 43, b"a" * 42 + b"b"))
     assert not np.any(ours == other)  # the last letter matters, too
@@ -387,20 +437,41 @@ def test_masks_come_from_the_whole_secret_and_flower_is_left_as_it_was(monkeypat
 
 
 def test_a_client_keeps_no_key_of_a_sum_that_is_over():
-    grid = Loopback(nodes(APP, 5) | {101: (failing_at("unmask", silent=False), 1)})
+    grid = Loopback(nodes(APP, 7) | {101: (failing_at("unmask", silent=False), 1)})
     collected(engine(grid), measure_job())
-    for node in (100, 102, 103, 104):
+    for node in (100, 102, 103, 104, 105, 106):
         assert "secaggplus_state" not in grid.contexts[node].state.config_records
+
+
+def test_keys_of_a_sum_that_stopped_are_gone_with_the_next_job():
+    lost = {100 + k: (failing_at("collect_masked_vectors", silent=True), k) for k in range(3)}
+    grid = Loopback(nodes(APP, 7) | lost)
+    chosen = engine(grid)
+    with pytest.raises(FederationError, match="fewer than 5 of 7"):
+        chosen.run(measure_job())
+    assert "secaggplus_state" in grid.contexts[105].state.config_records
+    chosen.run(train_job())
+    assert all("secaggplus_state" not in context.state.config_records for context in grid.contexts.values())
+
+
+def test_a_client_measures_as_it_computes_under_secure_aggregation_too():
+    compute = Compute(precision="bfloat16")
+    app = client_app(build_model, load_images, secure=True, compute=compute)
+    ((reply, *_), _) = collected(engine(Loopback(nodes(app, 7))), measure_job())
+    plain = [own.tensors for own in LocalEngine(CLIENTS, compute=compute).run(measure_job())]
+    expected = torch.stack([own["sums.0"] for own in plain]).sum(0)
+    assert float((reply.tensors["sums.0"] - expected).abs().max()) <= 7 * 2.0 ** -(FRACTION + 1)
+    assert not torch.allclose(expected, torch.stack([own["sums.0"] for own in in_the_clear().values()]).sum(0))
 
 
 def test_a_client_that_measures_nothing_it_knows_is_left_out():
     reply = handle(measure_job(classes=2), make_net(), ClientData("x", CLIENTS["client-0"]))
     assert "the job is for 2 classes, this client has 3" in reply.error
-    grid = Wiretap(nodes(APP, 5))
+    grid = Wiretap(nodes(APP, 7))
     with pytest.raises(
-        FederationError, match=r"fewer than 3 of 5 .*; client-4: its app failed: FederationError: the job is"
+        FederationError, match=r"fewer than 5 of 7 .*; client-4: its app failed: FederationError: the job is"
     ):
         engine(grid).run(measure_job(classes=2))
     failures = [message.error.reason for message in grid.seen if message.has_error()]
-    assert len(failures) == 5
+    assert len(failures) == 7
     assert all("the job is for 2 classes, this client has 3" in why for why in failures)

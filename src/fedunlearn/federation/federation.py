@@ -95,9 +95,12 @@ class Federation:
         return [name for name in clients if name in self.holders] or clients
 
     def named(self, objective: Local | None = None) -> list[str] | None:
-        """Return ``able``; None where that are all clients of an engine that others may join."""
-        everybody = self.clients is None and self.holders is None
-        return None if everybody and getattr(self.engine, "grows", False) else self.able(objective)
+        """Return ``able``; None where others may join: who takes part may change, also while the server is away."""
+        return None if self.grows() else self.able(objective)
+
+    def grows(self) -> bool:
+        """Return whether clients may join that nobody named."""
+        return bool(getattr(self.engine, "grows", False))
 
     def has_holders(self) -> bool:
         """Return whether somebody takes part who may hold images of ``exclude``."""

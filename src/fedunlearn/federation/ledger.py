@@ -209,4 +209,4 @@ def _convolution_backward(gradient: Tensor, images: Tensor, weight: Tensor, bias
     """
     *how, (of_images, of_weight, _) = layer
     forward: int = flop_registry[torch.ops.aten.convolution](images, weight, bias, *how, out_val=gradient)
-    return forward * (of_images + of_weight)
+    return forward * (int(of_images) + int(of_weight))

@@ -79,12 +79,15 @@ def measure(
     """
     clients = tuple(fed.engine.clients if fed.clients is None else fed.clients)
     task = Measure(hook=hook, classes=fed.engine.classes, sample=sample)
-    about = fed.about(weights=model, **vars(task), pooling=pooling, clients=sorted(fed.engine.clients))
+    named = None if fed.grows() else sorted(fed.engine.clients)
+    about = fed.about(weights=model, **vars(task), pooling=pooling, clients=named)
     recorded = fed.journal.finished(phase, [about])
     if recorded:
         saved = fed.journal.state(phase)
-        rows = saved.pop("held")
-        return ChannelStats.from_tensors(saved), Holdings(dict(zip(recorded[0].entries[0].clients, rows)), clients)
+        names, rows = recorded[0].entries[0].clients, saved.pop("held")
+        if fed.grows():  # who has not come back yet may do so
+            clients = tuple(sorted({*clients, *names}))
+        return ChannelStats.from_tensors(saved), Holdings(dict(zip(names, rows)), clients)
     held: dict[str, Tensor] = {}
 
     def parts(replies: Iterator[Reply]) -> Iterator[ChannelStats]:
@@ -133,7 +136,7 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
     phase = "reestimate"
     fitted = model.copy()
     task = Reestimate(exclude=fed.exclude, sample=sample)
-    about = fed.about(weights=model, **vars(task), clients=fed.able())
+    about = fed.about(weights=model, **vars(task), clients=fed.named())
     if fed.journal.finished(phase, [about]):
         fitted.module.load_state_dict(fed.journal.state(phase))
         return fitted
@@ -164,7 +167,7 @@ def summed(
         FederationError: too few usable replies.
         RunError: the journal holds the step of another request.
     """
-    about = fed.about(weights=model, **vars(task), clients=fed.able())
+    about = fed.about(weights=model, **vars(task), clients=fed.named())
     if fed.journal.finished(phase, [about]):
         saved = fed.journal.state(phase)
         return saved, int(saved.pop(_IMAGES))

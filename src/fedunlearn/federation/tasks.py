@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedunlearn.channels.groups import Channels, find_channels, head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
-from fedunlearn.data.images import LabelledImages
+from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import (
     STRICT,
@@ -96,8 +96,11 @@ class Measure:
         for name, tensor in reply.tensors.items():
             if bool((tensor < 0).any()):
                 return f"{name} has negative values"
-        if int(counts.sum()) > reply.images or bool((counts > reply.tensors["held"]).any()):
-            return f"it counts {int(counts.sum())} images of {int(reply.tensors['held'].sum())} that it holds"
+        held, most = reply.tensors["held"], MOST_IMAGES * max(1, len(reply.members))
+        if bool((held > most).any()):  # before anything is added up: the sum of two could wrap
+            return f"it holds {int(held.max())} images of a class, more than any client does"
+        if bool((counts > held).any()) or int(counts.sum()) > reply.images:
+            return f"it counts {int(counts.sum())} images of {int(held.sum())} that it holds"
         for name, sums in reply.tensors.items():
             if name.startswith("sums.") and bool((sums[absent] != 0).any()):
                 return f"{name} has values for classes of which it counts no image"
@@ -292,6 +295,8 @@ class Evaluate:
     def flaw(self, reply: Reply) -> str | None:
         """Refuse negative numbers, and more than the images can have."""
         counts = reply.tensors["counts"]
+        if int(counts) != reply.images:
+            return f"it counts {int(counts)} images and reports {reply.images}"
         for name, own in reply.tensors.items():
             if bool(own < 0):
                 return f"{name} has negative values"

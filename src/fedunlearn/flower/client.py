@@ -22,7 +22,9 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
 from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower.messages import (
     ARRAYS,
+    CONFIG,
     JOB,
+    MASKING,
     OWN,
     ClientApp,
     ConfigRecord,
@@ -34,6 +36,7 @@ from fedunlearn.flower.messages import (
     digest_of,
     encode_reply,
     one_line,
+    plain_config,
     rebuild,
     sent_job,
     to_arrays,
@@ -83,17 +86,22 @@ def client_app(
         return _answer(message, context, site)
 
     if secure:
-        add_secure_measure(app, build_model, load_images, rules=rules)
+        add_secure_measure(app, build_model, load_images, rules=rules, compute=compute)
     return app
 
 
 def add_secure_measure(
-    app: ClientApp, build_model: BuildModel, load_images: LoadImages, *, rules: Rules = lambda context: DEFAULT_RULES
+    app: ClientApp,
+    build_model: BuildModel,
+    load_images: LoadImages,
+    *,
+    rules: Rules = lambda context: DEFAULT_RULES,
+    compute: Compute = FLOAT32,
 ) -> None:
     """Register on ``app`` what reports statistics under secure aggregation; arguments as for ``client_app``."""
     from fedunlearn.flower import secure  # imports Flower's older interface
 
-    site = _Site(build_model, load_images, rules)
+    site = _Site(build_model, load_images, rules, compute=compute)
 
     @app.train(secure.ACTION, mods=[secure.secure_mod])
     def measure(message: Message, context: Context) -> Message:
@@ -163,6 +171,7 @@ def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple
 def _answer(message: Message, context: Context, site: _Site, train: TrainFunction | None = None) -> Message:
     """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
     own, rules = message.content.config_records[OWN], site.rules(context)
+    context.state.config_records.pop(MASKING, None)  # a secure sum that another message follows is over
     try:
         data = site.load_images(context)
         other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
@@ -196,6 +205,11 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
                 )
             enough(data.train.without(received.task.exclude), rules)
             reply = _trained(message, context, received, site.build_model(context), data, train)
+            if reply.error is None and reply.images < rules.min_images:
+                raise FederationError(
+                    f"its train function trained on {reply.images} images, fewer than {rules.min_images}, the fewest "
+                    "that this client's rules (min_images) let an answer stand for"
+                )
         elif site.secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
         else:
@@ -228,6 +242,8 @@ def _trained(
     arrays = message.content.array_records[ARRAYS]
     whole = spread(to_tensors(arrays), received.plan.kept, received.plan.shapes)
     message.content[ARRAYS] = to_arrays(whole)
+    # Of the job that was checked: what else the message has may name other classes, and so fewer images.
+    message.content[CONFIG] = ConfigRecord(plain_config(received.task, received.key[1]))
     answer = train(message, context)
     if answer.has_error():
         return Reply(data.client, error=f"its train function failed: {answer.error.reason}")

@@ -19,7 +19,7 @@ from typing import Any
 from fedunlearn.data.images import Meaning
 from fedunlearn.errors import DataError, FederationError
 from fedunlearn.federation.jobs import SUM, Job, Reply
-from fedunlearn.federation.tasks import Measure, Train
+from fedunlearn.federation.tasks import Measure
 from fedunlearn.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -27,6 +27,7 @@ from fedunlearn.flower.messages import (
     OWN,
     POLL,
     ConfigRecord,
+    Exchanged,
     Grid,
     Message,
     RecordDict,
@@ -36,12 +37,14 @@ from fedunlearn.flower.messages import (
     exchange,
     failure,
     one_line,
+    plain_config,
     to_arrays,
     to_tensors,
 )
 
 _logger = logging.getLogger(__name__)
 _LONGEST_NAME = 200  # letters
+_TOLD = 10  # missing clients that an error names
 _LATE = 60.0  # seconds that a client which joins later may take to introduce itself: each job waits for it
 
 
@@ -80,6 +83,7 @@ class FlowerEngine:
         self._secure = secure
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
+        self._twins: dict[int, int] = {}  # of these, a node to the one that gave its name before
         self._meaning = meaning
         self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
@@ -113,16 +117,18 @@ class FlowerEngine:
         Raises:
             FederationError: the job names a client that is not one of this engine's.
         """
-        self._meet(min(self._hello, _LATE))
+        # Who joins now is asked from the next job on: the server has noted before whom this one is for.
         names = self.clients if job.clients is None else tuple(sorted(job.clients))
-        unknown = [name for name in names if name not in self.clients]
+        self._meet(min(self._hello, _LATE))
+        # A client of before a kill may not have come back to a federation of no fixed names.
+        unknown = [] if self.grows else [name for name in names if name not in self.clients]
         if unknown:
             raise FederationError(f"there is no client {unknown[0]!r}; the clients are {', '.join(self.clients)}")
         tensors, text = encode_job(job)
         content = RecordDict(
             {
                 ARRAYS: to_arrays(tensors),
-                CONFIG: ConfigRecord(_plain_config(job)),
+                CONFIG: ConfigRecord(plain_config(job.task, job.round)),
                 OWN: ConfigRecord({"job": text}),
             }
         )
@@ -130,14 +136,16 @@ class FlowerEngine:
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
         if self._secure and isinstance(job.task, Measure):
             return self._sum(job, names, asked, content)
-        answers = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
+        came = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
         digest = digest_of(text)
         replies = []
         for name in names:
             if name not in asked:
                 replies.append(Reply(name, error="it is not connected"))
+            elif asked[name] in came.failed:
+                replies.append(Reply(name, error=came.failed[asked[name]]))
             else:
-                replies.append(_read_reply(answers.get(asked[name]), name, digest, self._deadline))
+                replies.append(_read_reply(came.answers[asked[name]], name, digest))
         return replies
 
     def _sum(self, job: Job, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
@@ -167,7 +175,10 @@ class FlowerEngine:
             time.sleep(POLL)
         silent = set(self._grid.get_node_ids()) - set(self._nodes.values()) - self._refused.keys()
         slow = f"; {len(silent)} more are connected but did not answer in {self._hello:g} s" if silent else ""
-        reasons = slow + "".join(f"; node {node}: {why}" for node, why in self._refused.items())
+        missing = [name for name in self._expected or () if name not in self._nodes]
+        more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
+        names = f"; missing: {', '.join(missing[:_TOLD])}{more}" if missing else ""
+        reasons = names + slow + "".join(f"; node {node}: {why}" for node, why in self._refused.items())
         remedy = (
             "give them longer (hello, in a recipe federation.deadline)"
             if silent
@@ -183,20 +194,22 @@ class FlowerEngine:
     def _meet(self, hello: float) -> None:
         """Learn the names of the nodes that are new, and answer within ``hello`` seconds."""
         connected = set(self._grid.get_node_ids())
-        # A node that left may come back mended.
-        self._refused = {node: why for node, why in self._refused.items() if node in connected}
+        # A node that left may come back mended, and one whose name another had has it to itself when that one leaves.
+        freed = {node for node, first in self._twins.items() if first not in connected}
+        self._twins = {node: first for node, first in self._twins.items() if node in connected - freed}
+        self._refused = {node: why for node, why in self._refused.items() if node in connected - freed}
         new = connected - set(self._nodes.values()) - self._refused.keys()
         if not new:
             return
         content = RecordDict({OWN: ConfigRecord({"hello": 1})})
-        answers = self._exchange(content, sorted(new), "hello", hello)
-        for node in sorted(new):
-            why = self._introduce(node, answers.get(node), connected)
-            if why is not None and node in answers:  # who was only slow is asked again
+        came = self._exchange(content, sorted(new), "hello", hello)
+        for node in sorted(new - came.late):  # who was only slow is asked again
+            why = came.failed[node] if node in came.failed else self._introduce(node, came.answers[node], connected)
+            if why is not None:
                 self._refused[node] = why
                 _logger.warning("node %d is not asked: %s", node, why)
 
-    def _introduce(self, node: int, message: Message | None, connected: set[int]) -> str | None:
+    def _introduce(self, node: int, message: Message, connected: set[int]) -> str | None:
         """Take ``node`` on under the name it gives, or return why not."""
         try:
             own = _own_record(message)
@@ -223,29 +236,20 @@ class FlowerEngine:
         if why is not None:
             return one_line(f"it holds {why}: all must agree")
         if self._nodes.get(name) in connected:
+            self._twins[node] = self._nodes[name]
             return f"it calls itself {name[:80]!r}, and so does node {self._nodes[name]}, which is connected"
         self._meaning = meaning
         self._nodes[name] = node
         return None
 
-    def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> dict[int, Message]:
-        """Send ``content`` to ``nodes`` and return the first answer of each that came before the deadline."""
+    def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> Exchanged:
+        """Send ``content`` to ``nodes`` and return what each answered before the deadline."""
         # One content for all: it is only read here.
         messages = [Message(content, node, JOB, ttl=deadline, group_id=group) for node in nodes]
         return exchange(self._grid, messages, deadline)
 
 
-def _plain_config(job: Job) -> dict[str, Any]:
-    """Return what a train function of another app may want to know."""
-    config: dict[str, Any] = {"server-round": job.round + 1}
-    if isinstance(job.task, Train):
-        config |= {"lr": job.task.lr, "exclude": list(job.task.exclude)}
-    return config
-
-
-def _read_reply(message: Message | None, client: str, digest: str, deadline: float) -> Reply:
-    if message is None:
-        return Reply(client, error=f"it gave no answer within {deadline:g} s")
+def _read_reply(message: Message, client: str, digest: str) -> Reply:
     try:
         own = _own_record(message)
         if "error" in own:
@@ -256,10 +260,8 @@ def _read_reply(message: Message | None, client: str, digest: str, deadline: flo
         return Reply(client, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
 
 
-def _own_record(message: Message | None) -> Mapping[str, Any]:
+def _own_record(message: Message) -> Mapping[str, Any]:
     """Return our record of an answer, or one that says why there is none."""
-    if message is None:
-        return {"error": "it gave no answer"}
     why = failure(message)
     if why is not None:
         return {"error": why}

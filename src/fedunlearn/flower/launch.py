@@ -239,9 +239,12 @@ def _result(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the result of a run of ``recipe``, None where none of it is on this machine."""
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    # The server may have written a folder of the same name elsewhere, and this one be of another run.
-    return result if Recipe.model_validate(result["recipe"]).digest() == recipe.digest() else None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        # The server may have written a folder of the same name elsewhere, and this one be of another run.
+        return result if Recipe.model_validate(result["recipe"]).digest() == recipe.digest() else None
+    except (OSError, ValueError, KeyError, TypeError):  # or of another version
+        return None
 
 
 def _bundle(folder: Path, recipe: Recipe, out: Path, command: str, key: Path | None, patience: float) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier, PruningPlan
 from fedunlearn.data.images import MOST_IMAGES
-from fedunlearn.errors import FederationError, printable
+from fedunlearn.errors import FederationError, FedUnlearnError, printable
 from fedunlearn.federation.jobs import Job, Reply, Task
 from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
@@ -32,12 +32,14 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "JOB",
+    "MASKING",
     "OWN",
     "POLL",
     "ArrayRecord",
     "ClientApp",
     "ConfigRecord",
     "Context",
+    "Exchanged",
     "Grid",
     "Message",
     "MetricRecord",
@@ -52,6 +54,7 @@ __all__ = [
     "exchange",
     "failure",
     "one_line",
+    "plain_config",
     "rebuild",
     "sent_job",
     "spec_of",
@@ -66,8 +69,11 @@ _LONGEST_JOB = 1e9  # seconds
 # How a job travels: the one message type that each app answers and that SecAgg+ masks, and the records in it.
 JOB = "train"
 ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
+MASKING = "secaggplus_state"  # Flower's own name for what a client keeps from stage to stage of a secure sum
 POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 _LONGEST_POLL = 3.0
+_NOT_SENT = "the SuperLink did not take its message, which may be too large: see its log, and raise its limit"
+_LINE = ("httpx", "httpcore")  # whose errors say that the SuperLink cannot be reached
 
 # What Flower's error codes mean here (flwr.common.constant.ErrorCode); the SuperLink sends the first two.
 _ERRORS = {
@@ -261,24 +267,65 @@ def failure(message: Message) -> str | None:
     return _ERRORS.get(code, "Flower reports error {code}: {reason}").format(code=code, reason=reason)
 
 
-def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> dict[int, Message]:
-    """Send ``messages``, one per node, and return the first answer of each node that came within ``deadline`` s."""
+@dataclass(frozen=True, eq=False)
+class Exchanged:
+    """What came of messages to nodes.
+
+    Attributes:
+        answers: node to the first answer that it gave.
+        failed: each other node to why it has none.
+        late: those of the latter that were asked and only did not answer in time.
+    """
+
+    answers: dict[int, Message]
+    failed: dict[int, str]
+    late: frozenset[int]
+
+
+def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchanged:
+    """Send ``messages``, one per node, and return what each node answered within ``deadline`` seconds."""
     nodes = [message.metadata.dst_node_id for message in messages]
-    sent = {number: node for number, node in zip(grid.push_messages(messages), nodes) if number}  # "": not sent
+    numbers = [*grid.push_messages(messages)]
+    numbers += [""] * (len(nodes) - len(numbers))
+    sent = {number: node for number, node in zip(numbers, nodes) if number}
     answers: dict[int, Message] = {}
+    failed = {node: _NOT_SENT for number, node in zip(numbers, nodes) if not number}
     began = time.monotonic()
     while True:
-        waiting = {number for number, node in sent.items() if node not in answers}
-        for message in grid.pull_messages(waiting) if waiting else ():
-            # By what it answers: errors of the SuperLink come in its own name.
-            node = sent.get(message.metadata.reply_to_message_id)
-            if node is not None:
-                answers.setdefault(node, message)
+        for number, node in sent.items():
+            if node not in answers and node not in failed:
+                _pull(grid, number, node, answers, failed)
+        waiting = [node for node in sent.values() if node not in answers and node not in failed]
         left = deadline - (time.monotonic() - began)
-        if len(answers) == len(sent) or left <= 0:
-            return answers
+        if not waiting or left <= 0:
+            failed |= dict.fromkeys(waiting, f"it gave no answer within {deadline:g} s")
+            return Exchanged(answers, failed, frozenset(waiting))
         # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
         time.sleep(min(max(POLL, (deadline - left) / 20), _LONGEST_POLL, left))
+
+
+def _pull(grid: Grid, number: str, node: int, answers: dict[int, Message], failed: dict[int, str]) -> None:
+    """Take the answer to one message, where it is there.
+
+    Of several, Flower takes those off the SuperLink that come before one that it cannot read, and then loses them.
+    """
+    try:
+        for message in grid.pull_messages([number]):
+            # By what it answers: errors of the SuperLink come in its own name.
+            if message.metadata.reply_to_message_id == number:
+                answers.setdefault(node, message)
+    except Exception as error:  # another process wrote this, anything may be in it
+        if isinstance(error, (OSError, FedUnlearnError)) or type(error).__module__.partition(".")[0] in _LINE:
+            raise
+        failed[node] = one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})")
+
+
+def plain_config(task: Task, round: int) -> dict[str, Any]:
+    """Return what a train function of another app may want to know of a task."""
+    config: dict[str, Any] = {"server-round": round + 1}
+    if isinstance(task, Train):
+        config |= {"lr": task.lr, "exclude": list(task.exclude)}
+    return config
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

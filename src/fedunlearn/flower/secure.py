@@ -7,9 +7,10 @@ its older interface and averages model updates. Here it adds up statistics exact
 * A client lost before it shared its keys is left out; Flower 1.41 fails then when it removes the masks.
 * Masks come from SHAKE-256 over the whole shared secret. Flower 1.41 folds the secret to 32 bits, of which 28 vary:
   one was found by trying all in half a minute.
-* Clients refuse terms that would unmask one of them (fewer than three clients, both shares of one node).
+* Clients refuse terms that they can see to unmask one of them (fewer than three clients, both shares of one node).
 
-The server is trusted to follow the protocol: keys are not authenticated, and one that hands out its own reads all.
+The server is trusted to follow the protocol. Keys and lists are not authenticated: one that hands out keys of its own,
+or tells clients of different numbers of others, reads one of them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from fedunlearn.errors import FederationError
 from fedunlearn.flower.messages import (
+    MASKING,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -51,7 +53,7 @@ MESSAGE = f"train.{ACTION}"
 BITS, LIMBS, FRACTION = 30, 2, 24
 _TARGET, _CLIP, _MODULUS = 2**BITS, float(2 ** (BITS - 1)), 2**48
 _LARGEST = 2.0 ** (BITS * LIMBS - FRACTION - 1)
-_CONFIGS, _STATE, _SUMS = "secaggplus_configs", "secaggplus_state", "sums"
+_CONFIGS, _SUMS = "secaggplus_configs", "sums"
 _LEAST = 3
 _TOLD = 5  # clients whose reasons a failed sum gives; the log has all
 _SILENT = "its answer was not used"
@@ -89,7 +91,7 @@ def secure_mod(message: Message, context: Context, call_next: Handler) -> Messag
     terms = message.content.config_records.get(_CONFIGS)
     if terms is None:
         raise FederationError("this client reports statistics under secure aggregation only")
-    _check(terms)
+    _check(terms, context.state.config_records.get(MASKING, ConfigRecord()))
 
     def masked(inner: Message, own: Context) -> Message:
         inner.metadata.message_type = MESSAGE
@@ -117,13 +119,20 @@ def secure_mod(message: Message, context: Context, call_next: Handler) -> Messag
     finally:
         message.metadata.message_type = MESSAGE
         if finished:
-            context.state.config_records.pop(_STATE, None)  # private keys and shares
+            context.state.config_records.pop(MASKING, None)  # private keys and shares
     reply.metadata.message_type = MESSAGE
     return reply
 
 
-def _check(terms: ConfigRecord) -> None:
-    """Refuse terms under which one client's numbers could be read or would come out wrong."""
+def _check(terms: ConfigRecord, kept: ConfigRecord) -> None:
+    """Refuse terms under which one client's numbers could be read or would come out wrong.
+
+    Each client sees what it is sent itself: two lists that differ from client to client are not seen to.
+
+    Args:
+        terms: what the server asks in this stage.
+        kept: what this client keeps from the stages before.
+    """
     own = {"target_range": _TARGET, "clipping_range": _CLIP, "mod_range": _MODULUS, "max_weight": 1.0}
     if terms.get("stage") == "setup":
         clients, shares, threshold = (int(str(terms[name])) for name in ("sample_num", "share_num", "threshold"))
@@ -137,18 +146,28 @@ def _check(terms: ConfigRecord) -> None:
             raise FederationError(
                 f"secure aggregation is refused: expected the terms {own}; use one version everywhere"
             )
+    if terms.get("stage") == "collect_masked_vectors":
+        sources = [*_numbers(terms["srcs"])]
+        if len(set(sources)) < len(sources):
+            raise FederationError("masking is refused: expected each other node once, and one comes twice")
     if terms.get("stage") == "unmask":
-        active, dead = (set(_numbers(terms[name])) for name in ("active_nids", "dead_nids"))
-        if active & dead or len(active) < _threshold(len(active | dead)):
+        active, dead = ([*_numbers(terms[name])] for name in ("active_nids", "dead_nids"))
+        shared = [*_numbers(kept.get("sk1_share_dict:K", []))]
+        least = _threshold(len(shared))
+        if sorted(active + dead) != sorted(shared) or kept.get("nid") not in active or len(active) < least:
             raise FederationError(
-                "unmasking is refused: expected each node as present or as lost, not both, and "
-                f"{_threshold(len(active | dead))} or more present, got {len(active)}"
+                "unmasking is refused: expected each node that shared its keys once, as present or as lost, this one "
+                f"as present, and {least} or more present, got {len(active)} present and {len(dead)} lost"
             )
 
 
 def _threshold(clients: int) -> int:
-    """Return how many of ``clients`` must go through all stages."""
-    return max(_LEAST, clients // 2 + 1)
+    """Return how many of ``clients`` must go through all stages.
+
+    More than two thirds: of a bare majority, a server that tells one client of fewer others than it tells those can
+    have enough shares of both kinds.
+    """
+    return max(_LEAST, 2 * clients // 3 + 1)
 
 
 def _numbers(value: Any) -> Iterable[int]:
@@ -160,8 +179,8 @@ def secure_sum(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the sum of what ``clients`` answer to ``content``, and client to why it is not in it.
 
-    All but ``max(3, clients // 2 + 1)`` clients may fail, all stages taken together. The error of each sum is at most
-    ``clients * 2^-(FRACTION + 1)``.
+    All but ``max(3, 2 * clients // 3 + 1)`` clients may fail, all stages taken together. The error of each sum is at
+    most ``clients * 2^-(FRACTION + 1)``.
 
     Args:
         grid: of the server.
@@ -241,12 +260,12 @@ class _AsMeasure:
         for message in messages:
             message.metadata.message_type = MESSAGE
             message.metadata.ttl = timeout
-        answers = exchange(self._grid, messages, timeout)
-        for node in (message.metadata.dst_node_id for message in messages):
-            why = failure(answers[node]) if node in answers else f"it gave no answer within {timeout:g} s"
+        came = exchange(self._grid, messages, timeout)
+        told = {node: failure(answer) for node, answer in came.answers.items()} | came.failed
+        for node, why in told.items():
             if why is not None:
                 self.failed.setdefault(node, why)
-        return list(answers.values())
+        return list(came.answers.values())
 
 
 class _Sum(FedAvg):
