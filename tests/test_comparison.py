@@ -19,12 +19,13 @@ from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.methods.base import Method, Outcome, delivered
-from fedunlearn.methods.table import COMPARED
+from fedunlearn.methods.base import Method, Outcome, delivered, settings_by
+from fedunlearn.methods.table import COMPARED, METHODS
 from fedunlearn.run.commands import run
 from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.training.objectives.erase import Erasing
 from test_cli import PROGRAM, fedunlearn
 from test_report import BROWSER, FLAGS, in_browser
 
@@ -346,6 +347,25 @@ def test_the_methods_are_listed_with_needs_settings_and_sources():
     assert "salient 0.5" in " ".join(done.stdout.split())
 
 
+def test_the_erase_step_of_a_recipe_is_that_of_the_methods_that_have_one(tmp_path):
+    recipe = str(write_set(tmp_path))
+    for name in ("erase", "erase_only"):
+        method = METHODS[name]
+        assert settings_by(method, load_recipe(recipe).erase.erasing()) == method.settings
+        given = [f"unlearn.method={name}", "erase.complement=5", "erase.share=0.5", "unlearn.settings={every = 2}"]
+        read = load_recipe(recipe, given)
+        own = replace(settings_by(method, read.erase.erasing()), **read.unlearn.settings)
+        assert own.objective() == Erasing(5.0, 0.0, 0.5, 1.0, 2)
+        result = run(read, tmp_path / name, command="unlearn")
+        used = result["method"]["settings"]
+        assert {key: used[key] for key in ("complement", "share", "every")} == {
+            "complement": 5.0,
+            "share": 0.5,
+            "every": 2,
+        }
+    assert settings_by(METHODS["scrub"], Erasing(1.0)) == METHODS["scrub"].settings
+
+
 @pytest.mark.parametrize("name", ["ssd", "finetune"])
 def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name):
     recipe = load_recipe(str(write_set(tmp_path, oracles=1)), [f"unlearn.method={name}", *SETTINGS])
@@ -377,6 +397,14 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
         (
             ["unlearn.method=scrub", "unlearn.settings={epochs = 0.0}"],
             "Scrub(epochs=...) is out of range: got 0.0",
+        ),
+        (["unlearn.method=scrub", "erase.complement=1"], "[erase] is no part of the method scrub: leave it out"),
+        (["unlearn.method=relabel", "unlearn.repair=none"], "are of what is pruned, and not of the method relabel"),
+        (["unlearn.method=relabel", "unlearn.target=0.5"], "are of what is pruned, and not of the method relabel"),
+        (["unlearn.target=0.5", "erase.complement=1"], "would end the rounds before those of [erase] are done"),
+        (
+            ["unlearn.method=tf_idf", "unlearn.reference=channel"],
+            "are of the criterion tf_idf, and unlearn.criterion is contrast: leave them out, or set",
         ),
         (
             ["unlearn.method=ssd", "privacy.noise=2", "privacy.clip=1", "unlearn.sample=0"],

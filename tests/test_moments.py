@@ -87,6 +87,14 @@ def test_patches_are_what_a_convolution_multiplies_its_weights_with(layer):
     torch.testing.assert_close(found, out.flatten(2).transpose(1, 2).reshape(-1, 3))
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_patches_are_padded_as_the_layer_pads(mode):
+    layer = nn.Conv2d(2, 3, (3, 2), padding=(1, 1), padding_mode=mode, bias=False)
+    z = torch.randn(2, 2, 7, 6, generator=torch.Generator().manual_seed(0))
+    found = patches(z, layer) @ layer.weight.flatten(1).T
+    torch.testing.assert_close(found, layer(z).flatten(2).transpose(1, 2).reshape(-1, 3))
+
+
 def test_second_moments_by_hand():
     net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(64, 3))
     nn.init.constant_(net[0].weight, 2.0)

@@ -34,7 +34,7 @@ def values(seed=0):
     return torch.randn(6, 3, generator=draw(seed), dtype=torch.float64)
 
 
-def seen(logits, *, before=None, progress=0.0, weights=()):
+def seen(logits, *, before=None, progress=0.0, earlier=None, weights=()):
     return Seen(
         logits=logits,
         labels=LABELS,
@@ -45,6 +45,7 @@ def seen(logits, *, before=None, progress=0.0, weights=()):
         weights=weights,
         smoothing=0.0,
         progress=progress,
+        earlier=earlier,
         draw=draw(),
     )
 
@@ -120,10 +121,25 @@ def test_scrub_goes_away_from_the_teacher_on_the_class_then_back_on_the_others_b
     back = cross_entropy(values(), ~OF) + 0.5 * away
     # Sixteen steps, four a turn: the first of a turn goes away in the first two turns, and in none of the last two.
     for step in range(16):
-        found = gradient(objective, values(), before=values(1), progress=step / 16)
+        earlier = (step - 1) / 16 if step else None
+        found = gradient(objective, values(), before=values(1), progress=step / 16, earlier=earlier)
         up = step in (0, 4)
         torch.testing.assert_close(found[OF], -away[OF] if up else torch.zeros_like(away[OF]))
         torch.testing.assert_close(found[~OF], torch.zeros_like(back[~OF]) if up else back[~OF])
+
+
+@pytest.mark.parametrize("steps", [5, 7, 10, 64])
+def test_however_few_steps_a_turn_has_its_first_goes_away(steps):
+    objective = Scrub(0.5, turns=3, ascents=2, away=0.1)
+    up = []
+    for step in range(steps):
+        earlier = (step - 1) / steps if step else None
+        found = gradient(objective, values(), before=values(1), progress=step / steps, earlier=earlier)
+        if bool(found[OF].any()):
+            up.append(step)
+    firsts = [min(step for step in range(steps) if 3 * step // steps == turn) for turn in (0, 1)]
+    share = [step for step in range(steps) if 3 * step / steps % 1 < 0.1 and 3 * step // steps < 2]
+    assert up == sorted({*firsts, *share})
 
 
 @pytest.mark.parametrize(

@@ -336,8 +336,8 @@ def _choose(groups: Sequence[Group], ranking: Sequence[Tensor], cut: Cut) -> lis
         for score, channels in group.units((sign * scores).tolist())
         if cut.end == "lowest" or score > 0
     ]
-    room = [_quota(cut.fraction, group.width) if cut.scope == "layer" else group.width - group.unit for group in groups]
-    total = sum(room) if cut.scope == "layer" else _quota(cut.fraction, sum(group.width for group in groups))
+    room = [quota(cut.fraction, group.width) if cut.scope == "layer" else group.width - group.unit for group in groups]
+    total = sum(room) if cut.scope == "layer" else quota(cut.fraction, sum(group.width for group in groups))
     chosen: list[list[int]] = [[] for _ in groups]
     for _, index, channels in sorted(entries):
         if total >= len(channels) and room[index] >= len(channels):
@@ -347,6 +347,6 @@ def _choose(groups: Sequence[Group], ranking: Sequence[Tensor], cut: Cut) -> lis
     return [sorted(channels) for channels in chosen]
 
 
-def _quota(fraction: float, width: int) -> int:
+def quota(fraction: float, width: int) -> int:
     """Return ``floor(fraction * width)``, not fooled by 0.29 * 100 = 28.999..., and never all of them."""
     return min(int(fraction * width + 1e-9), width - 1)

@@ -14,6 +14,7 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.training.objectives.base import in_range, is_positive, or_none
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Forgotten, Unlearned
 
@@ -81,7 +82,7 @@ class Method:
         measures: whether all that clients say before they train is ``Measure``, which noise and secure aggregation
             protect.
         matched: whether it stops at what pruning cost, where that is known.
-        erases: whether it takes an erase step of the recipe for its own.
+        erases: whether it takes the erase step of a recipe for its own, see ``settings_by``.
     """
 
     name: str
@@ -113,6 +114,14 @@ class LocalSettings:
 
     def __post_init__(self) -> None:
         in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
+
+
+def settings_by(method: Method, erasing: Erasing | None) -> Any:
+    """Return the settings of a method, with the erase step of a recipe in the place of its own where it has one."""
+    if erasing is None or not method.erases:
+        return method.settings
+    step = ("complement", "separation", "share", "until", "every")
+    return replace(method.settings, **{name: getattr(erasing, name) for name in step})
 
 
 def passes(settings: LocalSettings, request: Request, participation: float) -> float:
@@ -186,7 +195,7 @@ def trained(
 def trained_once(
     model: Classifier, fed: Federation, request: Request, settings: LocalSettings, *, objective: Objective, phase: str
 ) -> Classifier:
-    """Return ``model`` after one round of all clients that the objective needs: their teacher is the original.
+    """Return ``model`` after one round of all clients that may hold the class: their teacher is the original.
 
     In a second round a client would take the average of the first for its teacher. The learning rate is constant.
     Arguments are those of ``trained``.
@@ -196,5 +205,6 @@ def trained_once(
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
     clients = request.holders if objective.share == 1 else request.clients
-    kept = replace(fed, participation=1.0).keeping(exclude=request.forget, clients=clients)
+    all_of_them = replace(fed, participation=1.0, holders=request.holders)
+    kept = all_of_them.keeping(exclude=request.forget, clients=clients)
     return train_rounds(model, kept, training, rounds=1, phase=phase, server=Server())

@@ -23,6 +23,7 @@ class Erase(LocalSettings):
 
     complement: float = 1.0
     separation: float = 0.1
+    share: float = 0.25
     until: float = 0.3
     every: int = 1
 
@@ -32,7 +33,7 @@ class Erase(LocalSettings):
 
     def objective(self) -> Objective:
         """Return what clients minimise."""
-        return Erasing(self.complement, self.separation, until=self.until, every=self.every)
+        return Erasing(self.complement, self.separation, self.share, self.until, self.every)
 
 
 def erasing(settings: Erase | None, request: Request) -> Objective:
@@ -59,4 +60,5 @@ ERASE_ONLY = Method(
     applies=lambda request: request.repair.training.objective is not None and prunes(request),
     settings=Erase(),
     space={"lr": (0.01, 0.02, 0.05), **ERASE_SPACE},
+    erases=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedunlearn.channels.checks import passed, placed
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import ModelError
 from fedunlearn.federation.federation import Federation
@@ -14,7 +15,8 @@ from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, del
 def negate(model: Classifier, fed: Federation, request: Request, settings: LocalSettings) -> Outcome:
     """Negate the weights and biases of the first convolution, then train on the images that stay."""
     negated = model.copy()
-    first = next((layer for layer in negated.module.modules() if isinstance(layer, nn.Conv2d)), None)
+    called = map(negated.module.get_submodule, passed(negated.module, placed(negated.example, negated.module)).outputs)
+    first = next((layer for layer in called if isinstance(layer, nn.Conv2d)), None)
     if first is None:
         raise ModelError("NoT negates the first convolution, and the model has none: choose another method")
     with torch.no_grad():

@@ -35,6 +35,7 @@ class PruneAndErase(Prune):
 
     complement: float = 1.0
     separation: float = 0.1
+    share: float = 0.25
     until: float = 0.3
     every: int = 1
 
@@ -44,7 +45,7 @@ class PruneAndErase(Prune):
 
     def objective(self) -> Objective:
         """Return what clients minimise."""
-        return Erasing(self.complement, self.separation, until=self.until, every=self.every)
+        return Erasing(self.complement, self.separation, self.share, self.until, self.every)
 
 
 def prune(model: Classifier, fed: Federation, request: Request, settings: Prune) -> Outcome:
@@ -107,4 +108,5 @@ ERASE = Method(
     settings=PruneAndErase(),
     space=_SPACE | ERASE_SPACE,
     measures=True,
+    erases=True,
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fedunlearn.audits.base import Subject
-from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.channels.plan import Classifier, Cut, quota
 from fedunlearn.channels.scores import random_scores
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import Method, Outcome, Request, prunes
@@ -29,12 +29,21 @@ def randomly(model: Classifier, fed: Federation, request: Request, settings: Non
 
 
 def _as_much(request: Request) -> Cut:
-    """Return the cut of the run; where too few channels spoke for the class, that of the share that really went."""
+    """Return the cut of the run; where too few channels spoke for the class, the smallest by which as many go."""
     cut, done = request.cut, request.unlearned
-    if not isinstance(done, Unlearned) or cut.scope != "layer":
+    if not isinstance(done, Unlearned):
         return cut
-    enough = all(int((own > 0).sum()) >= int(cut.fraction * len(own)) for own in done.scores.values())
-    return cut if enough else replace(cut, fraction=done.removed())
+    widths = [len(own) for own in done.scores.values()]
+    went = round(done.removed() * sum(widths))
+
+    def goes(fraction: float) -> int:
+        together = widths if cut.scope == "layer" else [sum(widths)]
+        return sum(quota(fraction, width) for width in together)
+
+    if went >= goes(cut.fraction):
+        return cut
+    shares = {count / width for width in (*widths, sum(widths)) for count in range(width)}
+    return replace(cut, fraction=min(share for share in shares if goes(share) >= went))
 
 
 RANDOM = Method(

@@ -111,7 +111,7 @@ class Cells:
         return method.run(self._original, fed, self._request(method, fed, seed), settings)
 
     def _request(self, method: Method, fed: Federation, seed: int) -> Request:
-        """Return what a method is asked for; the erase step of the recipe is for those that take one."""
+        """Return what a method is asked for; the erase step of the recipe is a setting of those that take one."""
         experiment = self._work.experiment
         spent = self._spent(seed) if method.matched else None
         asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers(), spent=spent)

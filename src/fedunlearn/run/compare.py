@@ -10,13 +10,14 @@ from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.methods.base import Outcome, Request, resolved
+from fedunlearn.methods.base import Method, Outcome, Request, resolved, settings_by
 from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
 from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.kept import KeptModel, check_folder_of_models, fill_kept
+from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.tables import PRUNE
 from fedunlearn.unlearn import Forgotten, Unlearned
 
@@ -42,7 +43,7 @@ def forgotten_model(experiment: Experiment, original: Classifier, fed: Federatio
     if u.method == PRUNE:
         return unlearned_model(experiment, original, fed)
     method, part = METHODS[u.method], fed.part("method")  # a control may have phases of the same names
-    settings = replace(method.settings, **u.settings)
+    settings = _settings(experiment.recipe, method)
     asked = request(experiment, part, cut=experiment.cut(), clients=experiment.keepers())
     outcome = method.run(original, part, asked, settings)
     subject = outcome.subject
@@ -63,9 +64,13 @@ def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
         return {}
     method = METHODS[u.method]
     asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers())
-    used = resolved(replace(method.settings, **u.settings), asked, fed.participation)
+    used = resolved(_settings(experiment.recipe, method), asked, fed.participation)
     about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
     return {"method": about | {"settings": used}}
+
+
+def _settings(recipe: Recipe, method: Method) -> Any:
+    return replace(settings_by(method, recipe.erase.erasing()), **recipe.unlearn.settings)
 
 
 def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten, fed: Federation) -> dict[str, Outcome]:

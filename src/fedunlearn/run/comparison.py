@@ -19,7 +19,7 @@ from fedunlearn.evidence.comparison import COMPARISON, write_comparison
 from fedunlearn.evidence.folder import check_folder
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_text
-from fedunlearn.methods.base import Method
+from fedunlearn.methods.base import Method, settings_by
 from fedunlearn.methods.head_only import HEAD_ONLY, head_only
 from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.cells import Cells, figures_of
@@ -203,7 +203,8 @@ class _Bench:
         cells: dict[str, Any] = {}
         methods: dict[str, Any] = {}
         self._last = monotonic()
-        for method in self._plan.chosen:
+        erasing = experiment.recipe.erase.erasing()
+        for method in [replace(own, settings=settings_by(own, erasing)) for own in self._plan.chosen]:
             methods[method.name] = _about(method)
             cells |= self._cells(method, method.name, method.settings)
             if self._plan.tune and method.space:

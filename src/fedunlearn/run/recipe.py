@@ -204,8 +204,23 @@ def _check_method(recipe: Recipe) -> None:
                 )
             )
             raise RecipeError(f"unlearn.settings: there is no {name!r}; the method {table.method} {has}")
+    if table.criterion != "tf_idf" and (table.reference, table.smoothing) != ("class", 1.0):
+        raise RecipeError(
+            f"unlearn.reference and unlearn.smoothing are of the criterion tf_idf, and unlearn.criterion is "
+            f'{table.criterion}: leave them out, or set unlearn.criterion = "tf_idf"'
+        )
+    if table.target is not None and recipe.erase.erasing() is not None:
+        raise RecipeError("unlearn.target would end the rounds before those of [erase] are done: leave one of them out")
     if table.method != PRUNE:
-        replace(METHODS[table.method].settings, **table.settings)  # refuses what is out of range
+        method = METHODS[table.method]
+        replace(method.settings, **table.settings)  # refuses what is out of range
+        if recipe.erase.erasing() is not None and not method.erases:
+            raise RecipeError(f"[erase] is no part of the method {table.method}: leave it out")
+        if not method.measures and (table.target is not None or table.repair != "finetune"):
+            raise RecipeError(
+                f"unlearn.target and unlearn.repair are of what is pruned, and not of the method {table.method}: leave "
+                "them out"
+            )
         if (recipe.privacy.noise or recipe.privacy.secure) and not METHODS[table.method].measures:
             raise RecipeError(
                 "privacy.noise and privacy.secure protect what clients measure, and the method "

@@ -111,7 +111,7 @@ class UnlearnTable(Table):
 
     forget: tuple[Annotated[int | str, PlainValidator(_number_or_name)], ...]
     method: Annotated[str, _among((PRUNE, *METHODS))] = PRUNE
-    settings: dict[str, float] = Field(default_factory=dict)  # of the method
+    settings: dict[str, int | float] = Field(default_factory=dict)  # of the method
     criterion: Annotated[str, _among(CRITERIA)] = "tf_idf"
     reference: Literal["class", "channel"] = "class"
     smoothing: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0

@@ -128,7 +128,8 @@ def patches(z: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
         return z.reshape(-1, layer.in_features)
     height, width = layer.kernel_size
     top, left = layer.padding if isinstance(layer.padding, tuple) else _same(layer)
-    z = F.pad(z, (left, left + _odd(layer, 1), top, top + _odd(layer, 0)))
+    around = (left, left + _odd(layer, 1), top, top + _odd(layer, 0))
+    z = F.pad(z, around, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     unfolded = F.unfold(z, (height, width), dilation=layer.dilation, stride=layer.stride)
     return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
 

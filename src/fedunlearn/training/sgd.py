@@ -259,6 +259,7 @@ def train_locally(
         drawn = partial(mixed, drawn, erased, forgetting.each * len(forgetting.images))
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
+    earlier: float | None = None
     while seen < wanted:
         for batch, labels in drawn(images, training.batch_size, limit=wanted - seen):
             if objective is None or forgetting is None:
@@ -267,7 +268,9 @@ def train_locally(
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
             else:
                 step = _seen(model, teacher, batch, labels, forgetting, compute)
-                loss = objective.loss(step(smoothing=training.label_smoothing, progress=seen / wanted, draw=draw))
+                at, smoothing = seen / wanted, training.label_smoothing
+                loss = objective.loss(step(smoothing=smoothing, progress=at, earlier=earlier, draw=draw))
+                earlier = at
             if not torch.isfinite(loss):
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.zero_grad()

@@ -28,6 +28,7 @@ class Seen:
         weights: the trained parameters.
         smoothing: label smoothing of the recipe.
         progress: share of the client's steps in this round that are done.
+        earlier: what it was one step before; None in the first.
         draw: owner of random choices.
     """
 
@@ -40,6 +41,7 @@ class Seen:
     weights: Sequence[Tensor]
     smoothing: float
     progress: float
+    earlier: float | None
     draw: torch.Generator
 
     def cross_entropy(self, which: Tensor, labels: Tensor | None = None) -> Tensor:

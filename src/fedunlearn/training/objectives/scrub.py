@@ -23,7 +23,7 @@ class Scrub:
         temperature: of both divergences.
         turns: into how many a client's round is divided, all of the same length.
         ascents: how many of them, the first ones, begin with steps away from ``t``.
-        away: share of the steps of such a turn that go away.
+        away: share of the steps of such a turn that go away, at least one of them.
         share: the part of each batch that is of a forgotten class; of several see ``each_of``.
         until: share of the rounds with it.
 
@@ -50,7 +50,9 @@ class Scrub:
         """Return the loss of a batch, of which a step takes one kind of images."""
         of, t = seen.forgotten, self.temperature
         turn, within = divmod(seen.progress * self.turns, 1)
-        if turn < self.ascents and within < self.away:
+        # A turn of few steps, of which none is in its first share, would have none away.
+        begins = seen.earlier is None or seen.earlier * self.turns // 1 < turn
+        if turn < self.ascents and (begins or within < self.away):
             return -kl(seen.teacher(of), seen.logits[of], t)
         return self.distil * kl(seen.teacher(~of), seen.logits[~of], t) + seen.cross_entropy(~of)
 
