@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from torch import Tensor, nn
 
@@ -171,9 +172,24 @@ def write_set(
 
 
 @pytest.fixture(scope="session")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an audited run as ``plain``, the same signed as ``run``, and the keys; tests change copies."""
-    folder = tmp_path_factory.mktemp("signed")
+def signed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with an audited run as ``plain``, the same signed as ``run``, and the keys; tests change copies.
+
+    Made once for all workers: the first that needs it locks the others out until it is there.
+    """
+    if worker_id == "master":
+        return _signed(tmp_path_factory.mktemp("signed"))
+    folder = tmp_path_factory.getbasetemp().parent / "signed"
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            _signed(folder)
+            made.touch()
+    return folder
+
+
+def _signed(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"', "evidence.feature_maps=true"])
     make_keys(folder / "operator")
     run(recipe, folder / "run")

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -123,8 +122,6 @@ def test_the_single_steps_lead_from_data_to_an_unlearned_model(recipe, tmp_path)
     assert done.returncode == 0, done.stderr
     unlearned = json.loads(done.stdout)["unlearned"]
     shipped = tmp_path / "b" / "model.safetensors"
-    done = fedunlearn("export", "--recipe", recipe, "--weights", shipped, "--out", tmp_path / "m.onnx")
-    assert re.fullmatch(r".*m.onnx: by onnxruntime its logits are those of torch to .* of the largest\n", done.stdout)
     done = fedunlearn("evaluate", "--recipe", recipe, "--weights", shipped, "--json")
     measured = json.loads(done.stdout)
     assert measured["accuracy"]["retain"] == unlearned["accuracy"]["retain"]
@@ -206,7 +203,7 @@ def test_ctrl_c_while_the_program_starts_is_one_line():
 def test_a_second_run_into_one_folder_is_refused_and_the_first_is_signed_and_verified(recipe, tmp_path):
     key, out = tmp_path / "operator", tmp_path / "out"
     make_keys(key)
-    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=3", "--set", "train.rounds=2"]
+    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=1", "--set", "train.rounds=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the recipe names a network of the tests
     process = [sys.executable, "-m", "fedunlearn", *map(str, command), "--quiet"]
     with subprocess.Popen(process, env=environment) as first:

@@ -18,6 +18,7 @@ from fedunlearn.export import export_onnx
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import export_weights
 from fedunlearn.run.recipe import load_recipe
+from test_cli import fedunlearn
 
 
 def grouped():
@@ -109,6 +110,14 @@ class Halved(nn.Module):
 
     def forward(self, maps):
         return nn.functional.avg_pool2d(maps.double(), 2).float()
+
+
+def test_the_shipped_model_of_a_run_is_exported_from_the_command_line(signed, tmp_path):
+    shipped, out = signed / "plain" / "model.safetensors", tmp_path / "m.onnx"
+    done = fedunlearn("export", "--recipe", signed / "tiny.toml", "--weights", shipped, "--out", out)
+    assert re.fullmatch(r".*m.onnx: by onnxruntime its logits are those of torch to .* of the largest\n", done.stdout)
+    (found,) = onnxruntime.InferenceSession(out).run(None, {"images": np.zeros((2, 1, 8, 8), np.float32)})
+    assert found.shape == (2, 3)  # of four classes, one gone
 
 
 def test_what_onnxruntime_cannot_run_is_told_in_one_line(tmp_path):
