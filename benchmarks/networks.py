@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from fedunlearn.channels.checks import example_images, forward
-from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Cut, plan_pruning, prune
 from fedunlearn.channels.trial import masked
 from fedunlearn.errors import FedUnlearnError

@@ -14,7 +14,8 @@ from conftest import classifier, make_images, make_net, normalised
 from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Cut, PruningPlan, plan_pruning, prune
 from fedunlearn.channels.scores import Ranking, random_scores
 from fedunlearn.channels.stats import measure_channels

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import oracles
 from conftest import classifier, logits, make_net, settle, tiers
-from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier, Cut, PruningPlan, plan_pruning, plan_without_rows, prune
 from fedunlearn.channels.taps import reading
 from fedunlearn.errors import ModelError, PlanError

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
@@ -136,6 +137,8 @@ def test_the_report_is_one_small_file_without_scripts_and_the_same_each_time(sig
     before = {name: (folder / name).read_bytes() for name in ("report.html", "report.md")}
     write_report(folder)
     assert before == {name: (folder / name).read_bytes() for name in before}
+    low, high = re.search(rb"retrained models after ([\d,]+) to ([\d,]+)", before["report.html"]).groups()
+    assert int(low.replace(b",", b"")) < int(high.replace(b",", b""))  # whatever the process hashes text to
     assert len(before["report.html"]) < 5_000_000
     text = before["report.html"].decode()
     assert "<script" not in text

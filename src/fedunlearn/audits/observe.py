@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fedunlearn.channels.checks import check_evaluation, placed
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
-from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.taps import Tap, channel_means, head_input, reading
 from fedunlearn.data.batches import FORWARD_BATCH, batches

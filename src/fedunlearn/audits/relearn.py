@@ -13,7 +13,7 @@ from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, Vi
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import logits_of
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.groups import head_layer
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.kinds import resize
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.batches import batches

@@ -20,20 +20,16 @@ from fedunlearn.channels.checks import (
     check_parts,
     check_weights,
     example_images,
-    forward,
     passed,
     placed,
     tied_tensors,
 )
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.kinds import FOLLOWED, block_size, blocks_of, channel_axis, passes_on
-from fedunlearn.channels.slicing import parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group, Member
 from fedunlearn.channels.taps import HOOKS, Tap, rectified, with_gradients
-from fedunlearn.channels.trial import CROSSED, drawn_anew, try_out
+from fedunlearn.channels.trial import CROSSED, try_out
 from fedunlearn.errors import ModelError
-
-_SAME = 1e-4  # of the largest logit: how far what follows the head may move the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,78 +171,6 @@ def check_prunable(model: nn.Module) -> None:
     check_weights(model)
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ModelError("the model has no Conv2d layer: pruning removes channels of convolutions; use a CNN")
-
-
-def head_layer(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the layer whose output has one row per class: the one to cut when a class is removed.
-
-    Either the logits are what a ``Linear`` layer makes. Or they lose a class with the row of a ``Linear`` or ``Conv2d``
-    layer, as a trial shows, and change by no more than a number per image: those of a convolution that is pooled, or
-    of a log-softmax.
-
-    Raises:
-        ModelError: the model has no such layer, or it is used twice.
-    """
-    check_weights(model)
-    example = placed(example, model)
-    seen = passed(model, example)
-    rows = seen.logits.shape[1]
-    layers = {name: model.get_submodule(name) for name in [*seen.outputs][::-1]}
-    heads = [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear) and any(output is seen.logits for output in seen.outputs[name])
-    ]
-    maybe = [name for name, layer in layers.items() if _has_rows(layer, rows)]
-    if rows == 1 and len(maybe) > 1:  # nothing tells the last class's row from a gate
-        maybe = []
-    shown = (name for name in maybe if _names_classes(model, name, example))
-    for name in (*heads, *([] if heads else shown)):
-        used = tied_tensors(model).get(name)
-        if len(seen.outputs[name]) > 1:
-            used = f"{name} is called {len(seen.outputs[name])} times in a pass"
-        if used:
-            raise ModelError(f"the row of a class cannot be removed alone, {used}: give the output its own Linear")
-        return name
-    raise ModelError(
-        "the model's output must come straight from a Linear layer, whose row of the class is removed at the end, or "
-        "from a convolution that is pooled, a log-softmax after it or not: end the model with nn.Linear and return its "
-        "output"
-    )
-
-
-def _has_rows(layer: nn.Module, rows: int) -> bool:
-    plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    return plain and layer.get_parameter("weight").shape[0] == rows
-
-
-def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
-    """Return whether without the first row of a layer the logits are those of the others, up to a number per image."""
-    model, example = drawn_anew(model, tuple(example.shape[1:]))  # what it has learnt may hide that a row is read
-
-    def with_rows(kept: Sequence[int]) -> Tensor:
-        other = copied(model)
-        slice_tensors(other, {own: {0: tuple(kept)} for own, _ in parameter_layers(model, name, 0)})
-        return forward(other, example)
-
-    try:
-        whole = forward(model, example)
-        kept = list(range(1, whole.shape[1]))
-        if not kept:  # cut down to one class
-            return True
-        found = with_rows(kept)
-        if len(kept) == 1 and found.shape == whole[:, kept].shape:
-            # One column says nothing up to a number per image: so the second row is there twice.
-            kept = [0, 1, 1]
-            found = with_rows(kept)
-    except ModelError:  # something reads that row
-        return False
-    expected = whole[:, kept]
-    if found.shape != expected.shape:
-        return False
-    apart = found - expected
-    apart = apart - apart.mean(1, keepdim=True)
-    return bool(apart.abs().max() <= _SAME * expected.abs().max())
 
 
 def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:

@@ -13,7 +13,8 @@ from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
-from fedunlearn.channels.groups import Channels, head_layer
+from fedunlearn.channels.groups import Channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.slicing import Kept, combine, parameter_layers, slice_tensors
 from fedunlearn.channels.structure import Group
 from fedunlearn.errors import PlanError

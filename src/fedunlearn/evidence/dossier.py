@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedunlearn.errors import EvidenceError
-from fedunlearn.evidence.events import EVENTS, OPERATOR, EventLog, now
+from fedunlearn.evidence.events import EVENTS, OPERATOR, EventLog, events_of, now
 from fedunlearn.evidence.folder import RunFolder, readable
 from fedunlearn.evidence.verify import (
     CONFIRMED,
@@ -199,8 +199,7 @@ _RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", *COSTS)
 
 def _operator(folder: Path) -> str:
     """Return the fingerprint of the key that the events name; empty where the run had none."""
-    lines = (folder / EVENTS).read_bytes().splitlines() if (folder / EVENTS).exists() else []
-    events = {own["event"]: own for own in map(json.loads, lines)}
+    events = events_of(folder / EVENTS)
     return str(events[OPERATOR]["facts"]["key"]) if OPERATOR in events else ""
 
 

@@ -22,6 +22,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def events_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the events of a log by name, each as it was written; none where there is no log."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {own["event"]: own for own in map(json.loads, lines)}
+
+
 class EventLog:
     """A file of JSON lines: ``seq``, ``time``, ``event``, ``facts``, and ``previous``, the SHA-256 of the line before.
 

@@ -73,7 +73,7 @@ def _relearning(run: RunFolder) -> Plot:
     text = "Accuracy on the class as a short training on it brings it back; images count each time they are seen."
     if "original" in run.models:
         back = [own for own in (until_back(run, name) for name in run.oracles) if own is not None]
-        span = sorted({f"{own:,}" for own in (min(back), max(back))}, key=len) if back else []
+        span = dict.fromkeys(f"{own:,}" for own in (min(back), max(back))) if back else ()
         beside = f"; retrained models after {' to '.join(span)}" if back else ""
         own = until_back(run, "unlearned")
         after = "not within this training" if own is None else f"after {own:,} images"

@@ -15,7 +15,7 @@ import jinja2
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
-from fedunlearn.evidence.events import EVENTS, OPERATOR
+from fedunlearn.evidence.events import EVENTS, OPERATOR, events_of
 from fedunlearn.evidence.folder import REPORT, RunFolder, readable, write_unsigned
 from fedunlearn.evidence.pictures import plots_of, until_back
 from fedunlearn.evidence.words import (
@@ -143,9 +143,7 @@ def write_card(folder: Path) -> None:
 
 def _record(run: RunFolder) -> dict[str, Any]:
     """Return who asked, when it happened and which files it is about, by the event log; empty text for the unknown."""
-    path = run.path / EVENTS
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    events = {own["event"]: own for own in map(json.loads, lines)}
+    events = events_of(run.path / EVENTS)
 
     def when(event: str) -> str:
         return str(events[event]["time"]).replace("T", " ").replace("+00:00", " UTC") if event in events else ""

@@ -11,7 +11,8 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from fedunlearn.channels.groups import Channels, find_channels, head_layer
+from fedunlearn.channels.groups import Channels, find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import MOST_IMAGES, LabelledImages

@@ -11,7 +11,7 @@ from fedunlearn.audits.audit import ORIGINAL, Record, audit
 from fedunlearn.audits.base import Subject
 from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
-from fedunlearn.channels.groups import head_layer
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError
 from fedunlearn.evidence.dossier import sign

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from fedunlearn.audits.images import AuditImages, audit_images
-from fedunlearn.channels.groups import find_channels, head_layer
+from fedunlearn.channels.groups import find_channels
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import CRITERIA, Criterion, Ranking
 from fedunlearn.channels.stats import Pooling, capped, mean_of_clients, pooled
