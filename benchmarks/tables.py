@@ -3,7 +3,8 @@
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- KIND NAME -->`` and ``<!-- end -->``; ``--check``
 only says whether the pages are up to date. Kinds: ``table``, from ``benchmarks/results/NAME-*.json``, one row per file;
 ``audits``, from ``benchmarks/audits/NAME*.json``; ``measured``, from ``benchmarks/NAME.json``; ``cells``, see
-``benchmarks.cell_tables``; ``methods``, see ``benchmarks.method_tables``; ``depth``, see ``benchmarks.depth_tables``.
+``benchmarks.cell_tables``; ``methods``, see ``benchmarks.method_tables``; ``depth``, see ``benchmarks.depth_tables``;
+``dial``, see ``benchmarks.dial_tables``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
 from benchmarks.depth_tables import pictures as depth_pictures
 from benchmarks.depth_tables import work_table
+from benchmarks.dial_tables import dial_table
 from benchmarks.method_tables import method_table, pictures, trial_table
 from benchmarks.requests import SEEDS
 from benchmarks.verdict_tables import error_table, power_table
@@ -32,7 +34,7 @@ from fedunlearn.evidence.words import MODELS, clipped
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (*sorted((DOCS / "results").glob("*.md")), DOCS / "privacy.md", DOCS / "performance.md")
-_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods|depth) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
+_BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods|depth|dial) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
 )
@@ -51,6 +53,7 @@ def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
         "cells": cell_table,
         "methods": methods,
         "depth": work_table,
+        "dial": dial_table,
     }
     return {
         path: _BLOCK.sub(lambda match: match[1] + makers[match[2]](match[3]) + match[4], text)

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import cell_tables, tables
+from benchmarks import cell_tables, dial_tables, tables
 
 import fedunlearn
 from conftest import make_images, make_net
+from fedunlearn.evidence.words import RETRAINED_SHARE
 from fedunlearn.federation.journal import Journal
 from loopback import Loopback, nodes
 
@@ -169,6 +170,11 @@ def test_a_comparison_of_methods_reads_as_the_runs_of_the_same_setting_do():
             assert {figure: value["value"] for figure, value in other["figures"][model].items()} == own
         for figure, audit in other["audits"].items():
             assert one["audits"][figure]["band"] == audit["band"]
+
+
+def test_what_a_report_says_of_retrained_models_elsewhere_is_what_was_measured():
+    for name, ends in dial_tables.shares(dial_tables.known()).items():
+        assert tuple(round(end, 2) for end in ends) == RETRAINED_SHARE[name]
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_measured_files(monkeypatch):

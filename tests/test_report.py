@@ -287,6 +287,13 @@ def test_names_of_classes_are_text_in_the_page(tmp_path):
     assert "&lt;script&gt;" in text
     assert result["verdict"] == "no verdict"
     assert "every figure is reported without a verdict" in text
+    before, after = (
+        json.loads((tmp_path / "run" / "audits" / f"{name}.json").read_text()) for name in ("original", "unlearned")
+    )
+    share = after["figures"]["probe"]["value"] / before["figures"]["probe"]["value"]
+    assert (
+        f"A hint, and no more: of what audits find of the class in the original, {100 * share:.0f} % by the lin" in text
+    )
 
 
 def test_ids_of_plots_do_not_meet():
