@@ -37,13 +37,14 @@ _BY_RECIPE = ("contrast", "tf_idf")  # settings that a comparison of methods has
 # Controls to show beside a setting; those that any ranking shares beside contrast.
 _BESIDE = {
     "contrast": ("original", "head_only", "finetune", "random"),
-    "erase": ("random", "finetune"),
+    "erase": ("random",),
+    "erase-only": ("finetune",),
     "erase-again-decay": ("finetune",),
     "tf_idf-paper": ("random", "finetune"),
 }
 _OWN_LABELS = {
     ("erase", "random"): "random, erased and repaired",
-    ("erase", "finetune"): "fine-tuning only, the step's rate",
+    ("erase-only", "finetune"): "fine-tuning only, the step's rate",
     ("erase-again-decay", "finetune"): "fine-tuning only, the same decay",
     ("tf_idf-paper", "random"): "random + repair, as many channels as the paper",
     ("tf_idf-paper", "finetune"): "fine-tuning only, beside tf_idf-paper",

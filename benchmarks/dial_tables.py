@@ -45,16 +45,19 @@ class Model:
 
 def known() -> dict[str, list[Model]]:
     """Return all audited models by data and class: those of the cells and of the comparisons, each once."""
-    found: dict[str, dict[Any, Model]] = {}
+    sources: list[tuple[str, Mapping[str, Mapping[str, float]], Mapping[str, tuple[float, float]]]] = []
     for path in sorted(CELLS.glob("*.json")):
         value = json.loads(path.read_text("utf-8"))
         figures = {model: {name: one["value"] for name, one in own.items()} for model, own in value["figures"].items()}
         bands = {name: audit["band"] for name, audit in value["audits"].items() if audit["band"]}
-        _add(found, _label(value), figures, bands)
+        sources.append((_label(value), figures, bands))
     for path in sorted(FOLDER.glob("*.json")):
         value = read(path.stem)
         blocks = {**value["retrained"], **value["cells"], "original": value["original"]}
-        _add(found, _label(value), {name: own["figures"] for name, own in blocks.items()}, value["bands"])
+        sources.append((_label(value), {name: own["figures"] for name, own in blocks.items()}, value["bands"]))
+    found: dict[str, dict[Any, Model]] = {}
+    for source in sorted(sources, key=lambda own: -_retrained(own[1])):  # those beside most retrained models first
+        _add(found, *source)
     return {label: list(models.values()) for label, models in sorted(found.items())}
 
 
@@ -71,8 +74,14 @@ def _add(
 ) -> None:
     for name, own in figures.items():
         if name != "original" and all(figure in own for figure in _TRACES):
-            key = tuple(own[figure] for figure in _TRACES)  # a control stands beside several settings
-            found.setdefault(label, {})[key] = Model(name.startswith("retrained"), own, figures["original"], bands)
+            # A model stands beside several settings, whose repair decides by which rate it relearns.
+            key = tuple(own[figure] for figure in _TRACES if figure != "relearn")
+            model = Model(name.startswith("retrained"), own, figures["original"], bands)
+            found.setdefault(label, {}).setdefault(key, model)
+
+
+def _retrained(figures: Mapping[str, Any]) -> int:
+    return sum(name.startswith("retrained") for name in figures)
 
 
 def limits(models: Mapping[str, list[Model]]) -> dict[str, float]:

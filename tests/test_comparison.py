@@ -401,7 +401,12 @@ def test_a_run_forgets_by_any_method_and_its_dossier_is_verified(tmp_path, name)
         (["unlearn.method=scrub", "erase.complement=1"], "[erase] is no part of the method scrub: leave it out"),
         (["unlearn.method=relabel", "unlearn.repair=none"], "are of what is pruned, and not of the method relabel"),
         (["unlearn.method=relabel", "unlearn.target=0.5"], "are of what is pruned, and not of the method relabel"),
-        (["unlearn.target=0.5", "erase.complement=1"], "would end the rounds before those of [erase] are done"),
+        (["unlearn.target=0.5", "erase.complement=1"], "would end the rounds before those of the erase step are done"),
+        (
+            ["unlearn.target=0.5", "unlearn.method=erase"],
+            "would end the rounds before those of the erase step are done",
+        ),
+        (["unlearn.repair=none", "unlearn.method=erase"], "the erase step is a part of the repair's rounds"),
         (
             ["unlearn.method=tf_idf", "unlearn.reference=channel"],
             "are of the criterion tf_idf, and unlearn.criterion is contrast: leave them out, or set",

@@ -634,6 +634,12 @@ def test_clients_that_join_between_rounds_take_part_from_then_on_and_after_a_kil
     resumed = Federation(engine, Journal(tmp_path))
     train_rounds(make_net(), resumed, training, rounds=3)
     assert [len(step.entries[0].clients) for step in resumed.journal.steps("train")] == [2, 3, 3]
+    chosen = Federation(engine, Journal(tmp_path / "chosen"), clients=resumed.engine.clients[:2])
+    train_rounds(make_net(), chosen, training, rounds=1)
+    chosen.journal.leave()
+    others = Federation(engine, Journal(tmp_path / "chosen"), clients=resumed.engine.clients[1:])
+    with pytest.raises(RunError, match=r"train, step 1, of another request \(clients is "):
+        train_rounds(make_net(), others, training, rounds=1)
     engine.grows = False  # of an engine whose clients are named others are another request
     with pytest.raises(RunError, match=r"train, step 1, of another request \(clients is "):
         train_rounds(make_net(), Federation(engine, Journal(tmp_path)), training, rounds=3)

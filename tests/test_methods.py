@@ -247,6 +247,34 @@ def test_the_random_control_loses_as_many_channels_as_spoke_for_the_class(known,
     assert sum(map(len, alone.subject.model.plan.pruned.values())) > sum(gone.values())
 
 
+def test_the_random_control_is_cut_as_the_run_where_enough_channels_speak_for_the_class():
+    """Where channels go in units fewer go than the cut asks for, of random ones too."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 10, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(10, 16, 3, padding=1),
+        torch.nn.GroupNorm(8, 16),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 12, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12 * 64, 3),
+    )
+    for end, value in (("highest", 1.0), ("lowest", -1.0)):
+
+        def alike(stats, label, value=value, **_):
+            return {layer: torch.full((own.shape[1],), value) for layer, own in stats.sums.items()}
+
+        cut = Cut(0.6, end=end)
+        ours = unlearn(net, federation(), forget=[2], cut=cut, repair=REPAIR, rank=Ranking(alike))
+        request = replace(REQUEST, rank=Ranking(alike), cut=cut, unlearned=ours)
+        control = COMPARED["random"].run(classifier(net), federation(), request, None)
+        lost, gone = (
+            {name: len(own) for name, own in model.plan.pruned.items()} for model in (control.subject.model, ours.model)
+        )
+        assert lost == gone == {"0": 6, "2": 8, "5": 7}
+
+
 def test_the_random_control_draws_its_channels_by_the_seed(known):
     plans = [done("random", known, replace(federation(), seed=seed)).subject.model.plan.pruned for seed in range(4)]
     assert len({str(plan) for plan in plans}) > 1

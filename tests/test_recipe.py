@@ -182,7 +182,7 @@ def test_the_repair_has_the_weight_decay_of_training_or_its_own():
     ("settings", "text"),
     [
         (["erase.until=0.5"], r"\[erase\] has no weight, so that nothing is erased: set erase.complement"),
-        (["erase.complement=1", "unlearn.repair=reestimate"], r"\[erase\] is a part of the repair's rounds"),
+        (["erase.complement=1", "unlearn.repair=reestimate"], r"the erase step is a part of the repair's rounds"),
     ],
 )
 def test_an_erase_step_that_would_do_nothing_is_refused(settings, text):

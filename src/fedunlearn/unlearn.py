@@ -226,6 +226,6 @@ def repair_pruned(
 ) -> tuple[Classifier, Federation]:
     """Return ``pruned`` after its repair, and the federation that repaired it: those who hold other images."""
     kept = fed.keeping(exclude=forget, clients=held.with_images_besides(forget))
-    kept = replace(kept, holders=held.with_images_of(forget))
+    kept = replace(kept, holders=held.with_images_of(forget), measured=True)
     refitted = reestimate(pruned, kept, sample=rank.sample) if repair.batch_norm else pruned
     return repair.of(refitted, kept), kept

@@ -31,6 +31,7 @@ class Federation:
         holders: those of the clients that may hold images of ``exclude``: they alone take part in a round whose
             objective needs them, or an average with all others would undo their work. All where None.
         request: what the steps are done for, which the journal holds them to, see ``asked``.
+        measured: whether ``clients`` and ``holders`` are those that a measurement found, and nobody's choice.
 
     Raises:
         FederationError: a value is none of these.
@@ -51,6 +52,7 @@ class Federation:
     exclude: tuple[int, ...] = ()
     holders: tuple[str, ...] | None = None
     request: Mapping[str, str] = field(default_factory=dict)
+    measured: bool = False
 
     def __post_init__(self) -> None:
         if not callable(getattr(self.engine, "run", None)):
@@ -95,8 +97,9 @@ class Federation:
         return [name for name in clients if name in self.holders] or clients
 
     def named(self, objective: Local | None = None) -> list[str] | None:
-        """Return ``able``; None where others may join: who takes part may change, also while the server is away."""
-        return None if self.grows() else self.able(objective)
+        """Return ``able``; None where others may join, whom nobody chose: who takes part may change meanwhile."""
+        open_to_all = self.measured or (self.clients is None and self.holders is None)
+        return None if open_to_all and self.grows() else self.able(objective)
 
     def grows(self) -> bool:
         """Return whether clients may join that nobody named."""

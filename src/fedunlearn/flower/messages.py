@@ -292,16 +292,18 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchan
     failed = {node: _NOT_SENT for number, node in zip(numbers, nodes) if not number}
     began = time.monotonic()
     while True:
+        looked = time.monotonic()
         for number, node in sent.items():
-            if node not in answers and node not in failed:
+            if node not in answers and node not in failed and time.monotonic() - began <= deadline:
                 _pull(grid, number, node, answers, failed)
         waiting = [node for node in sent.values() if node not in answers and node not in failed]
         left = deadline - (time.monotonic() - began)
         if not waiting or left <= 0:
             failed |= dict.fromkeys(waiting, f"it gave no answer within {deadline:g} s")
             return Exchanged(answers, failed, frozenset(waiting))
-        # Each look is a write in the SuperLink's database, which clients who answer at the same time wait for.
-        time.sleep(min(max(POLL, (deadline - left) / 20), _LONGEST_POLL, left))
+        # Each look is a write in the SuperLink's database for every node, which clients who answer wait for meanwhile.
+        took = time.monotonic() - looked
+        time.sleep(min(max(POLL, took, (deadline - left) / 20), max(_LONGEST_POLL, took), left))
 
 
 def _pull(grid: Grid, number: str, node: int, answers: dict[int, Message], failed: dict[int, str]) -> None:

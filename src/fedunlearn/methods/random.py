@@ -33,16 +33,18 @@ def _as_much(request: Request) -> Cut:
     cut, done = request.cut, request.unlearned
     if not isinstance(done, Unlearned):
         return cut
+    speak = [int((own > 0).sum()) for own in done.scores.values()]
     widths = [len(own) for own in done.scores.values()]
+    if cut.scope == "global":
+        speak, widths = [sum(speak)], [sum(widths)]
+    if cut.end == "lowest" or all(own >= quota(cut.fraction, width) for own, width in zip(speak, widths)):
+        return cut
     went = round(done.removed() * sum(widths))
 
     def goes(fraction: float) -> int:
-        together = widths if cut.scope == "layer" else [sum(widths)]
-        return sum(quota(fraction, width) for width in together)
+        return sum(quota(fraction, width) for width in widths)
 
-    if went >= goes(cut.fraction):
-        return cut
-    shares = {count / width for width in (*widths, sum(widths)) for count in range(width)}
+    shares = {count / width for width in widths for count in range(width)}
     return replace(cut, fraction=min(share for share in shares if goes(share) >= went))
 
 

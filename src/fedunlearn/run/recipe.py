@@ -151,8 +151,6 @@ def check(recipe: Recipe) -> None:
         _check_auto(recipe)
     if recipe.erase.erasing() is None and recipe.erase != EraseTable():
         raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
-    if recipe.erase.erasing() is not None and recipe.unlearn.repair != "finetune":
-        raise RecipeError('[erase] is a part of the repair\'s rounds: set unlearn.repair to "finetune"')
     _check_method(recipe)
     recipe.rules()
     compute = recipe.compute
@@ -209,8 +207,13 @@ def _check_method(recipe: Recipe) -> None:
             f"unlearn.reference and unlearn.smoothing are of the criterion tf_idf, and unlearn.criterion is "
             f'{table.criterion}: leave them out, or set unlearn.criterion = "tf_idf"'
         )
-    if table.target is not None and recipe.erase.erasing() is not None:
-        raise RecipeError("unlearn.target would end the rounds before those of [erase] are done: leave one of them out")
+    erases = recipe.erase.erasing() is not None or (table.method != PRUNE and METHODS[table.method].erases)
+    if erases and table.repair != "finetune":
+        raise RecipeError('the erase step is a part of the repair\'s rounds: set unlearn.repair to "finetune"')
+    if erases and table.target is not None:
+        raise RecipeError(
+            "unlearn.target would end the rounds before those of the erase step are done: leave one of them out"
+        )
     if table.method != PRUNE:
         method = METHODS[table.method]
         replace(method.settings, **table.settings)  # refuses what is out of range
