@@ -203,7 +203,7 @@ def test_ctrl_c_while_the_program_starts_is_one_line():
 def test_a_second_run_into_one_folder_is_refused_and_the_first_is_signed_and_verified(recipe, tmp_path):
     key, out = tmp_path / "operator", tmp_path / "out"
     make_keys(key)
-    command = ["run", recipe, "--out", out, "--key", key, "--set", "audit.oracles=1", "--set", "train.rounds=2"]
+    command = ["unlearn", "--recipe", recipe, "--out", out, "--key", key, "--set", "train.rounds=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the recipe names a network of the tests
     process = [sys.executable, "-m", "fedunlearn", *map(str, command), "--quiet"]
     with subprocess.Popen(process, env=environment) as first:
