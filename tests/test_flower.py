@@ -434,6 +434,23 @@ def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
     assert refused == {}
 
 
+def test_a_node_that_no_message_reached_is_asked_again():
+    class Busy(Loopback):
+        refuses = False
+
+        def push_messages(self, messages):
+            kept = [message for message in messages if not (self.refuses and message.metadata.dst_node_id == 103)]
+            numbers = iter(super().push_messages(kept))
+            return [next(numbers) if message in kept else None for message in messages]
+
+    grid = Busy(nodes())
+    grid.refuses = True
+    chosen = engine(grid, clients=tuple(CLIENTS))
+    assert collected(chosen, train_job())[1].refused == {"client-3": "it is not connected"}
+    grid.refuses = False
+    assert collected(chosen, train_job())[1].refused == {}
+
+
 def test_the_first_to_answer_does_not_decide_what_images_are_like(caplog):
     odd = client_app(build_model, lambda context: ClientData("client-0", make_images(20, side=16)))
     grid = Loopback({1: (odd, 0)} | nodes())

@@ -274,7 +274,7 @@ class Exchanged:
     Attributes:
         answers: node to the first answer that it gave.
         failed: each other node to why it has none.
-        late: those of the latter that were asked and only did not answer in time.
+        late: those of the latter that did nothing wrong: no message reached them, or time ran out.
     """
 
     answers: dict[int, Message]
@@ -289,7 +289,8 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchan
     numbers += [""] * (len(nodes) - len(numbers))
     sent = {number: node for number, node in zip(numbers, nodes) if number}
     answers: dict[int, Message] = {}
-    failed = {node: _NOT_SENT for number, node in zip(numbers, nodes) if not number}
+    not_sent = [node for number, node in zip(numbers, nodes) if not number]
+    failed = dict.fromkeys(not_sent, _NOT_SENT)
     began = time.monotonic()
     while True:
         looked = time.monotonic()
@@ -300,7 +301,7 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchan
         left = deadline - (time.monotonic() - began)
         if not waiting or left <= 0:
             failed |= dict.fromkeys(waiting, f"it gave no answer within {deadline:g} s")
-            return Exchanged(answers, failed, frozenset(waiting))
+            return Exchanged(answers, failed, frozenset((*not_sent, *waiting)))
         # Each look is a write in the SuperLink's database for every node, which clients who answer wait for meanwhile.
         took = time.monotonic() - looked
         time.sleep(min(max(POLL, took, (deadline - left) / 20), max(_LONGEST_POLL, took), left))
