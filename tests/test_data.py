@@ -101,6 +101,8 @@ def test_hold_out_never_takes_the_last_image():
         ({"by": "iid"}, "the iid partition needs a number of clients of at least 1, got None"),
         ({"by": "iid", "clients": 121}, "120 images cannot go to 121 clients"),
         ({"by": "dirichlet", "clients": 3}, "needs alpha above 0, got None"),
+        ({"alpha": 0.1, "clients": 3}, "alpha is of the dirichlet partition, and the partition is iid: leave alpha out"),
+        ({"by": "dirichlet", "alpha": 1.0, "bias": 0.5, "clients": 3}, "bias is of the bias partition, and"),
         ({"by": "dirichlet", "clients": 100, "alpha": 1e-3}, "dirichlet with alpha 0.001 left a client empty"),
         ({"by": "bias", "clients": 6, "bias": 0.5}, "clients in a multiple of the 4 classes.*got 6"),
         ({"by": "bias", "clients": 4, "bias": 1.5}, r"needs a share in \[0, 1\], got 1.5"),

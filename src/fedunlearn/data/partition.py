@@ -58,6 +58,9 @@ def partition(
         raise DataError(f"partition(clients=...) must be a whole number of at least 1, got {clients!r}")
     if by not in PARTITIONS:
         raise DataError(f"a partition must be one of {', '.join(PARTITIONS)}, got {by!r}")
+    for name, value, of in (("alpha", alpha, "dirichlet"), ("bias", bias, "bias")):
+        if value is not None and by != of:
+            raise DataError(f"{name} is of the {of} partition, and the partition is {by}: leave {name} out, or name {of}")
     if by == "group":
         owner, names = _by_group(images, clients)
     else:
