@@ -58,9 +58,7 @@ def partition(
         raise DataError(f"partition(clients=...) must be a whole number of at least 1, got {clients!r}")
     if by not in PARTITIONS:
         raise DataError(f"a partition must be one of {', '.join(PARTITIONS)}, got {by!r}")
-    for name, value, of in (("alpha", alpha, "dirichlet"), ("bias", bias, "bias")):
-        if value is not None and by != of:
-            raise DataError(f"{name} is of the {of} partition, and the partition is {by}: leave {name} out, or name {of}")
+    _check_skew(by, alpha, bias)
     if by == "group":
         owner, names = _by_group(images, clients)
     else:
@@ -119,6 +117,12 @@ def hold_out(
 def class_table(clients: Mapping[str, LabelledImages]) -> Tensor:
     """Return the images per client and class, int64, shape ``(clients, classes)``."""
     return torch.stack([images.counts() for images in clients.values()])
+
+
+def _check_skew(by: str, alpha: float | None, bias: float | None) -> None:
+    for name, value, of in (("alpha", alpha, "dirichlet"), ("bias", bias, "bias")):
+        if value is not None and by != of:
+            raise DataError(f"{name} is of the partition {of}, and the partition is {by}: leave it out, or name {of}")
 
 
 def _by_group(images: LabelledImages, clients: int | None) -> tuple[Tensor, list[str]]:
