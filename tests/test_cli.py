@@ -81,9 +81,10 @@ def told(tmp_path_factory):
 def test_weights_that_are_named_are_those_that_are_taken(tmp_path):
     given = Options(recipe="digits", weights="mine.pt", models=tmp_path).recipe_set()
     assert (given.model.weights, given.audit.models) == ("mine.pt", str(tmp_path))
-    assert Options(recipe="digits", models=tmp_path).recipe_set().model.weights == str(
-        tmp_path / "original.safetensors"
-    )
+    original = str(tmp_path / "original.safetensors")
+    assert Options(recipe="digits", models=tmp_path).recipe_set().model.weights == original
+    set_by_key = Options(recipe="digits", models=tmp_path, overrides=["model.weights=mine.pt"]).recipe_set()
+    assert (set_by_key.model.weights, set_by_key.audit.models) == ("mine.pt", str(tmp_path))
 
 
 def test_a_folder_may_have_brackets_in_its_name(recipe, tmp_path):

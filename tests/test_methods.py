@@ -289,23 +289,38 @@ def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own()
 
 
 def test_settings_are_resolved_to_what_is_done():
-    used = resolved(COMPARED["l1_sparse"].settings, REQUEST, 1.0)
+    used = resolved(COMPARED["l1_sparse"].settings, REQUEST, federation())
     assert used == {"lr": 0.01, "epochs": 10.0, "penalty": 5e-4, "until": 0.4}
-    assert resolved(COMPARED["relabel"].settings, REQUEST, 1.0) == {"lr": 0.05, "epochs": 2.0}
-    assert resolved(COMPARED["contrast"].settings, REQUEST, 1.0) == {"fraction": 0.3, "lr": 0.05}
-    assert resolved(COMPARED["head_only"].settings, REQUEST, 1.0) is None
+    assert resolved(COMPARED["relabel"].settings, REQUEST, federation()) == {"lr": 0.05, "epochs": 2.0}
+    assert resolved(COMPARED["contrast"].settings, REQUEST, federation()) == {"fraction": 0.3, "lr": 0.05}
+    assert resolved(COMPARED["head_only"].settings, REQUEST, federation()) is None
     of_equal_cost = replace(REQUEST, spent=Cost(client_flops=1))
-    assert resolved(COMPARED["finetune"].settings, of_equal_cost, 1.0) == {"lr": 0.05}
+    assert resolved(COMPARED["finetune"].settings, of_equal_cost, federation()) == {"lr": 0.05}
 
 
-def test_the_epochs_that_are_resolved_are_those_that_are_trained(known):
-    some = replace(federation(), participation=2 / 3)  # two of three clients in each round
+@pytest.mark.parametrize("participation", [2 / 3, 0.5, 0.1])  # two, two and one of three clients in each round
+def test_the_epochs_that_are_resolved_are_those_that_are_trained(known, participation):
+    some = replace(federation(), participation=participation)
     images = sum(len(own.without((2,))) for own in CLIENTS.values())
-    by_recipe = resolved(COMPARED["relabel"].settings, REQUEST, some.participation)
+    by_recipe = resolved(COMPARED["negate"].settings, REQUEST, some)
     spoken = LocalSettings(lr=by_recipe["lr"], epochs=by_recipe["epochs"])
     for settings in (LocalSettings(), spoken):
         cost = METHODS["negate"].run(known, some, REQUEST, settings).cost
         assert cost.client_samples == pytest.approx(by_recipe["epochs"] * images, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["relabel", "neg_grad", "salun"])
+def test_the_one_client_that_holds_the_class_does_no_more_epochs_than_are_asked_for(known, name):
+    few, own = replace(federation(), participation=0.4), CLIENTS[NAMES[0]]  # one of three in a round, if all hold it
+    asked = replace(REQUEST, holders=NAMES[:1])
+    settings = replace(METHODS[name].settings, lr=0.05, epochs=4.0)
+    METHODS[name].run(known, few, asked, settings)
+    trained = [entry for entry in few.journal.entries("") if entry.job == "train"]
+    assert {entry.clients for entry in trained} == {NAMES[:1]}
+    # Of each batch a quarter is of the class, so that an epoch is three quarters of a pass over the others.
+    steps = sum(entry.samples for entry in trained) / 4
+    assert steps == pytest.approx(len(own.without((2,))), rel=0.35)
+    assert resolved(METHODS[name].settings, asked, few)["epochs"] == (10.0 if name == "salun" else 2.0)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +339,8 @@ def test_rounds_that_need_images_of_the_class_are_of_those_who_hold_it(known, na
 def test_the_weight_decay_of_the_repair_reaches_controls_and_other_methods(known, name):
     def norm(decay):
         asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, weight_decay=decay)))
-        model = COMPARED[name].run(known, federation(), asked, LocalSettings()).subject.model
+        settings = LocalSettings() if name == "random" else replace(COMPARED[name].settings, lr=None, epochs=None)
+        model = COMPARED[name].run(known, federation(), asked, settings).subject.model
         return sum(float(own.detach().square().sum()) for own in model.module.parameters())
 
     assert norm(0.15) < 0.9 * norm(0.0)
@@ -338,7 +354,7 @@ def test_the_weight_decay_of_the_repair_reaches_controls_and_other_methods(known
         ("salun", {"salient": 7}, "SalUn(salient=...) is out of range: got 7"),
         ("ssd", {"above": -1}, "Ssd(above=...) is out of range: got -1"),
         ("svd", {"kept": 0}, "Svd(kept=...) is out of range: got 0"),
-        ("delete", {"lr": 0}, "LocalSettings(lr=...) is out of range: got 0"),
+        ("delete", {"lr": 0}, "Delete(lr=...) is out of range: got 0"),
         ("contrast", {"fraction": 1.0}, "Prune(fraction=...) is out of range: got 1.0"),
         ("erase", {"until": 0}, "Erasing(until=...) is out of range: got 0"),
         ("erase_only", {"every": 0.5}, "Erasing(every=...) is out of range: got 0.5"),

@@ -103,6 +103,14 @@ def test_the_address_of_a_superlink_goes_with_the_engine_flower_alone(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_target_needs_rounds_that_it_can_end():
+    for repair in ("none", "reestimate"):
+        with pytest.raises(
+            RecipeError, match=rf'ends the rounds of training, and unlearn.repair = "{repair}" has none'
+        ):
+            load_recipe("digits", ["unlearn.target=0.9", f"unlearn.repair={repair}"])
+
+
 def test_a_target_needs_validation_images():
     with pytest.raises(RecipeError, match=r"unlearn.target is measured on validation images"):
         load_recipe("digits", ["unlearn.target=0.9", "data.validation=0"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import make_images, write_set
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import notes
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.errors import ModelError, PlanError, RunError
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.pictures import _of_this_request
 from fedunlearn.federation.journal import Journal
@@ -175,6 +176,23 @@ def test_the_class_may_be_gone_from_the_data(first, tmp_path):
     run(recipe, tmp_path / "flower", command="unlearn", engine=engine)
     theirs = read_weights(tmp_path / "flower" / "model.safetensors").state
     assert all(torch.equal(own, theirs[name]) for name, own in read_weights(model).state.items())
+
+
+def test_a_run_does_not_go_on_when_images_of_an_earlier_class_that_decided_who_holds_what_are_gone(first, tmp_path):
+    out, data = tmp_path / "two", tmp_path / "set.npz"
+    shutil.copy(first / "set.npz", data)
+    recipe = second(first, f"data.path={json.dumps(str(data))}")
+    before = prepare(recipe)
+    run(recipe, out, command="train")
+    arrays = dict(np.load(data))
+    stay = np.flatnonzero(arrays["y_train"] != 1)
+    half = np.sort(np.concatenate([stay, np.flatnonzero(arrays["y_train"] == 1)[::2]]))
+    np.savez(data, **arrays | {f"{name}_train": arrays[f"{name}_train"][half] for name in "xy"})
+    after = prepare(recipe)
+    assert len(before.splits.train) == len(after.splits.train)  # all images that are left are there
+    assert before.fingerprint() != after.fingerprint()  # and with others
+    with pytest.raises(RunError, match="data"):
+        run(recipe, out, command="train")
 
 
 def test_a_client_that_held_nothing_but_the_forgotten_class_is_left_out(first, tmp_path):

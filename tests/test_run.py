@@ -24,6 +24,7 @@ from fedunlearn.channels.scores import Ranking, contrast, random_scores
 from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.console import notes
+from fedunlearn.data.images import joined
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import DataError, EvidenceError, ModelError, PlanError, RecipeError, RunError
 from fedunlearn.evidence.keys import make_keys
@@ -43,7 +44,7 @@ from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
 from fedunlearn.run.kept import KeptModel, fill_kept, validation_unseen
 from fedunlearn.run.recipe import load_recipe
-from fedunlearn.run.result import cost_blocks, knew
+from fedunlearn.run.result import cost_blocks, evaluate, knew, validation_block
 from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.unlearn import unlearn
 
@@ -774,6 +775,23 @@ def test_that_the_original_never_knew_the_class_is_said_and_gives_no_speed_up(si
     assert cost_blocks(None, result["oracles"], result) == {}
     del result["verdict"]  # as of the commands that audit nothing
     assert "THE ORIGINAL NEVER KNEW IT: it names 25 % of the class, no more than by chance." in notes(result)
+
+
+def test_what_settings_are_chosen_by_is_counted_on_validation_images_alone(tmp_path):
+    experiment = prepare(load_recipe(str(write_set(tmp_path))))
+    model = experiment.model  # fresh: it names some images right and others wrong
+    held = joined(experiment.validation.values())
+    inputs = (held.images.float() / 255 - held.mean[0]) / held.std[0]
+    right = logits(model.module, inputs).argmax(1) == held.labels
+    of_class = held.labels == 2
+    whole = validation_block(experiment, model, model)
+    assert whole["forget_row_kept"] == pytest.approx(float(right[of_class].double().mean()))
+    without = validation_block(experiment, model.without_rows((2,)), model)
+    rows = logits(model.module, inputs)[:, [0, 1, 3]].argmax(1)
+    slow = (torch.tensor([0, 1, 3])[rows] == held.labels)[~of_class].double().mean()
+    assert without["retain"] == pytest.approx(float(slow))
+    on_test = evaluate(model.without_rows((2,)), experiment.splits.test, forget=2)["accuracy"]["retain"]
+    assert without["retain"] != on_test
 
 
 def test_a_speed_up_that_is_a_bound_is_said_to_be_one(signed):

@@ -45,7 +45,7 @@ class Options:
         """Return the recipe with all that options override."""
         named = {
             "data.path": self.data,
-            "model.weights": self.weights or (self.models and str(self.models / "original.safetensors")),
+            "model.weights": self.weights,
             "audit.models": None if self.models is None else str(self.models),
             "federation.engine": self.engine,
             "compute.precision": self.precision,
@@ -55,7 +55,11 @@ class Options:
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
         from fedunlearn.engines import known  # slow to import
 
-        return known(load_recipe(self.recipe, [*(self.overrides or ()), *overrides]))
+        recipe = load_recipe(self.recipe, [*(self.overrides or ()), *overrides])
+        if self.models and not recipe.model.weights:
+            own = {"weights": str(self.models / "original.safetensors")}
+            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=own)})
+        return known(recipe)
 
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -96,6 +96,14 @@ class Federation:
             return clients
         return [name for name in clients if name in self.holders] or clients
 
+    def drawn(self, objective: Local | None = None) -> int:
+        """Return how many of ``able`` are drawn in a round: ``participation`` of them, rounded, and one at least."""
+        return max(1, int(self.participation * len(self.able(objective)) + 0.5))
+
+    def share(self, objective: Local | None = None) -> float:
+        """Return which share of ``able`` is drawn in a round; of a few clients that is not ``participation``."""
+        return self.drawn(objective) / max(1, len(self.able(objective)))
+
     def named(self, objective: Local | None = None) -> list[str] | None:
         """Return ``able``; None where others may join, whom nobody chose: who takes part may change meanwhile."""
         open_to_all = self.measured or (self.clients is None and self.holders is None)

@@ -20,8 +20,8 @@ from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.lock import FolderLock
 from fedunlearn.files import PART, append_line, write_tensors, write_text
 
+STATE = "state"  # folder of the states, in that of a run
 _ROUNDS = "rounds.jsonl"
-_STATE = "state"
 _BEFORE = "0.2.0"  # the last version whose steps do not say what they were done for
 
 
@@ -183,7 +183,7 @@ class Journal:
         step = replace(step, phase=self._prefix + step.phase)
         self._states[step.phase] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
-            state = self._folder / _STATE / f"{step.phase}.safetensors"
+            state = self._folder / STATE / f"{step.phase}.safetensors"
             state.parent.mkdir(exist_ok=True)
             write_tensors(state, tensors, {"step": step.to_json()})
             append_line(self._folder / _ROUNDS, step.to_json().encode())
@@ -197,7 +197,7 @@ class Journal:
     def close(self) -> None:
         """Delete the states: the run is finished and its models are written."""
         if self._folder is not None:
-            shutil.rmtree(self._folder / _STATE, ignore_errors=True)
+            shutil.rmtree(self._folder / STATE, ignore_errors=True)
 
     def leave(self) -> None:
         """Let other processes write into the folder; nothing can be recorded any more."""
@@ -210,7 +210,7 @@ class Journal:
         complete = data[: data.rfind(b"\n") + 1]  # a kill can cut the last line short; its state brings it back
         if not complete:
             foreign = sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))
-            if foreign or (folder / _STATE).exists():
+            if foreign or (folder / STATE).exists():
                 raise RunError(f"{folder} holds files of something else ({', '.join(foreign)}): choose another --out")
             write_text(path, json.dumps(header, sort_keys=True) + "\n")
             return
@@ -228,7 +228,7 @@ class Journal:
             raise RunError(f"{folder} holds another run ({_difference(found, header)}): choose another --out")
         if complete != data:
             write_text(path, complete.decode())
-        for state in sorted((folder / _STATE).glob("*")):
+        for state in sorted((folder / STATE).glob("*")):
             if state.suffix == PART:  # what a kill left half written
                 state.unlink()
             else:

@@ -22,6 +22,7 @@ from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.tasks import Evaluate, Train
 from fedunlearn.seeding import generator
+from fedunlearn.training.objectives.base import Local
 from fedunlearn.training.sgd import Training, check_trainable
 
 _logger = logging.getLogger(__name__)
@@ -172,8 +173,7 @@ def train_rounds(
         if watch.reached(steps):
             break
         job = fed.job(tasks[round], trained, phase=phase, round=round)
-        able = fed.able(tasks[round].training.objective)
-        job = replace(job, clients=_drawn(able, fed, phase, round))
+        job = replace(job, clients=_drawn(fed, tasks[round].training.objective, phase, round))
         average, entry = ask(fed.engine, job, averaged)
         trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
@@ -238,8 +238,8 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
     return correct / counts if counts else None, entry
 
 
-def _drawn(able: Sequence[str], fed: Federation, phase: str, round: int) -> tuple[str, ...]:
+def _drawn(fed: Federation, objective: Local | None, phase: str, round: int) -> tuple[str, ...]:
     check_somebody(fed)
-    wanted = max(1, int(fed.participation * len(able) + 0.5))
+    able = fed.able(objective)
     order = torch.randperm(len(able), generator=generator(fed.seed, phase, "participation", round))
-    return tuple(sorted(able[int(i)] for i in order[:wanted]))
+    return tuple(sorted(able[int(i)] for i in order[: fed.drawn(objective)]))

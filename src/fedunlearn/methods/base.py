@@ -31,7 +31,7 @@ class Request:
         jointly: whether several classes are scored as one.
         clients: clients that hold images of the classes that stay.
         holders: clients that hold images of the classes to forget.
-        images: images of the kept classes that the clients of one round hold, on average.
+        images: images of the kept classes that the clients of one round of repair hold, on average.
         spent: what pruning and repair cost: fine-tuning beside them stops there. None where a method stands alone.
         unlearned: what came of it, for the controls of a run.
     """
@@ -115,6 +115,10 @@ class LocalSettings:
     def __post_init__(self) -> None:
         in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
 
+    def objective(self) -> Objective | None:
+        """Return what clients minimise, which says who is drawn; None for the cross-entropy of images that stay."""
+        return None
+
 
 def settings_by(method: Method, erasing: Erasing | None) -> Any:
     """Return the settings of a method, with the erase step of a recipe in the place of its own where it has one."""
@@ -124,18 +128,29 @@ def settings_by(method: Method, erasing: Erasing | None) -> Any:
     return replace(method.settings, **{name: getattr(erasing, name) for name in step})
 
 
-def passes(settings: LocalSettings, request: Request, participation: float) -> float:
-    """Return the epochs of a method: those of a client in a round, over all rounds, times the share of clients drawn.
+def passes(settings: LocalSettings, request: Request, fed: Federation) -> float:
+    """Return the epochs of a method: those of a client in a round, times the rounds that it is drawn for on average.
 
     What an epoch is of a method that mixes images of the class in: docs/how-to/methods.md. Where its settings do not
     say, those of the repair of the recipe.
     """
     if settings.epochs is not None:
         return settings.epochs
-    return request.repair.training.local_epochs * max(1, request.repair.rounds) * participation
+    return request.repair.training.local_epochs * _turns(fed, request, settings.objective())
 
 
-def resolved(settings: Any, request: Request, participation: float) -> dict[str, Any] | None:
+def _turns(fed: Federation, request: Request, objective: Objective | None) -> float:
+    """Return for how many rounds of the repair a client is drawn, of those that take part in a round, on average."""
+    part, rounds = _taking_part(fed, request), max(1, request.repair.rounds)
+    training = replace(request.repair.training, objective=objective)
+    return sum(part.share(training.of_round(round, rounds).objective) for round in range(rounds))
+
+
+def _taking_part(fed: Federation, request: Request) -> Federation:
+    return replace(fed, holders=request.holders).keeping(exclude=request.forget, clients=request.clients)
+
+
+def resolved(settings: Any, request: Request, fed: Federation) -> dict[str, Any] | None:
     """Return the values that a method uses, those of the recipe in the place of None; None for a method without any.
 
     Epochs are left out of a method that goes on until it has cost as much as another.
@@ -145,7 +160,7 @@ def resolved(settings: Any, request: Request, participation: float) -> dict[str,
     used = asdict(settings)
     recipe = {"lr": request.repair.training.lr, "fraction": request.cut.fraction}
     if isinstance(settings, LocalSettings):
-        recipe["epochs"] = passes(settings, request, participation)
+        recipe["epochs"] = passes(settings, request, fed)
         if settings.epochs is None and request.spent is not None:
             del used["epochs"]
     return {key: recipe.get(key) if own is None else own for key, own in used.items()}
@@ -183,13 +198,13 @@ def trained(
     repair = request.repair
     epochs = repair.training.local_epochs
     if settings.epochs is not None:
-        epochs = settings.epochs / max(1, repair.rounds) / fed.participation
+        epochs = settings.epochs / _turns(fed, request, objective)
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
-    kept = replace(fed, holders=request.holders).keeping(exclude=request.forget, clients=request.clients)
     rounds = max(1, repair.rounds)
     # No target: a method that starts from the original is at it from the beginning.
-    return replace(repair, training=training, rounds=rounds, target=None).of(model, kept, phase=phase)
+    whole = replace(repair, training=training, rounds=rounds, target=None)
+    return whole.of(model, _taking_part(fed, request), phase=phase)
 
 
 def trained_once(
@@ -201,7 +216,7 @@ def trained_once(
     Arguments are those of ``trained``.
     """
     repair = request.repair
-    epochs = passes(settings, request, fed.participation)
+    epochs = passes(settings, request, fed)
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
     clients = request.holders if objective.share == 1 else request.clients

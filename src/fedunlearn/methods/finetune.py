@@ -25,7 +25,7 @@ def finetune(model: Classifier, fed: Federation, request: Request, settings: Loc
         return Outcome(delivered(tuned, request), fed.cost("finetune"))
     cost = request.spent
     _, per_image = flops_per_image(model.module, model.shape)
-    passes = cost.client_flops / per_image / int(request.images)
+    passes = cost.client_flops / per_image / request.images
     # More rounds of the repair's length, not longer ones: these can end in a batch of a few images, which costs R.
     epochs = request.repair.training.local_epochs
     rounds = round(passes / epochs)

@@ -27,11 +27,14 @@ class L1Sparse(LocalSettings):
         super().__post_init__()
         in_range(self, penalty=is_weight, until=is_share)
 
+    def objective(self) -> Sparse:
+        """Return what clients minimise."""
+        return Sparse(self.penalty, self.until)
+
 
 def l1_sparse(model: Classifier, fed: Federation, request: Request, settings: L1Sparse) -> Outcome:
     """Minimise ``CE(kept) + penalty * |w|_1``, then ``CE(kept)``."""
-    objective = Sparse(settings.penalty, settings.until)
-    sparse = trained(model, fed, request, settings, objective=objective, phase="l1_sparse")
+    sparse = trained(model, fed, request, settings, objective=settings.objective(), phase="l1_sparse")
     return Outcome(delivered(sparse, request), fed.cost("l1_sparse"))
 
 

@@ -21,10 +21,14 @@ class NegGrad(LocalSettings):
         super().__post_init__()
         in_range(self, kept=is_part)
 
+    def objective(self) -> Ascend:
+        """Return what clients minimise."""
+        return Ascend(self.kept)
+
 
 def neg_grad(model: Classifier, fed: Federation, request: Request, settings: NegGrad) -> Outcome:
     """Minimise ``b CE(kept) - (1 - b) CE(forgotten)``."""
-    moved = trained(model, fed, request, settings, objective=Ascend(settings.kept), phase="neg_grad")
+    moved = trained(model, fed, request, settings, objective=settings.objective(), phase="neg_grad")
     return Outcome(delivered(moved, request), fed.cost("neg_grad"))
 
 

@@ -29,6 +29,10 @@ class SalUn(LocalSettings):
         super().__post_init__()
         in_range(self, salient=is_share)
 
+    def objective(self) -> Relabel:
+        """Return what clients minimise."""
+        return Relabel("random")
+
 
 def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn) -> Outcome:
     """Train with random labels for the images to forget, then put all weights back that are not salient.
@@ -39,7 +43,7 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
     stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
     task = Gradients(exclude=stay, sample=request.rank.sample)
     sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun-gradients")
-    moved = trained(model, fed, request, settings, objective=Relabel("random"), phase="salun")
+    moved = trained(model, fed, request, settings, objective=settings.objective(), phase="salun")
     masks = largest(sums, settings.salient)
     before = dict(model.module.named_parameters())
     with torch.no_grad():

@@ -33,13 +33,15 @@ class Scrub(LocalSettings):
         super().__post_init__()
         in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, away=is_part)
 
+    def objective(self, turns: int = 1) -> Objective:
+        """Return what clients minimise in so many turns."""
+        return Objective(self.distil, self.temperature, turns, max(1, round(self.ascent * turns)), self.away)
+
 
 def scrub(model: Classifier, fed: Federation, request: Request, settings: Scrub) -> Outcome:
     """Leave the original on the images to forget and stay with it on the others, in one round."""
-    turns = max(1, round(passes(settings, request, fed.participation)))  # an epoch each
-    ascents = max(1, round(settings.ascent * turns))
-    objective = Objective(settings.distil, settings.temperature, turns, ascents, settings.away)
-    scrubbed = trained_once(model, fed, request, settings, objective=objective, phase="scrub")
+    turns = max(1, round(passes(settings, request, fed)))  # an epoch each
+    scrubbed = trained_once(model, fed, request, settings, objective=settings.objective(turns), phase="scrub")
     return Outcome(delivered(scrubbed, request), fed.cost("scrub"))
 
 

@@ -20,14 +20,15 @@ from fedunlearn.audits.verdict import outside
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.journal import Journal, header_of
+from fedunlearn.federation.journal import STATE, Journal, header_of
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, Outcome, Request, resolved
+from fedunlearn.methods.prune import CONTRAST, TF_IDF
 from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.compare import Oracle, request
 from fedunlearn.run.experiment import save_model
-from fedunlearn.run.result import cost_until, evaluate, judged, validation_block, whole_cost
+from fedunlearn.run.result import cost_until, evaluate, judged, training_curve, validation_block, whole_cost
 from fedunlearn.run.work import Work
 
 
@@ -75,7 +76,7 @@ class Cells:
                 "method": method.name,
                 "seed": seed,
                 **self._about(method, settings, seed),
-                "used": resolved(settings, self._request(method, fed, seed), fed.participation),
+                "used": resolved(settings, self._request(method, fed, seed), fed),
                 **block,
                 "validation": validation,
                 "figures": figures_of(found),
@@ -90,7 +91,8 @@ class Cells:
     def _costs(self, outcome: Outcome, reached: float | None) -> dict[str, Any]:
         """Return what the method cost, and how many times that retraining costs; seconds differ from run to run.
 
-        Where the original never knew the class, nothing was forgotten, however fast.
+        Where the original never knew the class, nothing was forgotten, however fast; where nobody looked how good the
+        retrained model was on its way, nothing tells when it was as good.
         """
         cost = asdict(outcome.cost or Cost())
         del cost["client_seconds"]
@@ -99,6 +101,8 @@ class Cells:
         if not self._oracles or not cost["client_flops"] or reached is None or not knew:
             return {"cost": cost}
         first = next(iter(self._oracles.values()))
+        if not training_curve(first.steps):
+            return {"cost": cost}
         until = cost_until(first.steps, reached)
         return {
             "cost": cost,
@@ -120,7 +124,7 @@ class Cells:
     def _spent(self, seed: int) -> Cost | None:
         """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
         name = self._work.experiment.recipe.unlearn.criterion
-        if name not in self._chosen:
+        if name not in self._chosen or COMPARED[name] not in (TF_IDF, CONTRAST):  # random is a control, done later
             return None
         kept = self._kept(f"{name}-seed{seed}", COMPARED[name], COMPARED[name].settings, seed)
         return None if kept is None else Cost(**kept["cost"])
@@ -160,7 +164,8 @@ class Cells:
 
         header = {"cell": cell, "seed": seed, **self._about(method, settings, seed)}
         folder = self._folder(cell)
-        if header_of(folder) != header:  # of an earlier call with other settings under this name, or of none
+        # Of an earlier call with other settings under this name, of none, or of a cell that was done and lost its file.
+        if header_of(folder) != header or not (folder / STATE).exists():
             shutil.rmtree(folder, ignore_errors=True)
             (self._work.out / FOLDER / f"{cell}.json").unlink(missing_ok=True)
         journal = Journal(folder, header=header, observe=report)

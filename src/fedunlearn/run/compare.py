@@ -15,7 +15,6 @@ from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
-from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.kept import KeptModel, check_folder_of_models, fill_kept
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.tables import PRUNE
@@ -64,7 +63,7 @@ def method_block(experiment: Experiment, fed: Federation) -> dict[str, Any]:
         return {}
     method = METHODS[u.method]
     asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers())
-    used = resolved(_settings(experiment.recipe, method), asked, fed.participation)
+    used = resolved(_settings(experiment.recipe, method), asked, fed)
     about = {"name": method.name, "label": method.label, "needs": method.needs, "source": method.source}
     return {"method": about | {"settings": used}}
 
@@ -105,7 +104,7 @@ def request(
         spent: what pruning and repair cost, for a method of equal cost.
     """
     forget = list(experiment.forget)
-    rows = [experiment.engine.clients.index(name) for name in clients]
+    rows = [list(experiment.clients).index(name) for name in clients]
     stay = [label for label in range(len(experiment.splits.train.classes)) if label not in forget]
     kept = experiment.table[rows][:, stay].sum()
     # Those that hold fewer images than their rules let an answer stand for would only refuse.
@@ -119,7 +118,7 @@ def request(
         experiment.recipe.unlearn.jointly,
         tuple(clients),
         tuple(name for name, own in zip(experiment.clients, holds) if own),
-        float(kept) * fed.participation,
+        float(kept) * fed.keeping(exclude=forget, clients=clients).share(),
         spent,
     )
 
@@ -154,7 +153,7 @@ def check_kept(experiment: Experiment) -> None:
         RunError: see ``retrained_models``.
     """
     if experiment.recipe.audit.models:
-        unused, data = experiment.federation(Journal()), fingerprint(experiment.splits)
+        unused, data = experiment.federation(Journal()), experiment.fingerprint()
         retrained_models(experiment, unused, data=data, count=experiment.recipe.audit.oracles)
 
 

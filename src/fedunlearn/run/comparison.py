@@ -16,7 +16,7 @@ from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
-from fedunlearn.evidence.folder import check_folder
+from fedunlearn.evidence.folder import check_folder, sha256
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, settings_by
@@ -25,9 +25,10 @@ from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.cells import Cells, figures_of
 from fedunlearn.run.compare import Oracle, check_kept, retrained_models
 from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
+from fedunlearn.run.kept import validation_unseen
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
-from fedunlearn.run.result import evaluate, whole_cost
+from fedunlearn.run.result import earlier_block, evaluate, whole_cost
 from fedunlearn.run.tables import PRUNE
 from fedunlearn.run.tuning import count, made, score, tried
 from fedunlearn.run.work import Observe, Work, opened
@@ -103,7 +104,8 @@ def compare(
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
     if not (out / COMPARISON).exists():
         check_kept(experiment)  # before the folder is that of this comparison
-    work = opened("compare", experiment, out, about={}, rates=rates, observe=observe)
+    about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
+    work = opened("compare", experiment, out, about=about, rates=rates, observe=observe)
     prepared(work.experiment)
     if engine is not None:
         work = work.on(replace(work.experiment, engine=engine(work.experiment)))
@@ -135,6 +137,12 @@ def _check(experiment: Experiment, plan: Plan) -> None:
         raise RecipeError("--tune needs validation images: set data.validation above 0")
     if plan.tune and recipe.audit.oracles == 0:
         raise RecipeError("--tune needs retrained models, whose R it is to reach: set audit.oracles above 0")
+    erase = [method.name for method in plan.chosen if method.erases]
+    if erase and (recipe.unlearn.target is not None or recipe.unlearn.repair != "finetune"):
+        raise RecipeError(
+            f"the erase step of {', '.join(erase)} is a part of the repair's rounds: leave unlearn.target out and "
+            'unlearn.repair at "finetune", or name other --methods'
+        )
     if recipe.privacy.noise:
         raise RecipeError(
             "privacy.noise protects one request, and a comparison measures the clients for each method, seed and "
@@ -195,6 +203,7 @@ class _Bench:
         """Do all cells and return the content of compare.json: no time, no date, nothing of this machine."""
         work, experiment = self._work, self._work.experiment
         original, forget, test = self.original, experiment.forget, experiment.splits.test
+        self._check_looked_at()
         for name, subject in {
             ORIGINAL: Subject(original, original),
             HEAD_ONLY.name: Subject(original.without_rows(forget)),
@@ -222,7 +231,9 @@ class _Bench:
             "recipe": json.loads(json.dumps(portable)) | {"compute": experiment.recipe.compute.precision},
             "forget": list(forget),
             "classes": list(test.classes),
+            **earlier_block(experiment),
             "seeds": self._seeds,
+            "validation_unseen": validation_unseen(experiment),
             "original": evaluate(original, test, forget=forget)["accuracy"]
             | {"figures": figures_of(self.bands.models[ORIGINAL])},
             "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
@@ -233,6 +244,15 @@ class _Bench:
             "cells": cells,
             "failed": self._failed,
         }
+
+    def _check_looked_at(self) -> None:
+        """Refuse to tune towards an accuracy that no retrained model was measured for."""
+        blank = [name for name, own in self.oracles.items() if not own.steps or own.steps[-1].validation is None]
+        if self._plan.tune and blank:
+            raise RecipeError(
+                f"--tune needs the R of retrained models on validation images, and that of {blank[0]} was not "
+                "measured: leave audit.models out to retrain, or compare without --tune"
+            )
 
     @property
     def _classes(self) -> int:
@@ -273,8 +293,7 @@ class _Bench:
 
         None is the best where no trial came to an end.
         """
-        reached = [own.steps[-1].validation or 0.0 for own in self.oracles.values() if own.steps]
-        wanted = mean(reached) if reached else 0.0
+        wanted = mean(own.steps[-1].validation or 0.0 for own in self.oracles.values())
         trials: list[dict[str, Any]] = []
         for number, settings in enumerate(tried(method, self._plan.tune)):
             name = f"{method.name}-trial{number}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fedunlearn.federation.journal import Journal
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.smallest import FRACTIONS
 from fedunlearn.training.compute import Compute, cores, own_device
@@ -24,7 +25,7 @@ def images_to_train(experiment: Experiment, command: str) -> float:
             from earlier ones, and auditing is not.
     """
     recipe, held = experiment.recipe, int(experiment.table.sum())
-    train, unlearn, share = recipe.train, recipe.unlearn, recipe.federation.participation
+    train, unlearn, share = recipe.train, recipe.unlearn, experiment.federation(Journal()).share()
     whole = train.rounds * share * train.local_epochs * held
     wanted = whole if experiment.weights is None else 0.0
     if command == "train":

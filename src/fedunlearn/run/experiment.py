@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +30,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
-from fedunlearn.run.inputs import class_numbers, normalised_for, numbered, read_data, share_out
+from fedunlearn.run.inputs import class_numbers, fingerprint, normalised_for, numbered, read_data, share_out
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.tables import ComputeTable
 from fedunlearn.smallest import unlearn_smallest
@@ -74,6 +76,18 @@ class Experiment:
         """Return the clients that hold images of the kept classes, and train on them."""
         kept = [label for label in range(len(self.splits.train.classes)) if label not in self.forget]
         return tuple(name for name, row in zip(self.clients, self.table) if int(row[kept].sum()) > 0)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all images, and of who holds which where others that are gone decided that."""
+        images = fingerprint(self.splits)
+        if not self.earlier:
+            return images
+        digest = hashlib.sha256(images.encode())
+        for part in (self.clients, self.validation):
+            for name, own in part.items():
+                digest.update(json.dumps([name, *own.images.shape]).encode())
+                digest.update(own.images.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def audit_images(self) -> AuditImages:
         """Return the images to audit with: all clients' training images, and the test images."""

@@ -147,6 +147,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"data.size resizes the pictures of a folder, and data.source is {recipe.data.source}")
     if recipe.unlearn.target is not None and recipe.data.validation == 0:
         raise RecipeError("unlearn.target is measured on validation images: set data.validation above 0")
+    if recipe.unlearn.target is not None and recipe.unlearn.repair != "finetune":
+        raise RecipeError(
+            f'unlearn.target ends the rounds of training, and unlearn.repair = "{recipe.unlearn.repair}" has none: '
+            "leave one of them out"
+        )
     if recipe.unlearn.fraction == "auto":
         _check_auto(recipe)
     if recipe.erase.erasing() is None and recipe.erase != EraseTable():

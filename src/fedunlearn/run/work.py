@@ -16,7 +16,6 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
 from fedunlearn.files import write_text
 from fedunlearn.run.experiment import Experiment
-from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.recipe import portable_recipe, run_header
 from fedunlearn.version import __version__
 
@@ -77,7 +76,7 @@ def opened(
     Raises:
         RunError: the folder holds another run, or something else.
     """
-    data, recipe = fingerprint(experiment.splits), portable_recipe(experiment.recipe, out)
+    data, recipe = experiment.fingerprint(), portable_recipe(experiment.recipe, out)
     journal = Journal(out, header=run_header(command, recipe, data) | dict(about), observe=observe)
     return Work(out, experiment, experiment.federation(journal), EventLog(out / EVENTS), data, recipe, rates)
 
