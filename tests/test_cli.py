@@ -270,6 +270,13 @@ BAD = [
     (("run", "{recipe}", "--set", "federation.clients=1"), 1, "a federation needs at least two clients, got 1"),
     (("run", "{recipe}", "--set", "federation.clients=999"), 1, "120 images cannot go to 999 clients"),
     (("run", "{recipe}", "--set", "unlearn.forget=owl"), 2, "no class is named 'owl'; the classes are 0, 1, 2, 3"),
+    (("run", "{recipe}", "--set", "unlearn.forget=1,2"), 2, "several as in unlearn.forget=[9, 8]"),
+    (("run", "{recipe}", "--ca", "{tmp}/ca.crt"), 2, "--ca is the authority of a SuperLink, and this engine has none"),
+    (
+        ("run", "{recipe}", "--method", "erase_only", "--set", "erase.every=2"),
+        2,
+        "or what erase_only has of its own by unlearn.settings={every = 2}",
+    ),
     (("run", "{recipe}", "--out", "/proc/fedunlearn/out"), 1, "choose another --out"),
     (("run", "cifar10-resnet20"), 2, "the source cifar10 is read from disk: give its place with --data"),
     (("run", "cifar10-resnet20", "--data", "{tmp}"), 1, "expected the folder cifar-10-batches-py"),

@@ -106,7 +106,7 @@ def test_hold_out_never_takes_the_last_image():
         ({"by": "dirichlet", "clients": 100, "alpha": 1e-3}, "dirichlet with alpha 0.001 left a client empty"),
         ({"by": "bias", "clients": 6, "bias": 0.5}, "clients in a multiple of the 4 classes.*got 6"),
         ({"by": "bias", "clients": 4, "bias": 1.5}, r"needs a share in \[0, 1\], got 1.5"),
-        ({"by": "group", "clients": 13}, "there are 12 groups, too few for 13 clients"),
+        ({"by": "group", "clients": 13}, "there are 12 groups, too few for 13 clients: take 0 for one each"),
     ],
 )
 def test_bad_partitions_are_refused(options, text):

@@ -760,6 +760,17 @@ def test_no_other_key_signs_a_folder_whose_report_names_one(signed, tmp_path):
     assert problems(folder, signed / "operator.pub") == []
 
 
+def test_no_other_key_takes_the_place_of_the_one_that_signed(signed, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(signed / "plain", folder)  # done without a key, so that its report names none
+    make_keys(tmp_path / "other")
+    own, other = (read_private_key(path, outside=folder) for path in (signed / "operator", tmp_path / "other"))
+    sign(folder, own)
+    with pytest.raises(EvidenceError, match="is signed by another key, or was changed since: give the key that signed"):
+        sign(folder, other)
+    assert problems(folder, signed / "operator.pub") == []
+
+
 def test_a_folder_that_is_being_written_takes_no_confirmation(copied, signed):
     folder, _ = copied
     code = (
@@ -797,6 +808,33 @@ def test_the_model_card_loads_the_model_it_describes(copied, monkeypatch):
     assert names["weights"].labels == (0, 1, 3)
     parameters = json.loads((folder / "result.json").read_text())["unlearned"]["parameters"]
     assert sum(own.numel() for own in names["model"].parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {},
+            "Trained by federated averaging; 2 forgotten over 3 clients by pruning the channels that discriminate",
+        ),
+        (
+            {"fraction": 0, "complement": 1.0},
+            "by training on its images once more, to erase it, and repair on the",
+        ),
+        ({"weights": "../mine.pt", "repair": "none"}, "The weights before were given to the run; 2 forgotten over 3"),
+        ({"method": {"label": "FUCRT relabelling"}}, "by FUCRT relabelling."),
+    ],
+)
+def test_the_model_card_says_by_what_a_run_forgot(signed, tmp_path, change, text):
+    folder = tmp_path / "plain"
+    shutil.copytree(signed / "plain", folder)
+    result = json.loads((folder / "result.json").read_text())
+    tables = {"fraction": "unlearn", "repair": "unlearn", "complement": "erase", "weights": "model"}
+    for key, value in change.items():
+        (result["recipe"][tables[key]] if key in tables else result)[key] = value
+    (folder / "result.json").write_text(json.dumps(result))
+    write_card(folder)
+    assert text in (folder / "README.md").read_text()
 
 
 def test_nothing_claims_more_than_evidence():
@@ -838,7 +876,7 @@ def test_a_confirmed_deletion_is_an_event_and_signed_again(signed, tmp_path):
     assert first.stdout == f"{tmp_path / 'plain'}: recorded and signed, which it was not before\n"
     seen = fedunlearn("verify", folder, "--key", signed / "operator.pub")
     assert seen.returncode == 0
-    assert "deletion confirmed, as the operator says, by: client-0, client-1" in seen.stdout
+    assert "deletion confirmed, as the operator says, by 2 of 3 clients: client-0, client-1" in seen.stdout
     make_keys(tmp_path / "other")
     stranger = fedunlearn("acknowledge", folder, "--client", "client-2", "--key", tmp_path / "other")
     assert "is signed by another key, or was changed since: give the key that signed it" in stranger.stderr

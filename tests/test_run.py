@@ -800,6 +800,13 @@ def test_a_speed_up_that_is_a_bound_is_said_to_be_one(signed):
     result["cost"]["retrain"] |= {"reached": False, "validation_unseen": False}
     assert "> is a lower bound" in notes(result)
     assert "may have seen the validation images" in notes(result)
+    assert "fedunlearn run, with the same" in notes({name: own for name, own in result.items() if name not in LATER})
+    assert "To compare with retraining: audit.oracles = 5." in notes(
+        {name: own for name, own in result.items() if name not in LATER} | {"oracles": {}}
+    )
+
+
+LATER = ("cost", "oracles", "speedup", "speedup_whole", "verdict")
 
 
 def test_several_classes_are_forgotten_audited_signed_and_verified(tmp_path):

@@ -40,6 +40,16 @@ def test_a_class_is_named_by_its_number_where_no_class_has_that_name(images, tmp
     assert load_recipe(str(recipe)).unlearn.forget == (3,)
 
 
+def test_groups_are_spoken_of_where_there_are_some(images, tmp_path):
+    assert '"group"' not in write_starter(images, "dog", tmp_path / "none")[0].read_text("utf-8")
+    arrays = dict(np.load(images))
+    np.savez(tmp_path / "sites.npz", **arrays, groups_train=np.arange(120) % 4, groups_test=np.arange(60) % 4)
+    recipe, _ = write_starter(tmp_path / "sites.npz", "dog", tmp_path / "some")
+    assert 'partition = "group" and clients = 0 make one of each group' in recipe.read_text("utf-8")
+    by_site = prepare(load_recipe(str(recipe), ["federation.partition=group", "federation.clients=0"]))
+    assert len(by_site.clients) == 4
+
+
 def test_files_that_are_there_stay(images, tmp_path):
     write_starter(images, "dog", tmp_path)
     before = (tmp_path / "recipe.toml").read_text("utf-8")

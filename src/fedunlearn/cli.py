@@ -180,7 +180,7 @@ def export(options: Options) -> None:
 
 
 @_command(
-    argument("model", Path, "Weights of the model: .safetensors, .npz, .pt or .th."),
+    argument("model", Path, "Weights of the model: .safetensors, .npz, .pt, .pth or .th."),
     *("recipe", "out", "data", "oracle", "original", "client", "overrides", "precision", "key", *SHOWN),
 )
 def audit(options: Options) -> None:
@@ -241,14 +241,15 @@ def init(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an audited run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of an audited run, or of a comparison.")],
     debug: DebugOption = False,
 ) -> None:
-    """Write report.html and report.md of a run again."""
+    """Write report.html and report.md of a run again, or report.html of a comparison."""
     with _told(debug):
-        from fedunlearn.evidence.report import write_report  # slow to import
+        from fedunlearn.evidence.comparison import COMPARISON, write_comparison  # slow to import
+        from fedunlearn.evidence.report import write_report
 
-        write_report(folder)
+        (write_comparison if (folder / COMPARISON).exists() else write_report)(folder)
         typer.echo(folder / REPORT)
 
 

@@ -360,7 +360,8 @@ def notes(result: Mapping[str, Any]) -> str:
         if not retraining["validation_unseen"]:
             lines.append("The original's weights may have seen the validation images: the speed-up may be too high.")
     elif "unlearned" in result and not result.get("oracles"):
-        lines.append("To compare with retraining: fedunlearn run, with the same --weights if any.")
+        how = "audit.oracles = 5" if "oracles" in result else "fedunlearn run, with the same --weights if any"
+        lines.append(f"To compare with retraining: {how}.")
     if "verdict" in result:
         lines.append(verdict_line(result))
     elif "unlearned" in result and not knew(result["original"]["accuracy"], len(result["classes"])):

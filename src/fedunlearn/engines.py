@@ -72,6 +72,8 @@ def carry_out(order: Order) -> dict[str, Any] | None:
         raise RecipeError("compare runs its clients in this process, or with --engine flower-simulation")
     if (order.superlink is not None) != (name == "flower"):
         raise RecipeError("the engine flower needs --superlink ADDRESS:PORT, and no other engine takes it")
+    if order.ca is not None and name != "flower":
+        raise RecipeError("--ca is the authority of a SuperLink, and this engine has none: leave it out")
     return ENGINES[name](order)
 
 

@@ -88,7 +88,7 @@ OPTIONS = {
             "Folder of the run, in runs/ by default; the same command goes on with it.",
         ),
         option("data", str | None, "Folder or file of the images; sets data.path."),
-        option("weights", str | None, "The trained model, .safetensors, .npz, .pt or .th; sets model.weights."),
+        option("weights", str | None, "The trained model, .safetensors, .npz, .pt, .pth or .th; sets model.weights."),
         option(
             "models",
             Path | None,

@@ -88,7 +88,10 @@ def _number(label: object, names: Sequence[str], count: int) -> int:
     if isinstance(label, str) and names:
         composed = [unicodedata.normalize("NFC", name) for name in names]
         if unicodedata.normalize("NFC", label) not in composed:
-            raise PlanError(f"no class is named {label!r}; the classes are {', '.join(names)}: check unlearn.forget")
+            several = ", several as in unlearn.forget=[9, 8]" if "," in label else ""
+            raise PlanError(
+                f"no class is named {label!r}; the classes are {', '.join(names)}: check unlearn.forget{several}"
+            )
         return composed.index(unicodedata.normalize("NFC", label))
     # A truth value is a number to Python, and 9.0 may be the outcome of a sum: neither is meant as a class.
     if isinstance(label, bool) or not isinstance(label, int):
@@ -267,7 +270,10 @@ def _held_classes(stats: ChannelStats, forget: int | Sequence[int]) -> tuple[int
     wanted = forget_classes(forget, len(stats.counts))
     absent = [label for label in wanted if int(stats.counts[label]) == 0]
     if absent:
-        raise PlanError(f"no client holds an image of class {absent[0]}: there is nothing to score it by")
+        raise PlanError(
+            f"no client holds an image of class {absent[0]}, or enough of them to tell (privacy.min_count, min_images "
+            "of a site, unlearn.sample): there is nothing to score it by"
+        )
     return wanted
 
 

@@ -131,7 +131,7 @@ def _by_group(images: LabelledImages, clients: int | None) -> tuple[Tensor, list
     values, owner = torch.unique(images.groups, return_inverse=True)
     if clients:
         if clients > len(values):
-            raise DataError(f"there are {len(values)} groups, too few for {clients} clients")
+            raise DataError(f"there are {len(values)} groups, too few for {clients} clients: take 0 for one each")
         return owner % clients, [f"client-{k:0{len(str(clients - 1))}d}" for k in range(clients)]
     width = len(str(int(values.max())))
     return owner, [f"group-{int(value):0{width}d}" for value in values]

@@ -67,14 +67,26 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
 
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Sign the folder of a finished run; again, for longer, where it is as its dossier says.
+    """Sign the folder of a finished run; again, for longer, where it is as its dossier says and signed by this key.
 
     Raises:
-        EvidenceError: see ``check_unchanged`` and ``write_dossier``.
+        EvidenceError: another key signed it; or see ``check_unchanged`` and ``write_dossier``.
     """
     if (folder / DOSSIER).exists():
+        _check_signed_by(folder, key)
         check_unchanged(folder)
     write_dossier(folder, key)
+
+
+def _check_signed_by(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Refuse a signed folder whose signature is not by ``key``, which would take its place."""
+    try:
+        key.public_key().verify((folder / SIGNATURE).read_bytes(), (folder / DOSSIER).read_bytes())
+    except (InvalidSignature, OSError) as error:
+        raise EvidenceError(
+            f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
+            "fedunlearn verify says"
+        ) from error
 
 
 def check_unchanged(folder: Path, *, confirming: Sequence[str] = ()) -> None:
@@ -151,13 +163,7 @@ def _acknowledge(run: RunFolder, clients: Sequence[str], key: Ed25519PrivateKey)
                 f"{', '.join(sorted(known))}"
             )
     if (folder / DOSSIER).exists():
-        try:
-            key.public_key().verify((folder / SIGNATURE).read_bytes(), (folder / DOSSIER).read_bytes())
-        except (InvalidSignature, OSError) as error:
-            raise EvidenceError(
-                f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
-                "fedunlearn verify says"
-            ) from error
+        _check_signed_by(folder, key)
         check_unchanged(folder, confirming=clients)
     log = EventLog(folder / EVENTS)
     for name in clients:

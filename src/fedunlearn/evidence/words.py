@@ -333,6 +333,18 @@ def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str
     return names
 
 
+def means(result: Mapping[str, Any]) -> str:
+    """Return by what a run forgot, in the words of a sentence."""
+    if "method" in result:
+        return str(result["method"]["label"])
+    recipe = result["recipe"]
+    parts = ["pruning the channels that discriminate it"] if recipe["unlearn"]["fraction"] else []
+    if recipe["erase"]["complement"] or recipe["erase"]["separation"]:
+        parts.append("training on its images once more, to erase it")
+    parts.append("no repair" if recipe["unlearn"]["repair"] == "none" else "repair on the other classes")
+    return ", and ".join(parts)
+
+
 def in_short(verdict: str, reason: str) -> str:
     """Return a verdict as it fits into a table: what kind of suppression was seen."""
     if verdict != SUPPRESSED:

@@ -155,7 +155,11 @@ def check(recipe: Recipe) -> None:
     if recipe.unlearn.fraction == "auto":
         _check_auto(recipe)
     if recipe.erase.erasing() is None and recipe.erase != EraseTable():
-        raise RecipeError("[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation")
+        own = recipe.unlearn.method != PRUNE and METHODS[recipe.unlearn.method].erases
+        raise RecipeError(
+            "[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation"
+            + (f", or what {recipe.unlearn.method} has of its own by unlearn.settings={{every = 2}}" if own else "")
+        )
     _check_method(recipe)
     recipe.rules()
     compute = recipe.compute

@@ -29,7 +29,7 @@ size = {size}
 validation = {validation:g}        # share of each client's images
 
 [federation]
-clients = {clients}            # equal shares of the images; partition = "group" makes a client of each group
+clients = {clients}            # equal shares of the images{groups}
 
 [model]
 name = "{module}:net"    # the function net in {module}.py beside this file
@@ -118,6 +118,7 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
         source="npz" if packed else "folder",
         path=json.dumps(str(data.resolve()), ensure_ascii=False),
         clients=clients,
+        groups='; partition = "group" and clients = 0 make one of each group' if images.groups is not None else "",
         rounds=rounds,
         validation=validation,
         fraction=fraction,
