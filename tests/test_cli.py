@@ -25,7 +25,7 @@ from conftest import write_set
 from fedunlearn.cli import main
 from fedunlearn.console import print_table
 from fedunlearn.data.npz import load_npz
-from fedunlearn.errors import ModelError, PlanError
+from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.models import build_model
 from fedunlearn.options import Options
@@ -81,6 +81,9 @@ def told(tmp_path_factory):
 def test_weights_that_are_named_are_those_that_are_taken(tmp_path):
     given = Options(recipe="digits", weights="mine.pt", models=tmp_path).recipe_set()
     assert (given.model.weights, given.audit.models) == ("mine.pt", str(tmp_path))
+    with pytest.raises(RecipeError, match=r"--models .*: expected a folder with original.safetensors"):
+        Options(recipe="digits", models=tmp_path).recipe_set()
+    (tmp_path / "original.safetensors").touch()
     original = str(tmp_path / "original.safetensors")
     assert Options(recipe="digits", models=tmp_path).recipe_set().model.weights == original
     set_by_key = Options(recipe="digits", models=tmp_path, overrides=["model.weights=mine.pt"]).recipe_set()

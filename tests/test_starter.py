@@ -17,6 +17,8 @@ from fedunlearn.run.experiment import check_choice, prepare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.starter import write_starter
 
+SHIPPED = ("model.name=small-cnn",)  # as the module of the file is not on the path here
+
 
 @pytest.fixture
 def images(tmp_path):
@@ -46,7 +48,7 @@ def test_groups_are_spoken_of_where_there_are_some(images, tmp_path):
     np.savez(tmp_path / "sites.npz", **arrays, groups_train=np.arange(120) % 4, groups_test=np.arange(60) % 4)
     recipe, _ = write_starter(tmp_path / "sites.npz", "dog", tmp_path / "some")
     assert 'partition = "group" and clients = 0 make one of each group' in recipe.read_text("utf-8")
-    by_site = prepare(load_recipe(str(recipe), ["federation.partition=group", "federation.clients=0"]))
+    by_site = prepare(load_recipe(str(recipe), ["federation.partition=group", "federation.clients=0", *SHIPPED]))
     assert len(by_site.clients) == 4
 
 

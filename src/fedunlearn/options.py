@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedunlearn.errors import RecipeError
 from fedunlearn.run.recipe import Recipe, load_recipe
 
 
@@ -57,8 +58,14 @@ class Options:
 
         recipe = load_recipe(self.recipe, [*(self.overrides or ()), *overrides])
         if self.models and not recipe.model.weights:
-            own = {"weights": str(self.models / "original.safetensors")}
-            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=own)})
+            original = self.models / "original.safetensors"
+            if not original.exists():
+                raise RecipeError(
+                    f"--models {self.models}: expected a folder with original.safetensors, the folder of a run or one of "
+                    "models, and found none there: check the path, or name the original with --weights"
+                )
+            own = recipe.model.model_copy(update={"weights": str(original)})
+            recipe = recipe.model_copy(update={"model": own})
         return known(recipe)
 
 
