@@ -61,7 +61,7 @@ class Options:
             original = self.models / "original.safetensors"
             if not original.exists():
                 raise RecipeError(
-                    f"--models {self.models}: expected a folder with original.safetensors, the folder of a run or one of "
+                    f"--models {self.models}: expected a folder with original.safetensors, that of a run or one of "
                     "models, and found none there: check the path, or name the original with --weights"
                 )
             own = recipe.model.model_copy(update={"weights": str(original)})
