@@ -13,6 +13,7 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.errors import DataError, EvidenceError, ModelError
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.recipe import load_recipe
+from test_cli import fedunlearn
 
 
 @pytest.fixture
@@ -73,14 +74,18 @@ def test_the_model_before_is_two_controls_that_must_fail(signed, recipe, oracles
 
 
 def test_retrained_models_are_made_where_none_are_given(signed, tmp_path):
-    recipe = load_recipe(str(signed / "tiny.toml"), ["audit.oracles=2", "train.rounds=1"])
-    found = audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors"))
+    asked = ("audit.oracles=2", "train.rounds=1")
+    recipe, model = load_recipe(str(signed / "tiny.toml"), asked), signed / "run" / "model.safetensors"
+    given = [part for setting in asked for part in ("--set", setting)]
+    done = fedunlearn("audit", model, "--recipe", signed / "tiny.toml", "--out", tmp_path / "out", *given)
+    assert "training takes less than a minute from the start on this machine" in " ".join(done.stderr.split())
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert list(found["oracles"]) == ["retrained-1", "retrained-2"]
     assert [path.stem for path in sorted((tmp_path / "out" / "oracles").iterdir())] == list(found["oracles"])
     assert found["verdict"] == "no verdict"
     assert all(audit["band"] is None for audit in found["audits"].values())
     (tmp_path / "out" / "report.html").unlink()
-    assert audit_model(recipe, tmp_path / "out", Candidate(model=signed / "run" / "model.safetensors")) == found
+    assert audit_model(recipe, tmp_path / "out", Candidate(model=model)) == found
     assert (tmp_path / "out" / "report.html").exists()
 
 

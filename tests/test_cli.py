@@ -441,5 +441,6 @@ def test_a_finished_run_is_signed_verified_audited_and_reported_from_the_command
     assert "no model that must fail was audited" in " ".join(done.stdout.split()).lower()
     assert done.returncode == 0, done.stderr
     assert "the verdict holds the model against 3 retrained ones: a figure fails" in done.stderr
+    assert "training takes" not in done.stderr
     assert "linear probe" in done.stdout
     assert "Verdict: " in done.stdout

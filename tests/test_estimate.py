@@ -29,6 +29,7 @@ def test_what_a_run_trains_on_is_counted_before_it_starts(monkeypatch):
     more = prepare(load_recipe("digits", ["unlearn.fraction=auto", "erase.complement=1.0", "unlearn.rounds=2"]))
     assert images_to_train(more, "unlearn") == pytest.approx(whole + 3 * once)  # three attempts, by halves
     assert images_to_train(more, "run") == pytest.approx(whole + 8 * once + 5 * whole * kept)
+    assert images_to_train(experiment, "audit") == pytest.approx(3 * whole * kept)
     assert seconds_to_train(experiment, "train") > 0  # by the rate of this machine
     monkeypatch.setattr(estimate, "rate", lambda *about, **settings: 250.0)  # no two timings are the same
     for phase in ("train", "unlearn", "run"):

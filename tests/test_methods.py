@@ -21,7 +21,7 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
 from fedunlearn.methods.base import LocalSettings, Request, resolved
-from fedunlearn.methods.erase_only import erasing as objective_of
+from fedunlearn.methods.erase_only import by_recipe
 from fedunlearn.methods.negate import negate
 from fedunlearn.methods.salun import SalUn, largest, salun
 from fedunlearn.methods.ssd import Ssd, dampening, ssd
@@ -284,8 +284,8 @@ def test_the_random_control_draws_its_channels_by_the_seed(known):
 def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own():
     erasing = Erasing(0.5, 0.0, 0.4, 0.9)
     asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, objective=erasing)))
-    assert objective_of(None, asked) == erasing
-    assert objective_of(COMPARED["erase_only"].settings, asked) == Erasing(1.0, 0.1, until=0.3)
+    assert by_recipe(asked).objective() == erasing
+    assert COMPARED["erase_only"].settings.objective() == Erasing(1.0, 0.1, until=0.3)
 
 
 def test_settings_are_resolved_to_what_is_done():

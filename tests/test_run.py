@@ -714,6 +714,11 @@ def test_weights_whose_names_or_shapes_differ_are_named(net, tmp_path):
     torch.save(make_net(classes=5).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"8.bias: the model has \(3,\), the file \(5,\): check model.name"):
         load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
+    torch.save(make_net(colours=3).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(
+        ModelError, match=r"0.weight: .*: the images have 1 colours and the weights are for 3 \(a folder"
+    ):
+        load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
     torch.save({name: t for name, t in net.state_dict().items() if name != "3.bias"}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"3.bias: the model has \(8,\), the file no such tensor"):
         load_weights(classifier(net), read_weights(tmp_path / "w.pt"))
@@ -800,6 +805,8 @@ def test_a_speed_up_that_is_a_bound_is_said_to_be_one(signed):
     result["cost"]["retrain"] |= {"reached": False, "validation_unseen": False}
     assert "> is a lower bound" in notes(result)
     assert "may have seen the validation images" in notes(result)
+    result["privacy"] |= {"epsilon": 6.571, "delta": 1e-5}
+    assert "Noise: epsilon 6.57 at delta 1e-05, of one image in what was measured." in notes(result)
     assert "fedunlearn run, with the same" in notes({name: own for name, own in result.items() if name not in LATER})
     assert "To compare with retraining: audit.oracles = 5." in notes(
         {name: own for name, own in result.items() if name not in LATER} | {"oracles": {}}

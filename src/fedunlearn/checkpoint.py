@@ -27,6 +27,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _STATES = ("state_dict", "model_state_dict", "model")  # where trainings keep the state, before any other key
 _COUNTER = "num_batches_tracked"
+_KERNEL = 4  # axes of the weight of a convolution
 _LONGEST = 200  # characters of another library's message
 
 
@@ -174,7 +175,7 @@ def load_weights(model: Classifier, weights: Weights) -> Classifier:
         if expected != found:
             raise ModelError(
                 f"{weights.path}: {name}: the model has {expected}, the file {found}: "
-                f"{_computed(name, state) or 'check model.name, model.shortcut and the number of classes'}"
+                f"{_computed(name, state) or _colours(expected, found)}"
                 f"{_hint(state, own)}"
             )
         # Integers or truth values in the place of weights are codes or masks: what they stand for is elsewhere.
@@ -217,6 +218,17 @@ def named_for(weights: Weights, model: Classifier) -> Weights:
             )
         state[short], origin[short] = tensor, name
     return replace(weights, state=state)
+
+
+def _colours(expected: object, found: object) -> str:
+    """Return what to look at where shapes differ: the images where that is in their colours alone."""
+    shapes = [shape for shape in (expected, found) if isinstance(shape, tuple) and len(shape) == _KERNEL]
+    if len(shapes) == 2 and {shapes[0][1], shapes[1][1]} == {1, 3} and shapes[0][::2] == shapes[1][::2]:
+        return (
+            f"the images have {shapes[0][1]} colours and the weights are for {shapes[1][1]} (a folder of pictures has "
+            "3, an npz those of its arrays)"
+        )
+    return "check model.name, model.shortcut and the number of classes"
 
 
 def _computed(name: str, state: Mapping[str, Tensor]) -> str:

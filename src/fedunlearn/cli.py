@@ -186,6 +186,7 @@ def export(options: Options) -> None:
 def audit(options: Options) -> None:
     """Audit a model that this or another tool made forget, beside retrained models."""
     from fedunlearn.run.audit_file import Candidate, audit_model  # slow to import
+    from fedunlearn.run.estimate import seconds_to_train
 
     assert options.model is not None  # an argument of the command
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
@@ -194,6 +195,10 @@ def audit(options: Options) -> None:
 
         def described(experiment: Experiment) -> None:
             console.print(describe(experiment), highlight=False)
+            made = not options.quiet and not options.oracle and not (folder / RESULT).exists()
+            seconds = seconds_to_train(experiment, "audit") if made and experiment.recipe.audit.oracles else None
+            if seconds is not None:
+                console.print(expected(seconds, experiment.recipe, "audit"), highlight=False)
             sharp = sharpness(experiment, given=len(options.oracle or ()), client=options.client)
             console.print(sharp, highlight=False)
             if options.original is None:

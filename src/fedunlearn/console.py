@@ -176,7 +176,7 @@ def expected(seconds: float, recipe: Recipe, command: str) -> str:
         else f"about {minutes / 60:.1f} hours"
     )
     audited = ""
-    if command == "run":
+    if command in ("run", "audit"):
         own = ":" in recipe.model.name or bool(recipe.audit.models)  # by its name, a network of one's own is not known
         audited = f"; audits are not counted{'' if own else ', and retrained models from the cache take none'}"
     return f"training takes {time} from the start on this machine, if nothing else runs there{audited}"
@@ -362,6 +362,11 @@ def notes(result: Mapping[str, Any]) -> str:
     elif "unlearned" in result and not result.get("oracles"):
         how = "audit.oracles = 5" if "oracles" in result else "fedunlearn run, with the same --weights if any"
         lines.append(f"To compare with retraining: {how}.")
+    epsilon = result.get("privacy", {}).get("epsilon")
+    if epsilon is not None:
+        lines.append(
+            f"Noise: epsilon {epsilon:.3g} at delta {result['privacy']['delta']:g}, of one image in what was measured."
+        )
     if "verdict" in result:
         lines.append(verdict_line(result))
     elif "unlearned" in result and not knew(result["original"]["accuracy"], len(result["classes"])):

@@ -50,13 +50,7 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
         EvidenceError: the run names another key.
     """
     run = RunFolder.read(folder)
-    with readable(folder):
-        named = _operator(folder)
-    if named not in ("", fingerprint(key.public_key())):
-        raise EvidenceError(
-            f"{folder}: its report names the key {named[:16]}... as the one that signs it, got the key "
-            f"{fingerprint(key.public_key())[:16]}...: give that key, or do the same into another --out with this one"
-        )
+    _check_named(folder, key)
     verifier = files("fedunlearn").joinpath("evidence", "verify.py").read_bytes()
     _write(folder / _VERIFIER, verifier)
     with readable(folder):
@@ -72,10 +66,22 @@ def sign(folder: Path, key: Ed25519PrivateKey) -> None:
     Raises:
         EvidenceError: another key signed it; or see ``check_unchanged`` and ``write_dossier``.
     """
+    _check_named(folder, key)
     if (folder / DOSSIER).exists():
-        _check_signed_by(folder, key)
         check_unchanged(folder)
+        _check_signed_by(folder, key)
     write_dossier(folder, key)
+
+
+def _check_named(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Refuse another key than the one that the report names, where it names one."""
+    with readable(folder):
+        named = _operator(folder)
+    if named not in ("", fingerprint(key.public_key())):
+        raise EvidenceError(
+            f"{folder}: its report names the key {named[:16]}... as the one that signs it, got the key "
+            f"{fingerprint(key.public_key())[:16]}...: give that key, or do the same into another --out with this one"
+        )
 
 
 def _check_signed_by(folder: Path, key: Ed25519PrivateKey) -> None:

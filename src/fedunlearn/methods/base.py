@@ -61,6 +61,7 @@ class Outcome:
     cost: Cost | None = None
 
 
+_STEP = ("complement", "separation", "share", "until", "every")
 Run = Callable[[Classifier, Federation, Request, Any], Outcome]
 
 
@@ -116,7 +117,7 @@ class LocalSettings:
         in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
 
     def objective(self) -> Objective | None:
-        """Return what clients minimise, which says who is drawn; None for the cross-entropy of images that stay."""
+        """Return what clients minimise, by which it is told who is drawn; None: cross-entropy of images that stay."""
         return None
 
 
@@ -124,8 +125,12 @@ def settings_by(method: Method, erasing: Erasing | None) -> Any:
     """Return the settings of a method, with the erase step of a recipe in the place of its own where it has one."""
     if erasing is None or not method.erases:
         return method.settings
-    step = ("complement", "separation", "share", "until", "every")
-    return replace(method.settings, **{name: getattr(erasing, name) for name in step})
+    return by_step(method.settings, erasing)
+
+
+def by_step(settings: Any, erasing: Erasing) -> Any:
+    """Return settings of an erase step with the values of ``erasing``."""
+    return replace(settings, **{name: getattr(erasing, name) for name in _STEP})
 
 
 def passes(settings: LocalSettings, request: Request, fed: Federation) -> float:
@@ -182,7 +187,6 @@ def trained(
     request: Request,
     settings: LocalSettings,
     *,
-    objective: Objective | None,
     phase: str,
 ) -> Classifier:
     """Return ``model`` after the rounds of the recipe's repair with a method's own objective, rate and epochs.
@@ -191,11 +195,10 @@ def trained(
         model: where training starts.
         fed: the clients.
         request: the request.
-        settings: of the method.
-        objective: what clients minimise; the cross-entropy of the images that stay where None.
+        settings: of the method; they say what clients minimise.
         phase: name of the rounds in the journal.
     """
-    repair = request.repair
+    repair, objective = request.repair, settings.objective()
     epochs = repair.training.local_epochs
     if settings.epochs is not None:
         epochs = settings.epochs / _turns(fed, request, objective)

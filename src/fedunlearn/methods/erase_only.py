@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, prunes, trained
+from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, by_step, delivered, prunes, trained
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 
@@ -36,19 +36,17 @@ class Erase(LocalSettings):
         return Erasing(self.complement, self.separation, self.share, self.until, self.every)
 
 
-def erasing(settings: Erase | None, request: Request) -> Objective:
-    """Return what clients minimise: by ``settings``, by the erase step of the recipe where None."""
-    if settings is not None:
-        return settings.objective()
+def by_recipe(request: Request) -> Erase:
+    """Return the erase step of the recipe as settings, for the control, which applies where there is one."""
     known = request.repair.training.objective
-    assert known is not None  # the control applies where there is one
-    return known
+    assert isinstance(known, Erasing)  # a recipe has no other
+    step: Erase = by_step(Erase(), known)
+    return step
 
 
 def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase | None) -> Outcome:
     """Train ``model`` as the repair does, from its own weights."""
-    local, objective = settings or LocalSettings(), erasing(settings, request)
-    erased = trained(model, fed, request, local, objective=objective, phase="erase_only")
+    erased = trained(model, fed, request, settings or by_recipe(request), phase="erase_only")
     return Outcome(delivered(erased, request), fed.cost("erase_only"))
 
 

@@ -21,7 +21,7 @@ def finetune(model: Classifier, fed: Federation, request: Request, settings: Loc
     rounds; where these are fewer than ten, as many as unlearning had, with ``F / (f r n)`` epochs in each of the ``r``.
     """
     if request.spent is None or settings.epochs is not None:
-        tuned = trained(model, fed, request, settings, objective=None, phase="finetune")
+        tuned = trained(model, fed, request, settings, phase="finetune")
         return Outcome(delivered(tuned, request), fed.cost("finetune"))
     cost = request.spent
     _, per_image = flops_per_image(model.module, model.shape)

@@ -34,7 +34,7 @@ class L1Sparse(LocalSettings):
 
 def l1_sparse(model: Classifier, fed: Federation, request: Request, settings: L1Sparse) -> Outcome:
     """Minimise ``CE(kept) + penalty * |w|_1``, then ``CE(kept)``."""
-    sparse = trained(model, fed, request, settings, objective=settings.objective(), phase="l1_sparse")
+    sparse = trained(model, fed, request, settings, phase="l1_sparse")
     return Outcome(delivered(sparse, request), fed.cost("l1_sparse"))
 
 

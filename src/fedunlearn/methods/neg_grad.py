@@ -28,7 +28,7 @@ class NegGrad(LocalSettings):
 
 def neg_grad(model: Classifier, fed: Federation, request: Request, settings: NegGrad) -> Outcome:
     """Minimise ``b CE(kept) - (1 - b) CE(forgotten)``."""
-    moved = trained(model, fed, request, settings, objective=settings.objective(), phase="neg_grad")
+    moved = trained(model, fed, request, settings, phase="neg_grad")
     return Outcome(delivered(moved, request), fed.cost("neg_grad"))
 
 

@@ -22,7 +22,7 @@ def negate(model: Classifier, fed: Federation, request: Request, settings: Local
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.neg_()
-    repaired = trained(negated, fed, request, settings, objective=None, phase="negate")
+    repaired = trained(negated, fed, request, settings, phase="negate")
     return Outcome(delivered(repaired, request), fed.cost("negate"))
 
 

@@ -21,7 +21,7 @@ class Relabelling(LocalSettings):
 
 def relabel(model: Classifier, fed: Federation, request: Request, settings: Relabelling) -> Outcome:
     """Train on all images, those to forget under the label of the class that the model then holds likeliest."""
-    moved = trained(model, fed, request, settings, objective=settings.objective(), phase="relabel")
+    moved = trained(model, fed, request, settings, phase="relabel")
     return Outcome(delivered(moved, request), fed.cost("relabel"))
 
 

@@ -43,7 +43,7 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
     stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
     task = Gradients(exclude=stay, sample=request.rank.sample)
     sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun-gradients")
-    moved = trained(model, fed, request, settings, objective=settings.objective(), phase="salun")
+    moved = trained(model, fed, request, settings, phase="salun")
     masks = largest(sums, settings.salient)
     before = dict(model.module.named_parameters())
     with torch.no_grad():

@@ -21,8 +21,8 @@ def images_to_train(experiment: Experiment, command: str) -> float:
 
     Args:
         experiment: the run.
-        command: ``"train"``, ``"unlearn"`` or ``"run"``. Of a run retrained models are counted though some may be kept
-            from earlier ones, and auditing is not.
+        command: ``"train"``, ``"unlearn"``, ``"run"``, or ``"audit"`` of a model that is there. Retrained models are
+            counted though some may be kept from earlier runs, and auditing is not.
     """
     recipe, held = experiment.recipe, int(experiment.table.sum())
     train, unlearn, share = recipe.train, recipe.unlearn, experiment.federation(Journal()).share()
@@ -30,7 +30,10 @@ def images_to_train(experiment: Experiment, command: str) -> float:
     wanted = whole if experiment.weights is None else 0.0
     if command == "train":
         return wanted
+    retrained = 0 if recipe.audit.models else recipe.audit.oracles
     kept = 1 - int(experiment.table[:, list(experiment.forget)].sum()) / held
+    if command == "audit":
+        return retrained * whole * kept
     sample = min(held, (unlearn.sample or held) * len(experiment.clients))
     rounds = unlearn.rounds if unlearn.repair == "finetune" else 0
     attempts = _ATTEMPTS if unlearn.fraction == "auto" else 1
@@ -38,7 +41,6 @@ def images_to_train(experiment: Experiment, command: str) -> float:
     once = rounds * share * unlearn.local_epochs * held * kept + (measured + 1) * _FORWARD * sample
     if command == "unlearn":
         return wanted + attempts * once
-    retrained = 0 if recipe.audit.models else recipe.audit.oracles
     # Fine-tuning costs as much as all attempts; random channels as one, and the erase step alone.
     times = 2 * attempts + 1 + (recipe.erase.erasing() is not None)
     return wanted + times * once + retrained * whole * kept
