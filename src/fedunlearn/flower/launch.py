@@ -129,6 +129,9 @@ def run_on(
         try:
             while True:
                 status, details = flwr.status(number)
+                if followed and status.startswith("running"):  # about to end, or the log broke off and not the run
+                    time.sleep(_AGAIN)
+                    status, details = flwr.status(number)
                 ended = status.startswith("finished")
                 if status.startswith("running") or (ended and not followed):
                     flwr.follow(number, tell)
@@ -141,8 +144,8 @@ def run_on(
                         f"run {number} on {superlink.address} was still {status} after {START:g} s, expected running: "
                         "see the SuperLink's log for why it starts no ServerApp, and run the command again"
                     )
-                if not followed or flwr.status(number)[0].startswith("running"):
-                    time.sleep(_AGAIN)  # it waits to start, or the log broke off, not the run
+                if not followed:  # it waits to start
+                    time.sleep(_AGAIN)
         except KeyboardInterrupt:
             flwr.call("stop", number, _NAME)
             raise
