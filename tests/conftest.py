@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from fedunlearn.federation.ledger import Entry
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
 torch.set_num_threads(1)
 # A machine at work on something else is slow, not wrong; pytest-timeout ends what hangs.
 settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
@@ -169,6 +172,18 @@ def write_set(
     text = TINY.format(data=json.dumps(str(folder / "set.npz")), oracles=oracles, model=json.dumps(model))
     (folder / "tiny.toml").write_text(text, "utf-8")
     return folder / "tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """A browser; the driver goes with the tests of a file, as nothing else could run an event loop beside it."""
+    from playwright.sync_api import sync_playwright
+
+    flags = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
+    with sync_playwright() as playwright:
+        own = playwright.chromium.launch(executable_path=BROWSER, args=[f"--{flag}" for flag in flags])
+        yield own
+        own.close()
 
 
 @pytest.fixture(scope="session")

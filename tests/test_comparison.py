@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
 
-from conftest import write_set
+from conftest import in_browser, write_set
 from fedunlearn.errors import DataError, RecipeError, RunError
 from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
@@ -32,7 +31,6 @@ from fedunlearn.run.kept import KeptModel
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.objectives.erase import Erasing
 from test_cli import PROGRAM, fedunlearn
-from test_report import BROWSER, FLAGS, in_browser
 
 SHORT = ("contrast", "finetune", "relabel")
 SETTINGS = ["train.rounds=2", "evidence.feature_maps=false"]
@@ -134,24 +132,22 @@ def test_the_page_names_each_method_with_its_spread_and_needs_nothing_else(compa
 @in_browser
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_phone_and_a_desk_and_its_plot_is_drawn(compared, width, scheme):
+def test_the_page_fits_a_phone_and_a_desk_and_its_plot_is_drawn(compared, browser, width, scheme):
     folder, value, _ = compared
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        said = []
-        page.on("console", lambda message: said.append(message.text))
-        page.goto((folder / "out" / "report.html").as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        table = page.get_by_role("region")
-        assert width == 390 or table.evaluate("own => own.scrollWidth <= own.clientWidth")
-        assert page.locator("tbody tr").count() >= len(value["methods"]) + 1 + len(value["retrained"])
-        assert page.locator("figure svg").bounding_box()["width"] > 250
-        assert "mathdefault" not in page.content()
-        page.get_by_role("link", name="2 fine-tuning only").click()
-        assert page.url.endswith("#finetune")
-        assert said == []
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto((folder / "out" / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    table = page.get_by_role("region")
+    assert width == 390 or table.evaluate("own => own.scrollWidth <= own.clientWidth")
+    assert page.locator("tbody tr").count() >= len(value["methods"]) + 1 + len(value["retrained"])
+    assert page.locator("figure svg").bounding_box()["width"] > 250
+    assert "mathdefault" not in page.content()
+    page.get_by_role("link", name="2 fine-tuning only").click()
+    assert page.url.endswith("#finetune")
+    assert said == []
+    page.close()
 
 
 def test_a_killed_comparison_goes_on_to_the_same_file(compared, tmp_path):

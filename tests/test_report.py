@@ -3,15 +3,13 @@
 import hashlib
 import json
 import re
-import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
-from conftest import write_set
+from conftest import in_browser, write_set
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.report import _signed, write_report
@@ -20,26 +18,8 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.tabular import amount
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PLOTS = {"bands", "relearning", "confusion", "classes", "work", "scores", "maps"}
 WIDTHS = (390, 1440)
-
-in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        own = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield own
-        own.close()
 
 
 @pytest.fixture
