@@ -127,6 +127,9 @@ def test_the_page_names_each_method_with_its_spread_and_needs_nothing_else(compa
     assert "negate-seed0: too few &lt;clients&gt;" in page
     with pytest.raises(RunError, match=r"expected what fedunlearn compare writes, but"):
         write_comparison(folder)
+    (other / "compare.json").write_text('{"schema": 1}')
+    with pytest.raises(RunError, match=r"once: its files cannot be read .* \(KeyError: 'cells'\)"):
+        write_comparison(other)
 
 
 @in_browser
@@ -266,7 +269,7 @@ def test_what_would_be_worth_nothing_is_refused_before_any_work(tmp_path, settin
     with pytest.raises(RecipeError) as raised:
         compare(recipe, tmp_path / "out", plan)
     assert text in str(raised.value)
-    assert not (tmp_path / "out" / "cells").exists()
+    assert not (tmp_path / "out").exists()  # so that the command may be given again, corrected
 
 
 def test_models_whose_training_nobody_looked_at_give_no_speed_up_and_nothing_to_tune_towards(signed, tmp_path):

@@ -769,6 +769,11 @@ def test_no_other_key_takes_the_place_of_the_one_that_signed(signed, tmp_path):
     with pytest.raises(EvidenceError, match="is signed by another key, or was changed since: give the key that signed"):
         sign(folder, other)
     assert problems(folder, signed / "operator.pub") == []
+    (folder / "dossier.sig").unlink()  # as a kill between the dossier and its signature leaves it
+    with pytest.raises(EvidenceError, match="is signed by another key"):
+        sign(folder, other)
+    sign(folder, own)
+    assert problems(folder, signed / "operator.pub") == []
 
 
 def test_a_folder_that_is_being_written_takes_no_confirmation(copied, signed):
@@ -815,8 +820,9 @@ def test_the_model_card_loads_the_model_it_describes(copied, monkeypatch):
     [
         (
             {},
-            "Trained by federated averaging; 2 forgotten over 3 clients by pruning the channels that discriminate",
+            "Trained by federated averaging; 2 forgotten over 3 clients by pruning the channels that rank highest for",
         ),
+        ({"criterion": "random", "end": "lowest"}, "by pruning the channels that rank LOWEST for it by random, and"),
         (
             {"fraction": 0, "complement": 1.0},
             "by training on its images once more, to erase it, and repair on the",
@@ -829,7 +835,8 @@ def test_the_model_card_says_by_what_a_run_forgot(signed, tmp_path, change, text
     folder = tmp_path / "plain"
     shutil.copytree(signed / "plain", folder)
     result = json.loads((folder / "result.json").read_text())
-    tables = {"fraction": "unlearn", "repair": "unlearn", "complement": "erase", "weights": "model"}
+    tables = dict.fromkeys(("fraction", "repair", "criterion", "end"), "unlearn")
+    tables |= {"complement": "erase", "weights": "model"}
     for key, value in change.items():
         (result["recipe"][tables[key]] if key in tables else result)[key] = value
     (folder / "result.json").write_text(json.dumps(result))

@@ -298,6 +298,15 @@ def test_settings_are_resolved_to_what_is_done():
     assert resolved(COMPARED["finetune"].settings, of_equal_cost, federation()) == {"lr": 0.05}
 
 
+@pytest.mark.parametrize("name", ["relabel", "erase_only", "negate"])
+def test_epochs_by_the_recipe_are_told_without_a_rounding_error(name):
+    ten = {f"client-{k}": make_images(12, seed=k) for k in range(10)}
+    fed = Federation(LocalEngine(ten), participation=0.2)
+    rounds = replace(REPAIR, training=replace(REPAIR.training, local_epochs=0.027), rounds=222)
+    asked = replace(REQUEST, repair=rounds, clients=tuple(ten), holders=tuple(ten))
+    assert resolved(METHODS[name].settings, asked, fed)["epochs"] == 0.027 * 222 * 0.2
+
+
 @pytest.mark.parametrize("participation", [2 / 3, 0.5, 0.1])  # two, two and one of three clients in each round
 def test_the_epochs_that_are_resolved_are_those_that_are_trained(known, participation):
     some = replace(federation(), participation=participation)

@@ -196,7 +196,8 @@ def audit(options: Options) -> None:
         def described(experiment: Experiment) -> None:
             console.print(describe(experiment), highlight=False)
             made = not options.quiet and not options.oracle and not (folder / RESULT).exists()
-            seconds = seconds_to_train(experiment, "audit") if made and experiment.recipe.audit.oracles else None
+            made = made and experiment.recipe.audit.oracles > 0 and not experiment.recipe.audit.models
+            seconds = seconds_to_train(experiment, "audit") if made else None
             if seconds is not None:
                 console.print(expected(seconds, experiment.recipe, "audit"), highlight=False)
             sharp = sharpness(experiment, given=len(options.oracle or ()), client=options.client)

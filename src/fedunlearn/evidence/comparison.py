@@ -11,7 +11,7 @@ from typing import Any
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.errors import RunError
-from fedunlearn.evidence.folder import REPORT
+from fedunlearn.evidence.folder import REPORT, readable
 from fedunlearn.evidence.words import clipped, in_short, unable
 from fedunlearn.files import write_text
 
@@ -26,15 +26,21 @@ def write_comparison(folder: Path) -> None:
     Raises:
         RunError: the folder holds none.
     """
-    import jinja2  # slow to import, as the plots are: who only wants the table needs neither
-
-    from fedunlearn.evidence import plots
-
     file = folder / COMPARISON
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: expected what fedunlearn compare writes, but {error}") from error
+    with readable(folder):
+        text = _page(value)
+    write_text(folder / REPORT, text)
+
+
+def _page(value: Mapping[str, Any]) -> str:
+    import jinja2  # slow to import, as the plots are: who only wants the table needs neither
+
+    from fedunlearn.evidence import plots
+
     rows, told = summary(value), telling(value)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
@@ -45,7 +51,7 @@ def write_comparison(folder: Path) -> None:
         undefined=jinja2.StrictUndefined,
     )
     shown = [name for name in DEPTH if name in value["bands"] or any(name in row["figures"] for row in rows)]
-    text = environment.get_template("comparison.html").render(
+    return environment.get_template("comparison.html").render(
         value=value,
         names=", ".join(value["classes"][label] for label in value["forget"]),
         rows=rows,
@@ -57,7 +63,6 @@ def write_comparison(folder: Path) -> None:
         plot=plots.compared(rows, value["retrained"], told, FIGURES[told].label),
         told=FIGURES[told].label,
     )
-    write_text(folder / REPORT, text)
 
 
 def blind(value: Mapping[str, Any]) -> list[str]:

@@ -56,6 +56,7 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     with readable(folder):
         value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    (folder / SIGNATURE).unlink(missing_ok=True)  # a kill leaves none, and not one that fits no dossier
     _write(folder / DOSSIER, data)
     _write(folder / SIGNATURE, key.sign(data))
 
@@ -85,10 +86,17 @@ def _check_named(folder: Path, key: Ed25519PrivateKey) -> None:
 
 
 def _check_signed_by(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Refuse a signed folder whose signature is not by ``key``, which would take its place."""
+    """Refuse a signed folder whose signature is not by ``key``, which would take its place.
+
+    Where a kill came before the signature, the dossier says whose it was to be.
+    """
     try:
-        key.public_key().verify((folder / SIGNATURE).read_bytes(), (folder / DOSSIER).read_bytes())
-    except (InvalidSignature, OSError) as error:
+        data = (folder / DOSSIER).read_bytes()
+        if (folder / SIGNATURE).exists():
+            key.public_key().verify((folder / SIGNATURE).read_bytes(), data)
+        elif json.loads(data)["key"] != fingerprint(key.public_key()):
+            raise InvalidSignature
+    except (InvalidSignature, OSError, ValueError, KeyError, TypeError) as error:
         raise EvidenceError(
             f"{folder} is signed by another key, or was changed since: give the key that signed it, and see what "
             "fedunlearn verify says"

@@ -644,7 +644,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts += [name for name, there in checked if there]
         print(f"verified: {', '.join(parts[:-1])} and {parts[-1]}")
         if value.get("acknowledged"):
-            said = f"{len(value['acknowledged'])} of {value['clients'].get('clients', '?')} clients"
+            said = f"{len(value['acknowledged'])} of {_shown(str(value['clients'].get('clients', '?')))} clients"
             print(f"deletion confirmed, as the operator says, by {said}: {_shown(', '.join(value['acknowledged']))}")
         verdict = f"verdict: {value['verdict']}" if value["verdict"] else "not audited: no verdict"
         operator = _shown(value["recipe"]["evidence"].get("operator") or "not named")

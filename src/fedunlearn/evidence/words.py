@@ -338,7 +338,9 @@ def means(result: Mapping[str, Any]) -> str:
     if "method" in result:
         return str(result["method"]["label"])
     recipe = result["recipe"]
-    parts = ["pruning the channels that discriminate it"] if recipe["unlearn"]["fraction"] else []
+    end = "highest" if recipe["unlearn"]["end"] == "highest" else "LOWEST"
+    ranked = f"pruning the channels that rank {end} for it by {recipe['unlearn']['criterion']}"
+    parts = [ranked] if recipe["unlearn"]["fraction"] else []
     if recipe["erase"]["complement"] or recipe["erase"]["separation"]:
         parts.append("training on its images once more, to erase it")
     parts.append("no repair" if recipe["unlearn"]["repair"] == "none" else "repair on the other classes")

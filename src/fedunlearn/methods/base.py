@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -141,14 +142,15 @@ def passes(settings: LocalSettings, request: Request, fed: Federation) -> float:
     """
     if settings.epochs is not None:
         return settings.epochs
-    return request.repair.training.local_epochs * _turns(fed, request, settings.objective())
+    epochs = request.repair.training.local_epochs
+    return sum(epochs * rounds * share for share, rounds in _shares(fed, request, settings.objective()).items())
 
 
-def _turns(fed: Federation, request: Request, objective: Objective | None) -> float:
-    """Return for how many rounds of the repair a client is drawn, of those that take part in a round, on average."""
+def _shares(fed: Federation, request: Request, objective: Objective | None) -> Counter[float]:
+    """Return which share is drawn of those that take part in a round, and in how many rounds of the repair."""
     part, rounds = _taking_part(fed, request), max(1, request.repair.rounds)
     training = replace(request.repair.training, objective=objective)
-    return sum(part.share(training.of_round(round, rounds).objective) for round in range(rounds))
+    return Counter(part.share(training.of_round(round, rounds).objective) for round in range(rounds))
 
 
 def _taking_part(fed: Federation, request: Request) -> Federation:
@@ -201,7 +203,7 @@ def trained(
     repair, objective = request.repair, settings.objective()
     epochs = repair.training.local_epochs
     if settings.epochs is not None:
-        epochs = settings.epochs / _turns(fed, request, objective)
+        epochs = settings.epochs / sum(n * share for share, n in _shares(fed, request, objective).items())
     lr = repair.training.lr if settings.lr is None else settings.lr
     training = replace(repair.training, lr=lr, local_epochs=epochs, objective=objective)
     rounds = max(1, repair.rounds)

@@ -102,14 +102,14 @@ def compare(
     """
     check_folder(out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
+    _check(experiment, plan)  # as what follows, before the folder is that of this comparison
     if not (out / COMPARISON).exists():
-        check_kept(experiment)  # before the folder is that of this comparison
+        check_kept(experiment)
     about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
     work = opened("compare", experiment, out, about=about, rates=rates, observe=observe)
     prepared(work.experiment)
     if engine is not None:
         work = work.on(replace(work.experiment, engine=engine(work.experiment)))
-    _check(work.experiment, plan)
     bench = _Bench(work, plan, tell)
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
