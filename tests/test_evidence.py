@@ -769,6 +769,12 @@ def test_no_other_key_takes_the_place_of_the_one_that_signed(signed, tmp_path):
     with pytest.raises(EvidenceError, match="is signed by another key, or was changed since: give the key that signed"):
         sign(folder, other)
     assert problems(folder, signed / "operator.pub") == []
+    with pytest.MonkeyPatch.context() as patch:  # a disk that is full when the new dossier is written
+        whole = Path.write_bytes
+        patch.setattr(Path, "write_bytes", lambda path, data: whole(path, data) if "json" not in path.name else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sign(folder, own)
+    assert problems(folder, signed / "operator.pub") == []  # by the signature that was there
     (folder / "dossier.sig").unlink()  # as a kill between the dossier and its signature leaves it
     with pytest.raises(EvidenceError, match="is signed by another key"):
         sign(folder, other)

@@ -56,9 +56,11 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     with readable(folder):
         value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-    (folder / SIGNATURE).unlink(missing_ok=True)  # a kill leaves none, and not one that fits no dossier
-    _write(folder / DOSSIER, data)
-    _write(folder / SIGNATURE, key.sign(data))
+    # Both are on the disk before an earlier pair goes; a kill then leaves no signature, not one that fits no dossier.
+    with written(folder / SIGNATURE) as signature, written(folder / DOSSIER) as dossier:
+        signature.write_bytes(key.sign(data))
+        dossier.write_bytes(data)
+        (folder / SIGNATURE).unlink(missing_ok=True)
 
 
 def sign(folder: Path, key: Ed25519PrivateKey) -> None:
