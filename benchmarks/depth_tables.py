@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.method_tables import row_of, spread
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.evidence.comparison import DEPTH
+from fedunlearn.evidence.comparison import DEPTH, speedup
 from fedunlearn.evidence.plots import svg
 
 FOLDER = Path(__file__).parent / "depth"
@@ -52,7 +52,8 @@ def work_table(recipe: str) -> str:
                         epochs,
                         *(_share([cell["accuracy"][key] for cell in own]) for key in ("forget_row_kept", "retain")),
                         *(_share([cell["figures"][name] for cell in own]) for name in DEPTH),
-                        *(_times(own, key) for key in ("speedup", "speedup_whole")),
+                        ("" if all(cell["speedup_reached"] for cell in own) else "> ") + spread(speedup(own), 1),
+                        _times([cell["speedup_whole"] for cell in own]),
                         _counts([len(cell["outside"]) for cell in own]),
                     ]
                 )
@@ -106,10 +107,8 @@ def methods(value: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["method"] for cells in value["epochs"].values() for cell in cells.values()))
 
 
-def _times(cells: list[dict[str, Any]], key: str) -> str:
-    own = [cell[key] for cell in cells]
-    bound = "> " if key == "speedup" and not all(cell.get("speedup_reached", True) for cell in cells) else ""
-    return bound + spread((fmean(own), min(own), max(own)), 1)
+def _times(ratios: list[float]) -> str:
+    return spread((fmean(ratios), min(ratios), max(ratios)), 1)
 
 
 def _counts(numbers: list[int]) -> str:

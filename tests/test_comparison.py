@@ -65,6 +65,37 @@ def test_each_method_has_a_cell_for_each_seed_with_figures_verdict_and_cost(comp
     assert lines[-1].endswith("(8 of 8, about 0 s left)")
 
 
+def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared):
+    folder, value, _ = compared
+    curves = {f"retrained-{seed}": [] for seed in (1, 2, 3)}
+    for line in (folder / "out" / "rounds.jsonl").read_text().splitlines()[1:]:
+        step = json.loads(line)
+        name, _, phase = step["phase"].partition(".")
+        if phase == "retrain":
+            spent = sum(entry["flops"] for entry in step["entries"] if entry["job"] == "train")
+            curves[name].append((spent, step["validation"]))
+    for cell in (own for own in value["cells"].values() if "speedup" in own):
+        ratios, late = [], 0
+        for curve in curves.values():
+            spent = 0
+            for flops, r in curve:
+                spent += flops
+                if r >= cell["validation"]["retain"]:
+                    break
+            else:
+                late += 1
+            ratios.append(spent / cell["cost"]["client_flops"])
+        assert cell["speedup"] == pytest.approx(sum(ratios) / 3)
+        assert cell["speedup_range"] == [min(ratios), max(ratios)]
+        assert cell["speedup_reached"] == (late == 0)
+    row = next(row for row in summary(value) if row["name"] == "contrast")
+    cells = [value["cells"][f"contrast-seed{seed}"] for seed in (0, 1)]
+    assert row["speedup"][1:] == (
+        min(cell["speedup_range"][0] for cell in cells),
+        max(cell["speedup_range"][1] for cell in cells),
+    )
+
+
 def test_fine_tuning_stops_at_what_pruning_cost_with_the_same_seed(compared):
     _, value, _ = compared
     for seed in (0, 1):

@@ -30,6 +30,7 @@ from fedunlearn.evidence.folder import RunFolder, readable
 from fedunlearn.evidence.keys import make_keys, read_private_key
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.report import write_card, write_report
+from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
 from fedunlearn.run.audit_file import Candidate, audit_model
@@ -392,7 +393,7 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
     result["controls"]["head_only"]["verdict"] = "not forgotten"
     result["cost"]["retrain"]["client_flops"] *= 2
     result["cost"]["retrain_whole"]["rounds"] -= 1
-    result["retraining"][0] = [1, 1.0]
+    result["retraining"]["retrained-1"]["curve"][0] = [1, 1.0]
     thresholds = json.loads((folder / "thresholds.json").read_text())
     thresholds["bands"]["probe"]["high"] = 2.0
     (folder / "thresholds.json").write_text(json.dumps(thresholds))
@@ -406,8 +407,9 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         "the verdict on head_only does not follow from the figures",
         "the cost of retraining does not follow from rounds.jsonl",
         "the rounds of retraining are not those of rounds.jsonl",
-        "the curve of retraining does not follow from rounds.jsonl",
-        "the cost of retraining does not follow from its curve",
+        "the curve of retraining of retrained-1 does not follow from retraining.json",
+        "the curve of retraining of retrained-1 does not follow from rounds.jsonl",
+        "the cost of retraining of retrained-1 does not follow from its curve",
         "thresholds.json does not follow from the figures of the retrained models",
         "events.jsonl tells of another thresholds.json",
     ):
@@ -552,6 +554,22 @@ def told(value, *path):
         (told(99.0, "speedup", "client_samples"), "the speed-up does not follow from the costs"),
         (told(99.0, "speedup_whole", "bytes"), "the speed-up does not follow from the costs"),
         (
+            told(99.0, "retraining", "retrained-3", "speedup"),
+            "the speed-up beside retrained-3 does not follow from the",
+        ),
+        (
+            told(10**12, "retraining", "retrained-2", "client_flops"),
+            "the cost of retraining of retrained-2 does not follow from its curve",
+        ),
+        (
+            told(2.0, "unlearned", "validation", "retain"),
+            "whether retraining of retrained-4 got there does not follow from its curve",
+        ),
+        (
+            lost("retraining", "retrained-4"),
+            "the curves of retraining are not those of the retrained models",
+        ),
+        (
             told(0.31, "unlearned", "accuracy", "retain"),
             "the accuracy of unlearned is not that of audits/unlearned.json",
         ),
@@ -580,6 +598,29 @@ def test_what_was_forged_nowhere_verifies(copied, signed):
     folder, key = copied
     forged(folder, signed, lambda result: None)
     assert problems(folder, key) == []
+
+
+def test_a_result_with_the_curve_of_the_first_retrained_model_alone_verifies_and_is_shown(copied, signed):
+    folder, key = copied
+    now = to_equal_r(json.loads((folder / "result.json").read_text()))
+    shown = f"{now.bound}{now.mean:.1f}\N{MULTIPLICATION SIGN}<small> {now.range}</small>"
+    assert (now.models, shown in (folder / "report.html").read_text()) == (4, True)
+    assert f"{now.mean:.1f} times ({now.beside}; " in (folder / "report.md").read_text()
+
+    def as_before(result):
+        result["retraining"] = result["retraining"]["retrained-1"]["curve"]
+
+    forged(folder, signed, as_before)
+    assert problems(folder, key) == []
+    result = json.loads((folder / "result.json").read_text())
+    for name in ("dossier.json", "dossier.sig"):
+        (folder / name).unlink()
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert f"<dd>{result['speedup']['client_flops']:.1f}\N{MULTIPLICATION SIGN}</dd>" in page
+    assert "Retraining first got there after" in page
+    forged(folder, signed, told([[1, 1.0]], "retraining"))
+    assert "the curve of retraining of retrained-1 does not follow from rounds.jsonl" in problems(folder, key)
 
 
 def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from benchmarks import cell_tables, dial_tables, tables
+from benchmarks.method_tables import read
 
 import fedunlearn
 from conftest import make_images, make_net
+from fedunlearn.evidence.comparison import summary
 from fedunlearn.evidence.words import RETRAINED_SHARE
 from fedunlearn.federation.journal import Journal
 from loopback import Loopback, nodes
@@ -160,8 +162,7 @@ def test_a_comparison_of_methods_reads_as_the_runs_of_the_same_setting_do():
         assert one["verdict"] == other["verdict"]
         assert set(other["controls"]) == {"original", "head_only", "finetune", "random"}
         assert len(one["oracles"]) == 5 and len(other["audits"]) == len(one["audits"])
-        for name in ("speedup", "speedup_whole"):
-            assert one[name]["client_flops"] == other[name]["client_flops"]
+        assert one["speedup_whole"]["client_flops"] == other["speedup_whole"]["client_flops"]
         for name, control in other["controls"].items():
             same = (control["verdict"], control["accuracy"]["retain"])
             assert (one["controls"][name]["verdict"], one["controls"][name]["accuracy"]["retain"]) == same
@@ -170,6 +171,9 @@ def test_a_comparison_of_methods_reads_as_the_runs_of_the_same_setting_do():
             assert {figure: value["value"] for figure, value in other["figures"][model].items()} == own
         for figure, audit in other["audits"].items():
             assert one["audits"][figure]["band"] == audit["band"]
+    to_equal_r = [cell_tables._to_equal_r("cifar10-resnet20", own) for own in (runs, compared)]
+    (row,) = (row for row in summary(read("cifar10-resnet20")) if row["name"] == "contrast")
+    assert set(to_equal_r) == {"{:.1f}x ({:.1f} to {:.1f})".format(*row["speedup"])}
 
 
 def test_what_a_report_says_of_retrained_models_elsewhere_is_what_was_measured():

@@ -12,6 +12,7 @@ import traceback
 from dataclasses import asdict, replace
 from functools import partial as bound
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from fedunlearn.data.images import joined
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import DataError, EvidenceError, ModelError, PlanError, RecipeError, RunError
 from fedunlearn.evidence.keys import make_keys
+from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.verify import problems
 from fedunlearn.federation import journal as journals
 from fedunlearn.federation.about import asked
@@ -39,7 +41,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import retrained_models
+from fedunlearn.run.compare import Oracle, retrained_models
 from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
 from fedunlearn.run.kept import KeptModel, fill_kept, validation_unseen
@@ -229,7 +231,7 @@ def test_a_run_writes_the_files_and_figures_it_promises(signed):
     assert tuned["cost"]["client_flops"] == pytest.approx(result["cost"]["unlearn"]["client_flops"], rel=0.1)
     assert retrained["accuracy"]["forget_row_kept"] == 0  # its row never saw an image of the class
     ratio = result["cost"]["retrain"]["client_flops"] / result["cost"]["unlearn"]["client_flops"]
-    assert result["speedup"]["client_flops"] == ratio
+    assert result["speedup"]["client_flops"] == ratio == result["retraining"]["retrained-1"]["speedup"]
     ratio = result["cost"]["retrain_whole"]["client_flops"] / result["cost"]["unlearn"]["client_flops"]
     assert result["speedup_whole"]["client_flops"] == ratio >= result["speedup"]["client_flops"]
     assert result["cost"]["retrain_whole"]["rounds"] == result["recipe"]["train"]["rounds"]
@@ -799,10 +801,45 @@ def test_what_settings_are_chosen_by_is_counted_on_validation_images_alone(tmp_p
     assert without["retain"] != on_test
 
 
+def test_the_speed_up_is_that_beside_every_retrained_model():
+    """By hand: 30 operations, where one model is at R .8 after 60 of 120, one after 90, and one never is."""
+    result = {
+        "classes": ["cat", "dog"],
+        "original": {"accuracy": {"forget_row_kept": 1.0}},
+        "unlearned": {"validation": {"retain": 0.8}},
+        "cost": {"unlearn": asdict(Cost(rounds=1, client_flops=30, client_samples=1))},
+        "recipe": {"train": {"rounds": 4}},
+    }
+    rights = {"retrained-1": (0.1, 0.8, 0.7, 0.9), "retrained-2": (0.0, 0.0, 0.85, 0.2), "retrained-3": (0.79,) * 4}
+    oracles = {
+        name: Oracle(
+            None, [Step("retrain", k, (Entry("train", ("a",), flops=30),), r) for k, r in enumerate(own)], True
+        )
+        for name, own in rights.items()
+    }
+    experiment = SimpleNamespace(weights=None)
+    result |= cost_blocks(experiment, oracles, result)
+    assert {name: own["client_flops"] for name, own in result["retraining"].items()} == dict(zip(rights, (60, 90, 120)))
+    assert [own["speedup"] for own in result["retraining"].values()] == [2, 3, 4]
+    assert [own["reached"] for own in result["retraining"].values()] == [True, True, False]
+    assert result["retraining"]["retrained-2"]["curve"] == [(30, 0.0), (60, 0.0), (90, 0.85), (120, 0.2)]
+    found = to_equal_r(result)
+    assert (found.mean, found.lowest, found.highest, found.models, found.late) == (3, 2, 4, 3, 1)
+    assert (found.bound, found.beside) == ("> ", "2.0 to 4.0 beside each of 3 retrained models")
+    said = " ".join(notes(result | {"forget": [1]}).split())
+    assert (
+        "(2 of 4 rounds). Speed-up: ratio of GFLOP, 2.0 to 4.0 beside each of 3 retrained models; with all rounds 4.0x."
+        in said
+    )
+    assert "1 of 3 retrained models did not get as good as the unlearned model in 4 rounds: > is a lower bound." in said
+    assert cost_blocks(experiment, oracles, result | {"cost": {"unlearn": asdict(Cost())}}) == {}
+    assert to_equal_r({"classes": []}) is None
+
+
 def test_a_speed_up_that_is_a_bound_is_said_to_be_one(signed):
     result = json.loads((signed / "plain" / "result.json").read_text())
     assert "lower bound" not in notes(result)
-    result["cost"]["retrain"] |= {"reached": False, "validation_unseen": False}
+    result["retraining"]["retrained-1"]["reached"] = result["cost"]["retrain"]["validation_unseen"] = False
     assert "> is a lower bound" in notes(result)
     assert "may have seen the validation images" in notes(result)
     result["privacy"] |= {"epsilon": 6.571, "delta": 1e-5}

@@ -24,6 +24,7 @@ from rich.table import Table
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import FEWEST, NO_VERDICT, unseen
 from fedunlearn.evidence.comparison import summary, telling
+from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
@@ -347,16 +348,19 @@ def notes(result: Mapping[str, Any]) -> str:
         lines.append("One class stays, which any model names: R is 100, and a ratio of costs to equal R says nothing.")
     if "fraction" in result:
         lines.append(chosen(result["fraction"]))
-    retraining = result.get("cost", {}).get("retrain")
-    if retraining is not None:
-        planned = result["recipe"]["train"]["rounds"]
+    compared = to_equal_r(result)
+    if compared is not None:
+        retraining, planned = result["cost"]["retrain"], result["recipe"]["train"]["rounds"]
+        when = f"{retraining['rounds']} of {planned} rounds" if retraining["reached"] else "not reached"
         lines.append(
-            f"Retrained: cost until as good as the unlearned model on validation images ({retraining['rounds']} of "
-            f"{planned} rounds). Speed-up: ratio of GFLOP; with all its rounds "
-            f"{result['speedup_whole']['client_flops']:.1f}x."
-            if retraining["reached"]
-            else f"Retraining did not get as good as the unlearned model in {planned} rounds: > is a lower bound."
+            f"Retrained: cost until as good as the unlearned model on validation images ({when}). Speed-up: ratio of "
+            f"GFLOP, {compared.beside}; with all rounds {result['speedup_whole']['client_flops']:.1f}x."
         )
+        if compared.late:
+            lines.append(
+                f"{compared.late} of {compared.models} retrained models did not get as good as the unlearned model in "
+                f"{planned} rounds: > is a lower bound."
+            )
         if not retraining["validation_unseen"]:
             lines.append("The original's weights may have seen the validation images: the speed-up may be too high.")
     elif "unlearned" in result and not result.get("oracles"):
@@ -389,7 +393,5 @@ def _figures(block: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[
 
 
 def _speedup(result: Mapping[str, Any]) -> str:
-    if "speedup" not in result:
-        return ""
-    at_least = "" if result["cost"]["retrain"]["reached"] else "> "
-    return f"{at_least}{result['speedup']['client_flops']:.1f}x"
+    compared = to_equal_r(result)
+    return "" if compared is None else f"{compared.bound}{compared.mean:.1f}x"

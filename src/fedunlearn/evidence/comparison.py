@@ -103,7 +103,7 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "r": _spread([cell["accuracy"]["retain"] for cell in cells]),
                 "parameters": cells[0]["parameters"],
                 "figures": {figure: _spread([cell["figures"][figure] for cell in cells]) for figure in names},
-                "speedup": _spread([cell.get("speedup") for cell in cells]),
+                "speedup": speedup(cells),
                 "reached": all(cell.get("speedup_reached", True) for cell in cells),
                 "flops": mean(cell["cost"]["client_flops"] for cell in cells),
                 "verdicts": dict(Counter(in_short(cell["verdict"], cell["reason"]) for cell in cells)),
@@ -111,6 +111,14 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def speedup(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float, float] | None:
+    """Return the speed-up to equal R over seeds and retrained models; an older cell has that beside the first alone."""
+    if not all("speedup" in cell for cell in cells):
+        return None
+    ranges = [cell.get("speedup_range", [cell["speedup"]]) for cell in cells]
+    return mean(cell["speedup"] for cell in cells), min(map(min, ranges)), max(map(max, ranges))
 
 
 def _spread(values: Sequence[float | None]) -> tuple[float, float, float] | None:

@@ -15,6 +15,7 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
+from fedunlearn.evidence.speedup import retraining
 from fedunlearn.evidence.words import sent_to
 from fedunlearn.tabular import amount, percent
 
@@ -114,19 +115,24 @@ def _classes(run: RunFolder) -> Plot:
 def _work(run: RunFolder) -> Plot:
     result = run.result
     spent, r = result["cost"]["unlearn"]["client_flops"], result["unlearned"]["validation"]["retain"]
-    retrain = result["cost"]["retrain"]
     whole = result["cost"]["retrain_whole"]["client_flops"]
-    beside = (
-        f"Retraining first got there after {_flops(retrain['client_flops'])}"
-        if retrain["reached"]
-        else f"Retraining had not got there after {_flops(whole)}, when it ended"
-    )
+    found = retraining(result)
+    there = sorted(own["client_flops"] for own in found if own["reached"])
+    late = len(found) - len(there)
+    beside = []
+    if there:
+        first, last = _flops(there[0]), _flops(there[-1])
+        beside.append(f"Retraining first got there after {first if first == last else f'{first} to {last}'}")
+    if late:
+        which = "Retraining" if late == 1 == len(found) else f"{late} of {len(found)} retrained models"
+        beside.append(f"{which} had not got there after {_flops(whole)}, when it ended")
     return Plot(
         "work",
         "R against the work of the clients",
-        f"Unlearning ends at R {percent(r)} % on the clients' validation images after {_flops(spent)}. {beside}. On "
+        f"Unlearning ends at R {percent(r)} % on the clients' validation images after {_flops(spent)}. "
+        f"{'. '.join(beside)}. On "
         f"test images R is {percent(result['audits']['retain']['figure'])} %.",
-        plots.work([result["retraining"]], {"unlearned": [(spent, r)]}),
+        plots.work([own["curve"] for own in found], {"unlearned": [(spent, r)]}),
     )
 
 

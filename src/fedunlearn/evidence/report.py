@@ -18,6 +18,7 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence.events import EVENTS, OPERATOR, events_of
 from fedunlearn.evidence.folder import REPORT, RunFolder, readable, write_unsigned
 from fedunlearn.evidence.pictures import plots_of, until_back
+from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.words import (
     GLOSSARY,
     LIMITS,
@@ -65,6 +66,7 @@ def _values(run: RunFolder) -> dict[str, Any]:
         "certainty": certainty(run.result) or hint(run.result, run.figures("original")),
         "verdicts": VERDICTS,
         "tested": _tested(run),
+        "compared": to_equal_r(run.result),
         "chosen": chosen(run.result["fraction"]) if "fraction" in run.result else "",
         "rows": _rows(run),
         "audits": [

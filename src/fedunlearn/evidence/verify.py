@@ -461,7 +461,7 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
     first = next(iter(result.get("oracles", ())), "")
-    theirs = [step for step in steps if step["phase"] == f"{first}.retrain"]  # none where it came from the cache
+    theirs = _trained(steps, first)
     for ratio, name in _RATIOS.items():
         retrain = dossier["cost"].get(name)
         if retrain is None:
@@ -476,7 +476,13 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             _near((told[unit],), (own,)) for unit, own in expected.items()
         ):
             yield "the speed-up does not follow from the costs"
-    yield from _reached(dossier, theirs, result["unlearned"]["validation"]["retain"])
+    if "retrain" in dossier["cost"]:
+        yield from _reached(folder, dossier, steps, result)
+
+
+def _trained(steps: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """Return the rounds of a retrained model; none where it came from the cache."""
+    return [step for step in steps if step["phase"] == f"{name}.retrain"]
 
 
 def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, float]:
@@ -490,18 +496,34 @@ def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, 
     return {unit: above[unit] / own for unit, own in below.items() if own}
 
 
-def _reached(dossier: Mapping[str, Any], theirs: Sequence[Mapping[str, Any]], wanted: float) -> Iterator[str]:
-    """Hold the cost of retraining until R was ``wanted`` against its curve."""
-    curve = dossier.get("retraining")
-    if curve is None or "retrain" not in dossier["cost"]:  # older ones have no curve
+def _reached(
+    folder: Path, dossier: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+) -> Iterator[str]:
+    """Hold the cost of retraining, until R was that of the unlearned model, against the curves."""
+    retrain, found = dossier["cost"]["retrain"], dossier.get("retraining")
+    first = next(iter(result["oracles"]))
+    if not isinstance(found, dict):  # an older dossier has the first model's curve alone, or none
+        found = {} if found is None else {first: {"curve": found}}
+    elif found.keys() != result["oracles"].keys():
+        yield "the curves of retraining are not those of the retrained models"
         return
-    if theirs and curve != _curve(theirs):
-        yield "the curve of retraining does not follow from rounds.jsonl"
-    retrain = dossier["cost"]["retrain"]
-    if retrain["reached"] != any(r >= wanted for _, r in curve):
-        yield "whether retraining got there does not follow from its curve"
-    if retrain["reached"] and [spent for spent, r in curve if r >= wanted][:1] != [retrain["client_flops"]]:
-        yield "the cost of retraining does not follow from its curve"
+    else:
+        kept = _json(folder / "retraining.json")
+        for name, own in found.items():
+            if own["curve"] != _curve(kept[name]):
+                yield f"the curve of retraining of {_shown(name)} does not follow from retraining.json"
+            if not _near((own["speedup"],), (own["client_flops"] / dossier["cost"]["unlearn"]["client_flops"],)):
+                yield f"the speed-up beside {_shown(name)} does not follow from the costs"
+    for name, own in found.items():
+        theirs = _trained(steps, name)
+        if theirs and own["curve"] != _curve(theirs):
+            yield f"the curve of retraining of {_shown(name)} does not follow from rounds.jsonl"
+        there = [spent for spent, r in own["curve"] if r >= result["unlearned"]["validation"]["retain"]]
+        for told in [own] * ("speedup" in own) + [retrain] * (name == first):
+            if told["reached"] != bool(there):
+                yield f"whether retraining of {_shown(name)} got there does not follow from its curve"
+            elif told["client_flops"] != (there[0] if there else own["curve"][-1][0]):  # the last round is looked at
+                yield f"the cost of retraining of {_shown(name)} does not follow from its curve"
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedunlearn.audits.audit import FOLDER, ORIGINAL, Calibrated
@@ -91,8 +92,9 @@ class Cells:
     def _costs(self, outcome: Outcome, reached: float | None) -> dict[str, Any]:
         """Return what the method cost, and how many times that retraining costs; seconds differ from run to run.
 
-        Where the original never knew the class, nothing was forgotten, however fast; where nobody looked how good the
-        retrained model was on its way, nothing tells when it was as good.
+        To equal R: mean, lowest and highest over the retrained models, and whether all of them got there. Where the
+        original never knew the class, nothing was forgotten, however fast; where nobody looked how good a retrained
+        model was on its way, nothing tells when it was as good.
         """
         cost = asdict(outcome.cost or Cost())
         del cost["client_seconds"]
@@ -100,15 +102,17 @@ class Cells:
         knew = "forget" in original and original["forget"].value > 1 / len(self._work.experiment.splits.test.classes)
         if not self._oracles or not cost["client_flops"] or reached is None or not knew:
             return {"cost": cost}
-        first = next(iter(self._oracles.values()))
-        if not training_curve(first.steps):
+        steps = [oracle.steps for oracle in self._oracles.values()]
+        if not all(map(training_curve, steps)):
             return {"cost": cost}
-        until = cost_until(first.steps, reached)
+        until = [cost_until(own, reached) for own in steps]
+        ratios = [own["client_flops"] / cost["client_flops"] for own in until]
         return {
             "cost": cost,
-            "speedup": until["client_flops"] / cost["client_flops"],
-            "speedup_reached": until["reached"],
-            "speedup_whole": whole_cost(first.steps)["client_flops"] / cost["client_flops"],
+            "speedup": fmean(ratios),
+            "speedup_range": [min(ratios), max(ratios)],
+            "speedup_reached": all(own["reached"] for own in until),
+            "speedup_whole": whole_cost(steps[0])["client_flops"] / cost["client_flops"],
         }
 
     def _outcome(self, method: Method, fed: Federation, settings: Any, seed: int) -> Outcome:

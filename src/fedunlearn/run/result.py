@@ -123,22 +123,36 @@ def judged(judgement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``cost``, ``retraining``, ``speedup`` and ``speedup_whole``, against the first retrained model.
+    """Return ``cost``, ``retraining``, ``speedup`` and ``speedup_whole``.
 
-    ``speedup``: until it was as good as the unlearned one. ``speedup_whole``: all its rounds, as whoever cannot watch
-    the validation accuracy pays for. None of them where the original never knew the class: nothing was forgotten,
-    however fast; nor where nobody looked how good the retrained model was on its way.
+    ``speedup``: the first retrained model, until it was as good as the unlearned one, in each unit. ``retraining``: the
+    same of each retrained model, in operations, with the curve that tells when. ``speedup_whole``: all rounds of the
+    first, as whoever cannot watch the validation accuracy pays for. None of them where the original never knew the
+    class: nothing was forgotten, however fast; nor where nobody looked how good the retrained models were on their way,
+    nor where unlearning asked for no operation.
     """
     reached = result["unlearned"]["validation"]["retain"]
-    if reached is None or not oracles or not knew(result["original"]["accuracy"], len(result["classes"])):
+    if (
+        reached is None
+        or not oracles
+        or not result["cost"]["unlearn"]["client_flops"]
+        or not knew(result["original"]["accuracy"], len(result["classes"]))
+    ):
         return {}
     first = next(iter(oracles.values()))
-    curve = training_curve(first.steps)
-    if not curve:
+    curves = {name: training_curve(oracle.steps) for name, oracle in oracles.items()}
+    if not all(curves.values()):
         return {}
     retraining = cost_until(first.steps, reached) | {"validation_unseen": validation_unseen(experiment)}
     costs = result["cost"] | {"retrain": retraining, "retrain_whole": whole_cost(first.steps)}
-    blocks: dict[str, Any] = {"cost": costs, "retraining": curve}
+    blocks: dict[str, Any] = {"cost": costs, "retraining": {}}
+    for name, oracle in oracles.items():
+        until = cost_until(oracle.steps, reached)
+        blocks["retraining"][name] = {
+            "curve": curves[name],
+            **{key: until[key] for key in ("client_flops", "reached")},
+            "speedup": speedup(costs["unlearn"], until)["client_flops"],
+        }
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):
         blocks[name] = speedup(costs["unlearn"], costs[retrained])
         if first.cached:  # seconds of another day, perhaps of another machine
