@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table
+from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table, several
 from benchmarks.depth_tables import pictures as depth_pictures
 from benchmarks.depth_tables import work_table
 from benchmarks.dial_tables import dial_table
@@ -83,11 +83,11 @@ def measured(name: str) -> str:
 
 
 def cell_table(name: str) -> str:
-    """Return a table of the paper's cells: ``headline``, ``levels``, or ``settings`` or ``depth`` and a recipe."""
+    """Return a table of the cells: ``headline``, ``levels``, ``several``, or ``settings`` or ``depth`` and a recipe."""
     kind, _, recipe = name.partition(" ")
     if recipe:
         return {"settings": settings_table, "depth": depth_table}[kind](recipe)
-    return {"headline": headline, "levels": levels}[kind]()
+    return {"headline": headline, "levels": levels, "several": several}[kind]()
 
 
 def methods(name: str) -> str:

@@ -194,7 +194,11 @@ def test_without_validation_images_of_the_class_nothing_is_chosen(net, clients):
     ("settings", "text"),
     [
         (["data.validation=0"], "is chosen by validation images: set data.validation above 0"),
-        (["unlearn.method=scrub"], 'unlearn.fraction = "auto" is for the method prune, and unlearn.method is scrub'),
+        (
+            ["unlearn.method=scrub"],
+            'unlearn.fraction = "auto" is for the method prune, and unlearn.method is scrub: give a number, '
+            "such as --set unlearn.fraction=0.3; the control that prunes random channels takes it",
+        ),
         (["unlearn.forget=[1, 2]"], "with several classes needs unlearn.jointly = true: one ranking, one fraction"),
         (["privacy.noise=1", "privacy.clip=1"], "asks for sums that privacy.noise does not hide: give a number"),
         (["unlearn.end=lowest"], 'unlearn.fraction = "auto" cuts the highest scores'),

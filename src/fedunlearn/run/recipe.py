@@ -186,7 +186,8 @@ def _check_auto(recipe: Recipe) -> None:
         raise RecipeError('unlearn.fraction = "auto" is chosen by validation images: set data.validation above 0')
     if table.method != PRUNE:
         raise RecipeError(
-            f'unlearn.fraction = "auto" is for the method {PRUNE}, and unlearn.method is {table.method}: give a number'
+            f'unlearn.fraction = "auto" is for the method {PRUNE}, and unlearn.method is {table.method}: give a '
+            "number, such as --set unlearn.fraction=0.3; the control that prunes random channels takes it"
         )
     if len(table.forget) > 1 and not table.jointly:
         raise RecipeError(
