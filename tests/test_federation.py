@@ -16,7 +16,7 @@ from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError, RunError
-from fedunlearn.federation.ask import ask, refusal
+from fedunlearn.federation.ask import _reasons, ask, refusal
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import SUM, Answer, ClientData, Reply, handle
@@ -126,6 +126,30 @@ def test_one_failing_client_costs_its_reply_and_is_named_in_the_log(caplog, nan,
     assert [reply.client for reply in replies] == ["client-1", "client-2", "client-3"]
     assert text in entry.refused["client-0"]
     assert "train, round 1: client-0 gave no usable reply" in caplog.text
+
+
+def test_a_fleet_of_which_nobody_can_answer_is_told_once_why(caplog):
+    clients = partition(make_images(), by="iid", clients=24)
+    few, more = ([name for name in sorted(clients) if len(clients[name]) == size] for size in (2, 3))
+    assert len(few) + len(more) == 24
+    with caplog.at_level(logging.WARNING), pytest.raises(FederationError) as raised:
+        collected(LocalEngine(clients), make_train(make_net()))
+    warned = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ")[1][:34] for text in warned[:-1]] == [
+        f"client-{k:02d} gave no usable reply" for k in range(5)
+    ]
+    assert warned[-1] == "train, round 1: 19 more gave no usable reply"
+    text = str(raised.value)
+    for names, size in ((few, 2), (more, 3)):
+        if names:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            assert f"{listed}: FederationError: the answer would stand for {size} images" in text
+    assert text.count("the answer would stand for") == bool(few) + bool(more)
+
+
+def test_reasons_beyond_the_first_are_counted_not_told():
+    told = _reasons({f"why {k}": [f"client-{k}", f"other-{k}"] for k in range(7)})
+    assert told == "; ".join(f"client-{k}, other-{k}: why {k}" for k in range(5)) + "; 4 more for other reasons"
 
 
 def test_a_round_stops_with_a_clear_error_when_too_few_remain():

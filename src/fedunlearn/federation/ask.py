@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from fedunlearn.federation.ledger import Entry, Meter
 _logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 QUORUM = 0.5
+_NAMED = 5  # clients, and reasons, that a message names; rounds.jsonl has all of them
 
 
 def ask(engine: Engine, job: Job, fold: Callable[[Iterator[Reply]], _Value]) -> tuple[_Value, Entry]:
@@ -41,7 +42,7 @@ def ask(engine: Engine, job: Job, fold: Callable[[Iterator[Reply]], _Value]) -> 
 def _usable(engine: Engine, job: Job, asked: tuple[str, ...], meter: Meter) -> Iterator[Reply]:
     """Yield each usable reply, and count all."""
     expected = job.task.layout(job.model)
-    answered, refused = 0, []
+    answered, refused = 0, dict[str, list[str]]()
     for reply in _one_of_each(engine, job, asked):
         why = refusal(reply, job, expected)
         meter.count(reply, refused=why)
@@ -49,13 +50,30 @@ def _usable(engine: Engine, job: Job, asked: tuple[str, ...], meter: Meter) -> I
             answered += len(reply.members) or 1
             yield reply
         else:
-            _warn(job, f"{reply.client} gave no usable reply: {why}")
-            refused.append(f"{reply.client}: {why}")
+            refused.setdefault(why, []).append(reply.client)
+            if sum(map(len, refused.values())) <= _NAMED:
+                _warn(job, f"{reply.client} gave no usable reply: {why}")
+    if (more := sum(map(len, refused.values())) - _NAMED) > 0:
+        _warn(job, f"{more} more gave no usable reply")
     if answered < max(1, QUORUM * len(asked)):
         raise FederationError(
             f"{job.phase}, round {job.round + 1}: only {answered} of {len(asked)} clients gave "
-            f"a usable reply, expected at least half ({'; '.join(refused)}); mend them and run the same command again"
+            f"a usable reply, expected at least half ({_reasons(refused)}); mend them and run the same command again"
         )
+
+
+def _reasons(refused: Mapping[str, Sequence[str]]) -> str:
+    """Return why clients were refused, those of one reason together: a fleet has thousands."""
+    shown = list(refused.items())[:_NAMED]
+    texts = [f"{_first(clients)}: {why}" for why, clients in shown]
+    rest = sum(map(len, refused.values())) - sum(len(clients) for _, clients in shown)
+    return "; ".join([*texts, f"{rest} more for other reasons"] if rest else texts)
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first of ``names``, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _one_of_each(engine: Engine, job: Job, asked: tuple[str, ...]) -> Iterator[Reply]:
