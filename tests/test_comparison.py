@@ -1,5 +1,7 @@
 """A comparison of methods: its cells, what it chooses by, what is left of it after a kill, and its page."""
 
+import copy
+import io
 import json
 import os
 import shutil
@@ -12,9 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import in_browser, write_set
+from fedunlearn.console import comparison_table
 from fedunlearn.errors import DataError, RecipeError, RunError
 from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
@@ -65,7 +69,7 @@ def test_each_method_has_a_cell_for_each_seed_with_figures_verdict_and_cost(comp
     assert lines[-1].endswith("(8 of 8, about 0 s left)")
 
 
-def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared):
+def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared, tmp_path):
     folder, value, _ = compared
     curves = {f"retrained-{seed}": [] for seed in (1, 2, 3)}
     for line in (folder / "out" / "rounds.jsonl").read_text().splitlines()[1:]:
@@ -88,6 +92,25 @@ def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared):
         assert cell["speedup"] == pytest.approx(sum(ratios) / 3)
         assert cell["speedup_range"] == [min(ratios), max(ratios)]
         assert cell["speedup_reached"] == (late == 0)
+    # Where one of them was late it is a bound, on the page and on the terminal.
+    told = copy.deepcopy(value)
+    told["cells"]["contrast-seed1"]["speedup_reached"] = False
+    row = next(row for row in summary(told) if row["name"] == "contrast")
+    assert (row["reached"], next(own["reached"] for own in summary(told) if own["name"] == "relabel")) == (False, True)
+    text = Console(record=True, width=200, file=io.StringIO())
+    text.print(comparison_table(told))
+    lines = {line.split()[0]: line for line in text.export_text(clear=False).splitlines() if line.strip()}
+    assert f"> {row['speedup'][0]:.1f}" in lines["contrast"]
+    assert "> " not in lines["relabel"]
+    assert "> is a lower bound" in text.export_text(clear=False)
+    for cell in told["cells"].values():
+        cell.pop("speedup_range", None)
+    shutil.copytree(folder / "out", tmp_path / "out")
+    for shown, words in ((value, "beside each retrained model"), (told, "beside the first retrained model")):
+        (tmp_path / "out" / "compare.json").write_text(json.dumps(shown))
+        write_comparison(tmp_path / "out")
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert (words in page, f"&gt; {row['speedup'][0]:.1f}" in page) == (True, shown is told)
     row = next(row for row in summary(value) if row["name"] == "contrast")
     cells = [value["cells"][f"contrast-seed{seed}"] for seed in (0, 1)]
     assert row["speedup"][1:] == (

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import html
 import json
 import random
 import shutil
@@ -37,6 +38,7 @@ from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.work import finished
+from fedunlearn.tabular import amount
 from test_cli import fedunlearn
 
 FLIPS = 6  # in every file
@@ -405,11 +407,9 @@ def test_figures_costs_and_thresholds_that_do_not_follow_are_found_though_signed
         "the speed-up does not follow from the costs",
         "the held-out verdicts do not follow from the figures",
         "the verdict on head_only does not follow from the figures",
-        "the cost of retraining does not follow from rounds.jsonl",
-        "the rounds of retraining are not those of rounds.jsonl",
+        "the cost of retraining, retrain, does not follow from retraining.json",
+        "the cost of retraining, retrain_whole, does not follow from retraining.json",
         "the curve of retraining of retrained-1 does not follow from retraining.json",
-        "the curve of retraining of retrained-1 does not follow from rounds.jsonl",
-        "the cost of retraining of retrained-1 does not follow from its curve",
         "thresholds.json does not follow from the figures of the retrained models",
         "events.jsonl tells of another thresholds.json",
     ):
@@ -559,15 +559,23 @@ def told(value, *path):
         ),
         (
             told(10**12, "retraining", "retrained-2", "client_flops"),
-            "the cost of retraining of retrained-2 does not follow from its curve",
+            "the cost of retraining of retrained-2 does not follow from retraining.json",
         ),
         (
             told(2.0, "unlearned", "validation", "retain"),
-            "whether retraining of retrained-4 got there does not follow from its curve",
+            "whether retrained-4 was ever as good does not follow from retraining.json",
+        ),
+        (
+            told(False, "cost", "retrain", "reached"),
+            "whether the first retrained model was ever as good does not follow from retraining.json",
+        ),
+        (
+            lost("retraining"),
+            "result.json has costs that run does not count, or a speed-up without its cost",
         ),
         (
             lost("retraining", "retrained-4"),
-            "the curves of retraining are not those of the retrained models",
+            "the retrained models of the costs, of retraining.json and of result.json are not the same",
         ),
         (
             told(0.31, "unlearned", "accuracy", "retain"),
@@ -600,27 +608,92 @@ def test_what_was_forged_nowhere_verifies(copied, signed):
     assert problems(folder, key) == []
 
 
-def test_a_result_with_the_curve_of_the_first_retrained_model_alone_verifies_and_is_shown(copied, signed):
-    folder, key = copied
+def unsigned(folder):
+    for name in ("dossier.json", "dossier.sig"):
+        (folder / name).unlink()
+
+
+def test_page_and_text_say_the_speed_up_beside_every_retrained_model(copied):
+    folder, _ = copied
     now = to_equal_r(json.loads((folder / "result.json").read_text()))
-    shown = f"{now.bound}{now.mean:.1f}\N{MULTIPLICATION SIGN}<small> {now.range}</small>"
-    assert (now.models, shown in (folder / "report.html").read_text()) == (4, True)
-    assert f"{now.mean:.1f} times ({now.beside}; " in (folder / "report.md").read_text()
+    assert now.models == 4
+    for late in (0, 2, 4):
+        unsigned(folder) if (folder / "dossier.json").exists() else None
+        result = json.loads((folder / "result.json").read_text())
+        for name in list(result["retraining"])[:late]:
+            result["retraining"][name]["reached"] = False
+        (folder / "result.json").write_text(json.dumps(result))
+        write_report(folder)
+        page, text = ((folder / name).read_text() for name in ("report.html", "report.md"))
+        now = to_equal_r(result)
+        shown = f"{html.escape(now.bound)}{now.mean:.1f}\N{MULTIPLICATION SIGN}"
+        assert f"{shown}<small> {now.range}</small>" in page
+        assert f"{'more than ' if late else ''}{now.mean:.1f} times ({now.beside}; operations of clients until" in text
+        assert ("had not got there after" in page, "Retraining first got there after" in page) == (late > 0, late < 4)
+        for said in (page, text):
+            assert (f"{late} of 4 retrained models were never as good" in said) == (late > 0)
+    assert "beside each of 4 retrained models" in text
+    whole = sum(own["curve"][-1][0] for own in result["retraining"].values()) / 1e9
+    assert f"4 models retrained from nothing besides, {amount(whole)} GFLOP" in page
+
+
+def test_a_result_of_schema_1_is_shown_and_asks_for_its_own_verifier(copied, signed):
+    folder, key = copied
 
     def as_before(result):
         result["retraining"] = result["retraining"]["retrained-1"]["curve"]
 
     forged(folder, signed, as_before)
-    assert problems(folder, key) == []
+    forged(folder, signed, told(1, "schema"))
+    assert problems(folder, key) == [
+        "result.json is of schema 1, and this verifier reads schema 2: take the verifier of the version that made the "
+        "folder"
+    ]
     result = json.loads((folder / "result.json").read_text())
-    for name in ("dossier.json", "dossier.sig"):
-        (folder / name).unlink()
-    write_report(folder)
-    page = (folder / "report.html").read_text()
-    assert f"<dd>{result['speedup']['client_flops']:.1f}\N{MULTIPLICATION SIGN}</dd>" in page
-    assert "Retraining first got there after" in page
-    forged(folder, signed, told([[1, 1.0]], "retraining"))
-    assert "the curve of retraining of retrained-1 does not follow from rounds.jsonl" in problems(folder, key)
+    for change in (told(1, "schema"), lost("retraining")):  # at first there was no curve
+        unsigned(folder)
+        change(result)
+        (folder / "result.json").write_text(json.dumps(result))
+        write_report(folder)
+        page = (folder / "report.html").read_text()
+        assert f"<dd>{result['speedup']['client_flops']:.1f}\N{MULTIPLICATION SIGN}</dd>" in page
+        assert ("Retraining first got there after" in page) == ("retraining" in result)
+        forged(folder, signed, lambda result: None)
+
+
+def test_the_cost_of_retrained_models_from_the_cache_is_held_against_their_rounds(copied, signed):
+    folder, key = copied
+    lines = (folder / "rounds.jsonl").read_text().splitlines(keepends=True)
+    rounds = [line for line in lines if '"phase": "retrained-' not in line and '"phase":"retrained-' not in line]
+    assert len(rounds) < len(lines)
+    (folder / "rounds.jsonl").write_text("".join(rounds))
+    forged(folder, signed, lambda result: None)
+    assert problems(folder, key) == []
+
+    def dearer(result):
+        result["cost"]["retrain_whole"]["client_samples"] *= 10
+        result["speedup_whole"]["client_samples"] *= 10
+
+    forged(folder, signed, dearer)
+    assert problems(folder, key) == ["the cost of retraining, retrain_whole, does not follow from retraining.json"]
+
+
+def test_costs_of_retraining_without_a_retrained_model_are_refused(copied, signed):
+    folder, key = copied
+    for path in (folder / "audits").glob("retrained-*.json"):
+        path.unlink()
+    forged(folder, signed, told({}, "oracles"))
+    text = "the retrained models of the costs, of retraining.json and of result.json are not the same"
+    assert text in problems(folder, key)
+
+
+def test_retraining_json_is_held_against_the_rounds_of_the_models_trained_here(copied, signed):
+    folder, key = copied
+    kept = json.loads((folder / "retraining.json").read_text())
+    kept["retrained-2"][0]["entries"][0]["samples"] += 1
+    (folder / "retraining.json").write_text(json.dumps(kept))
+    forged(folder, signed, lambda result: None)
+    assert "the rounds of retrained-2 in retraining.json are not those of rounds.jsonl" in problems(folder, key)
 
 
 def test_a_folder_of_the_rule_by_which_each_band_had_its_own_level_asks_for_its_own_verifier(copied, signed):

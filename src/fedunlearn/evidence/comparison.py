@@ -62,6 +62,7 @@ def _page(value: Mapping[str, Any]) -> str:
         cannot=blind(value),
         plot=plots.compared(rows, value["retrained"], told, FIGURES[told].label),
         told=FIGURES[told].label,
+        ranged=all("speedup_range" in cell for cell in value["cells"].values() if "speedup" in cell),
     )
 
 

@@ -31,7 +31,7 @@ from fedunlearn.evidence.words import LIMITS
 from fedunlearn.federation.lock import LOCK, FolderLock
 from fedunlearn.files import written
 
-_SCHEMA = 1
+_SCHEMA = 2
 _VERIFIER = "verify.py"
 
 

@@ -19,7 +19,7 @@ from fedunlearn.files import write_text
 
 RESULT = "result.json"
 REPORT = "report.html"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

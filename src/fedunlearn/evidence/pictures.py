@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import safetensors.numpy
@@ -115,17 +115,15 @@ def _classes(run: RunFolder) -> Plot:
 def _work(run: RunFolder) -> Plot:
     result = run.result
     spent, r = result["cost"]["unlearn"]["client_flops"], result["unlearned"]["validation"]["retain"]
-    whole = result["cost"]["retrain_whole"]["client_flops"]
     found = retraining(result)
     there = sorted(own["client_flops"] for own in found if own["reached"])
-    late = len(found) - len(there)
+    late = sorted(own["curve"][-1][0] for own in found if not own["reached"])
     beside = []
     if there:
-        first, last = _flops(there[0]), _flops(there[-1])
-        beside.append(f"Retraining first got there after {first if first == last else f'{first} to {last}'}")
+        beside.append(f"Retraining first got there after {_from_to(there)}")
     if late:
-        which = "Retraining" if late == 1 == len(found) else f"{late} of {len(found)} retrained models"
-        beside.append(f"{which} had not got there after {_flops(whole)}, when it ended")
+        which = "Retraining" if len(found) == 1 else f"{len(late)} of {len(found)} retrained models"
+        beside.append(f"{which} had not got there after {_from_to(late)}, at the end of all rounds")
     return Plot(
         "work",
         "R against the work of the clients",
@@ -134,6 +132,12 @@ def _work(run: RunFolder) -> Plot:
         f"test images R is {percent(result['audits']['retain']['figure'])} %.",
         plots.work([own["curve"] for own in found], {"unlearned": [(spent, r)]}),
     )
+
+
+def _from_to(counts: Sequence[float]) -> str:
+    """Return the first and the last of ``counts``, once where they read the same."""
+    first, last = _flops(counts[0]), _flops(counts[-1])
+    return first if first == last else f"{first} to {last}"
 
 
 def _flops(count: float) -> str:

@@ -10,14 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times less computing than retraining to the same R, over the retrained models of a run.
+    """How many times less computing than retraining, over the retrained models of a run.
 
     Attributes:
-        mean: over the models.
+        mean: to the same R on validation images, mean over the models.
         lowest: of them.
         highest: of them.
         models: their number.
-        late: how many never got there, so that all their rounds are counted: with any, ``mean`` is a lower bound.
+        late: how many never had that R, so that all their rounds are counted: with any, ``mean`` is a lower bound.
+        whole: with all rounds of each model, mean over the models.
     """
 
     mean: float
@@ -25,6 +26,7 @@ class Speedup:
     highest: float
     models: int
     late: int
+    whole: float
 
     @property
     def bound(self) -> str:
@@ -33,31 +35,45 @@ class Speedup:
 
     @property
     def range(self) -> str:
-        """From the lowest to the highest; empty of one model."""
-        return f"{self.lowest:.1f} to {self.highest:.1f}" if self.models > 1 else ""
+        """From the lowest to the highest, which is a bound too where a model is late; empty where they are the same."""
+        lowest, highest = f"{self.lowest:.1f}", f"{self.highest:.1f}"
+        return "" if lowest == highest else f"{lowest} to {'more than ' if self.late else ''}{highest}"
 
     @property
     def beside(self) -> str:
         """Which models it is the mean of, with the range."""
         if self.models == 1:
             return "beside one retrained model"
-        return f"{self.range} beside each of {self.models} retrained models"
+        return f"{self.range} beside each of {self.models} retrained models".strip()
+
+    @property
+    def never(self) -> str:
+        """Which models never had that R, as the begin of a sentence; empty where all had."""
+        if not self.late:
+            return ""
+        if self.models == 1:
+            return "Retraining was never"
+        return f"{self.late} of {self.models} retrained models {'was' if self.late == 1 else 'were'} never"
 
 
 def to_equal_r(result: Mapping[str, Any]) -> Speedup | None:
-    """Return the speed-up to equal R; None where the run has none."""
+    """Return the speed-ups over all retrained models; None where the run has none."""
     if "speedup" not in result:
         return None
     found = retraining(result)
     ratios = [own["speedup"] for own in found]
     late = sum(not own["reached"] for own in found)
-    return Speedup(fmean(ratios), min(ratios), max(ratios), len(ratios), late)
+    spent = result["cost"]["unlearn"]["client_flops"]
+    whole = [own["curve"][-1][0] / spent for own in found]  # the last round is looked at
+    return Speedup(fmean(ratios), min(ratios), max(ratios), len(ratios), late, fmean(whole))
 
 
 def retraining(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return of each retrained model its curve, what it took to equal R, whether it got there, and the speed-up."""
-    found = result["retraining"]
+    found = result.get("retraining")
     if isinstance(found, Mapping):
         return list(found.values())
-    first = {key: result["cost"]["retrain"][key] for key in ("client_flops", "reached")}  # an older result has no more
-    return [{"curve": found, "speedup": result["speedup"]["client_flops"], **first}]
+    # A result of schema 1 has the first model alone, and in the beginning no curve.
+    own = {key: result["cost"]["retrain"][key] for key in ("client_flops", "reached")}
+    curve = found or [[result["cost"]["retrain_whole"]["client_flops"], 0.0]]
+    return [own | {"curve": curve, "speedup": result["speedup"]["client_flops"]}]

@@ -68,6 +68,7 @@ _OF_COMMAND: dict[str, tuple[set[str], set[str], set[str]]] = {
     "audit": (_ANY | _AUDITED | {"model", "client"}, {"earlier", "numbers"}, set()),
 }
 _RATIOS = {"speedup": "retrain", "speedup_whole": "retrain_whole"}
+_SCHEMA = 2
 _SAME = 0.005  # accuracies, of two passes over the images
 _LEVEL = 0.95  # of all bands together
 
@@ -91,6 +92,7 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
     found: list[str] = []
     try:
         value = json.loads(_signed(folder, key))
+        _readable(value, DOSSIER)
         found += _dates(value, now or datetime.now(UTC))
         found += _files(folder, value)
         if not found:  # what was changed is not read any further
@@ -141,6 +143,15 @@ def _signed(folder: Path, path: Path) -> bytes:
     return dossier
 
 
+def _readable(value: Mapping[str, Any], name: str) -> None:
+    """Refuse a file whose figures stand elsewhere: what is not found there would not be checked."""
+    if value["schema"] != _SCHEMA:
+        raise _ProblemError(
+            f"{name} is of schema {value['schema']}, and this verifier reads schema {_SCHEMA}: take the verifier of "
+            "the version that made the folder"
+        )
+
+
 def _dates(dossier: Mapping[str, Any], now: datetime) -> Iterator[str]:
     created, expires = (datetime.fromisoformat(dossier[name]) for name in ("created", "expires"))
     if created > now + _CLOCKS:
@@ -180,6 +191,7 @@ def _is_of_the_system(name: str) -> bool:
 def _blocks(folder: Path) -> Iterator[str]:
     """Hold the blocks of result.json against the command that made the folder, by the header of rounds.jsonl."""
     result = _json(folder / "result.json")
+    _readable(result, "result.json")
     header = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0])
     if header["command"] not in _OF_COMMAND:
         yield f"rounds.jsonl is of {_shown(header['command'])}, whose folders are not signed"
@@ -195,7 +207,7 @@ def _blocks(folder: Path) -> Iterator[str]:
         return
     if result.get("cost", {}).keys() - costs or any(
         (ratio in result) != (retrained in result.get("cost", {}))
-        or ("retraining" in result and retrained not in result["cost"])
+        or ("retraining" in result) != (retrained in result.get("cost", {}))
         for ratio, retrained in _RATIOS.items()
     ):
         yield f"result.json has costs that {header['command']} does not count, or a speed-up without its cost"
@@ -460,29 +472,8 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for key, unit in _COUNTED.items():
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
-    first = next(iter(result.get("oracles", ())), "")
-    theirs = _trained(steps, first)
-    for ratio, name in _RATIOS.items():
-        retrain = dossier["cost"].get(name)
-        if retrain is None:
-            continue
-        trained = [e for step in theirs[: retrain["rounds"]] for e in step["entries"] if e["job"] == "train"]
-        if theirs and name == "retrain_whole" and retrain["rounds"] != len(theirs):
-            yield "the rounds of retraining are not those of rounds.jsonl"
-        if theirs and sum(entry["flops"] for entry in trained) != retrain["client_flops"]:
-            yield "the cost of retraining does not follow from rounds.jsonl"
-        told, expected = dossier[ratio], _ratio(unlearn, retrain)
-        if told.keys() - {"client_seconds"} != expected.keys() or not all(
-            _near((told[unit],), (own,)) for unit, own in expected.items()
-        ):
-            yield "the speed-up does not follow from the costs"
     if "retrain" in dossier["cost"]:
-        yield from _reached(folder, dossier, steps, result)
-
-
-def _trained(steps: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """Return the rounds of a retrained model; none where it came from the cache."""
-    return [step for step in steps if step["phase"] == f"{name}.retrain"]
+        yield from _retraining(_json(folder / "retraining.json"), steps, dossier, result)
 
 
 def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, float]:
@@ -496,34 +487,61 @@ def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, 
     return {unit: above[unit] / own for unit, own in below.items() if own}
 
 
-def _reached(
-    folder: Path, dossier: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+def _retraining(
+    kept: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], dossier: Mapping[str, Any], result: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Hold the cost of retraining, until R was that of the unlearned model, against the curves."""
-    retrain, found = dossier["cost"]["retrain"], dossier.get("retraining")
-    first = next(iter(result["oracles"]))
-    if not isinstance(found, dict):  # an older dossier has the first model's curve alone, or none
-        found = {} if found is None else {first: {"curve": found}}
-    elif found.keys() != result["oracles"].keys():
-        yield "the curves of retraining are not those of the retrained models"
+    """Hold the costs of retraining against the rounds of the retrained models, those from the cache too."""
+    found, names = dossier["retraining"], list(result["oracles"])
+    if not names or not found.keys() == kept.keys() == set(names):
+        yield "the retrained models of the costs, of retraining.json and of result.json are not the same"
         return
-    else:
-        kept = _json(folder / "retraining.json")
-        for name, own in found.items():
-            if own["curve"] != _curve(kept[name]):
-                yield f"the curve of retraining of {_shown(name)} does not follow from retraining.json"
-            if not _near((own["speedup"],), (own["client_flops"] / dossier["cost"]["unlearn"]["client_flops"],)):
-                yield f"the speed-up beside {_shown(name)} does not follow from the costs"
+    for name in names:
+        trained = [step for step in steps if step["phase"] == f"{name}.retrain"]  # none where it came from the cache
+        if trained and _counts(trained) != _counts(kept[name]):
+            yield f"the rounds of {_shown(name)} in retraining.json are not those of rounds.jsonl"
+    unlearn, wanted = dossier["cost"]["unlearn"], result["unlearned"]["validation"]["retain"]
     for name, own in found.items():
-        theirs = _trained(steps, name)
-        if theirs and own["curve"] != _curve(theirs):
-            yield f"the curve of retraining of {_shown(name)} does not follow from rounds.jsonl"
-        there = [spent for spent, r in own["curve"] if r >= result["unlearned"]["validation"]["retain"]]
-        for told in [own] * ("speedup" in own) + [retrain] * (name == first):
-            if told["reached"] != bool(there):
-                yield f"whether retraining of {_shown(name)} got there does not follow from its curve"
-            elif told["client_flops"] != (there[0] if there else own["curve"][-1][0]):  # the last round is looked at
-                yield f"the cost of retraining of {_shown(name)} does not follow from its curve"
+        rounds = _until(kept[name], wanted)
+        spent = _spent(kept[name][:rounds])
+        if own["curve"] != _curve(kept[name]):
+            yield f"the curve of retraining of {_shown(name)} does not follow from retraining.json"
+        if own["reached"] != (rounds is not None):
+            yield f"whether {_shown(name)} was ever as good does not follow from retraining.json"
+        if any(own[unit] != spent[unit] for unit in ("client_samples", "client_flops")):
+            yield f"the cost of retraining of {_shown(name)} does not follow from retraining.json"
+        if not _near((own["speedup"],), (spent["client_flops"] / unlearn["client_flops"],)):
+            yield f"the speed-up beside {_shown(name)} does not follow from the costs"
+    first = kept[names[0]]
+    until = _until(first, wanted)
+    if dossier["cost"]["retrain"]["reached"] != (until is not None):
+        yield "whether the first retrained model was ever as good does not follow from retraining.json"
+    for ratio, key in _RATIOS.items():
+        retrain, counted = dossier["cost"][key], first[:until] if key == "retrain" else first
+        if any(retrain[unit] != own for unit, own in _spent(counted).items()):
+            yield f"the cost of retraining, {key}, does not follow from retraining.json"
+        told, expected = dossier[ratio], _ratio(unlearn, retrain)
+        if told.keys() - {"client_seconds"} != expected.keys() or not all(
+            _near((told[unit],), (own,)) for unit, own in expected.items()
+        ):
+            yield "the speed-up does not follow from the costs"
+
+
+def _until(steps: Sequence[Mapping[str, Any]], wanted: float) -> int | None:
+    """Return after how many rounds R on validation images first was ``wanted``; None where it never was."""
+    looked = [(count, step["validation"]) for count, step in enumerate(steps, 1) if step["validation"] is not None]
+    return next((count for count, r in looked if r >= wanted), None)
+
+
+def _spent(steps: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the rounds, and what training in them cost; evaluations are not counted."""
+    trained = [entry for step in steps for entry in step["entries"] if entry["job"] == "train"]
+    return {"rounds": len(trained)} | {key: sum(entry[unit] for entry in trained) for key, unit in _COUNTED.items()}
+
+
+def _counts(steps: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return what is counted of each round, and what was measured."""
+    units = ("job", *_COUNTED.values())
+    return [(step["validation"], [[entry[unit] for unit in units] for entry in step["entries"]]) for step in steps]
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> list[list[float]]:

@@ -35,7 +35,7 @@ from fedunlearn.run.work import Observe, Work, opened
 from fedunlearn.tabular import percent
 from fedunlearn.version import __version__
 
-_SCHEMA = 1
+_SCHEMA = 2
 _TUNED = "tuned"
 _MINUTES = 120.0  # seconds above which the time left is told in minutes
 _READ = 0.2  # seconds: what takes less was read back

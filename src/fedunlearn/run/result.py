@@ -150,7 +150,7 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
         until = cost_until(oracle.steps, reached)
         blocks["retraining"][name] = {
             "curve": curves[name],
-            **{key: until[key] for key in ("client_flops", "reached")},
+            **{key: until[key] for key in ("client_samples", "client_flops", "reached")},
             "speedup": speedup(costs["unlearn"], until)["client_flops"],
         }
     for name, retrained in (("speedup", "retrain"), ("speedup_whole", "retrain_whole")):
@@ -221,7 +221,8 @@ def cost_until(steps: Sequence[Step], accuracy: float) -> dict[str, Any]:
 
     Its evaluations are not counted, which is in favour of retraining.
     """
-    first = next((k for k, step in enumerate(steps, 1) if (step.validation or 0.0) >= accuracy), None)
+    looked = [(k, step.validation) for k, step in enumerate(steps, 1) if step.validation is not None]
+    first = next((k for k, r in looked if r >= accuracy), None)
     return whole_cost(steps[:first]) | {"reached": first is not None}
 
 
