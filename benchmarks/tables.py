@@ -78,8 +78,9 @@ def measured(name: str) -> str:
         "norms": norm_table,
         "requests": request_table,
     }
-    file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(name, name)
-    return makers[name](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
+    kind = name.removesuffix("-amx")  # the same of another machine
+    file = {"growth": "speed", "peak": "speed", "power": "verdict"}.get(kind, kind) + name.removeprefix(kind)
+    return makers[kind](json.loads((RESULTS.parent / f"{file}.json").read_text("utf-8")))
 
 
 def cell_table(name: str) -> str:
