@@ -627,7 +627,7 @@ def test_page_and_text_say_the_speed_up_beside_every_retrained_model(copied):
         page, text = ((folder / name).read_text() for name in ("report.html", "report.md"))
         now = to_equal_r(result)
         shown = f"{html.escape(now.bound)}{now.mean:.1f}\N{MULTIPLICATION SIGN}"
-        assert f"{shown}<small> {now.range}</small>" in page
+        assert f"{shown} <small>{now.range}</small>" in page
         assert f"{'more than ' if late else ''}{now.mean:.1f} times ({now.beside}; operations of clients until" in text
         assert ("had not got there after" in page, "Retraining first got there after" in page) == (late > 0, late < 4)
         for said in (page, text):
