@@ -175,7 +175,7 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
     for task in (Measure(classes=3), Reestimate(), Train(training=Training(0.1, 8), lr=0.1)):
         asked = job(task, make_net())
         assert handle(asked, copy.deepcopy(asked.model.module), one).error == (
-            "FederationError: the answer would stand for 1 images, and this client's rules (min_images) let none stand "
+            "FederationError: the answer would stand for 1 image, and this client's rules (min_images) let none stand "
             "for fewer than 5: ask for a larger sample or leave this client out"
         )
         own = Privacy(min_count=0, min_images=1)

@@ -172,8 +172,8 @@ def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
     """Refuse to answer for fewer images than ``rules`` allow."""
     if len(images) < rules.min_images:
         raise FederationError(
-            f"the answer would stand for {len(images)} images, and this client's rules (min_images) let none stand "
-            f"for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
+            f"the answer would stand for {len(images)} image{'' if len(images) == 1 else 's'}, and this client's rules "
+            f"(min_images) let none stand for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
         )
     return images
 
