@@ -15,7 +15,7 @@ from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import FederationError, RecipeError, RunError
+from fedunlearn.errors import FederationError, RecipeError, RunError, listed
 from fedunlearn.federation.ask import _reasons, ask, refusal
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
@@ -142,14 +142,15 @@ def test_a_fleet_of_which_nobody_can_answer_is_told_once_why(caplog):
     text = str(raised.value)
     for names, size in ((few, 2), (more, 3)):
         if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            assert f"{listed}: FederationError: the answer would stand for {size} images" in text
+            assert f"{listed(names)}: FederationError: the answer would stand for {size} images" in text
     assert text.count("the answer would stand for") == bool(few) + bool(more)
 
 
-def test_reasons_beyond_the_first_are_counted_not_told():
+def test_clients_and_reasons_beyond_the_first_are_counted_not_told():
+    assert listed([f"client-{k}" for k in range(5)]) == "client-0, client-1, client-2, client-3, client-4"
+    assert listed([f"client-{k}" for k in range(7)]) == "client-0, client-1, client-2, client-3, client-4 and 2 more"
     told = _reasons({f"why {k}": [f"client-{k}", f"other-{k}"] for k in range(7)})
-    assert told == "; ".join(f"client-{k}, other-{k}: why {k}" for k in range(5)) + "; 4 more for other reasons"
+    assert told == "; ".join(f"client-{k}, other-{k}: why {k}" for k in range(5)) + " and 2 more"
 
 
 def test_a_round_stops_with_a_clear_error_when_too_few_remain():

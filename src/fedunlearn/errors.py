@@ -14,10 +14,23 @@
 Every message says what was expected, what came, where, and what to do.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_LISTED = 5
+
 
 def printable(text: str) -> str:
     """Return ``text`` as one line that a terminal shows as it is."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def listed(texts: Iterable[str], between: str = ", ") -> str:
+    """Return the first five of ``texts``, and how many more there are: a fleet has thousands of clients."""
+    own = list(texts)
+    more = len(own) - _LISTED
+    return between.join(own[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class FedUnlearnError(Exception):

@@ -9,14 +9,14 @@ from typing import TypeVar
 import torch
 
 from fedunlearn.data.images import MOST_IMAGES
-from fedunlearn.errors import FederationError, printable
+from fedunlearn.errors import FederationError, listed, printable
 from fedunlearn.federation.jobs import SUM, Engine, Job, Layout, Reply
 from fedunlearn.federation.ledger import Entry, Meter
 
 _logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 QUORUM = 0.5
-_NAMED = 5  # clients, and reasons, that a message names; rounds.jsonl has all of them
+_NAMED = 5  # refused clients that the log names; rounds.jsonl has all of them
 
 
 def ask(engine: Engine, job: Job, fold: Callable[[Iterator[Reply]], _Value]) -> tuple[_Value, Entry]:
@@ -64,16 +64,7 @@ def _usable(engine: Engine, job: Job, asked: tuple[str, ...], meter: Meter) -> I
 
 def _reasons(refused: Mapping[str, Sequence[str]]) -> str:
     """Return why clients were refused, those of one reason together: a fleet has thousands."""
-    shown = list(refused.items())[:_NAMED]
-    texts = [f"{_first(clients)}: {why}" for why, clients in shown]
-    rest = sum(map(len, refused.values())) - sum(len(clients) for _, clients in shown)
-    return "; ".join([*texts, f"{rest} more for other reasons"] if rest else texts)
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return the first of ``names``, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return listed((f"{listed(clients)}: {why}" for why, clients in refused.items()), "; ")
 
 
 def _one_of_each(engine: Engine, job: Job, asked: tuple[str, ...]) -> Iterator[Reply]:

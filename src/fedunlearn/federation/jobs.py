@@ -173,7 +173,8 @@ def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
     if len(images) < rules.min_images:
         raise FederationError(
             f"the answer would stand for {len(images)} image{'' if len(images) == 1 else 's'}, and this client's rules "
-            f"(min_images) let none stand for fewer than {rules.min_images}: ask for a larger sample or leave this client out"
+            f"(min_images) let none stand for fewer than {rules.min_images}: ask for a larger sample or leave this "
+            "client out"
         )
     return images
 

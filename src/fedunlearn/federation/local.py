@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedunlearn.arguments import must_be
 from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages, Meaning
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, listed
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy, check_noise
 from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread, own_device, workers_on
@@ -78,7 +78,7 @@ class LocalEngine:
         for name in held:
             if name not in clients:
                 raise FederationError(
-                    f"validation has images of {name!r}, which is no client; the clients are {', '.join(clients)}"
+                    f"validation has images of {name!r}, which is no client; the clients are {listed(clients)}"
                 )
         meaning = Meaning.of(first)
         for what, parts in (("", clients), ("validation ", held)):
@@ -124,7 +124,7 @@ class LocalEngine:
         names = self.clients if job.clients is None else tuple(sorted(job.clients))
         unknown = [name for name in names if name not in self._data]
         if unknown:
-            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {', '.join(self.clients)}")
+            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {listed(self.clients)}")
         return self._replies(job, names)
 
     def _replies(self, job: Job, names: Sequence[str]) -> Iterator[Reply]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedunlearn.data.images import Meaning
-from fedunlearn.errors import DataError, FederationError
+from fedunlearn.errors import DataError, FederationError, listed
 from fedunlearn.federation.jobs import SUM, Job, Reply
 from fedunlearn.federation.tasks import Measure
 from fedunlearn.flower.messages import (
@@ -44,7 +44,6 @@ from fedunlearn.flower.messages import (
 
 _logger = logging.getLogger(__name__)
 _LONGEST_NAME = 200  # letters
-_TOLD = 10  # missing clients that an error names
 _LATE = 60.0  # seconds that a client which joins later may take to introduce itself: each job waits for it
 
 
@@ -123,7 +122,7 @@ class FlowerEngine:
         # A client of before a kill may not have come back to a federation of no fixed names.
         unknown = [] if self.grows else [name for name in names if name not in self.clients]
         if unknown:
-            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {', '.join(self.clients)}")
+            raise FederationError(f"there is no client {unknown[0]!r}; the clients are {listed(self.clients)}")
         tensors, text = encode_job(job)
         content = RecordDict(
             {
@@ -176,9 +175,8 @@ class FlowerEngine:
         silent = set(self._grid.get_node_ids()) - set(self._nodes.values()) - self._refused.keys()
         slow = f"; {len(silent)} more are connected but did not answer in {self._hello:g} s" if silent else ""
         missing = [name for name in self._expected or () if name not in self._nodes]
-        more = f" and {len(missing) - _TOLD} more" if len(missing) > _TOLD else ""
-        names = f"; missing: {', '.join(missing[:_TOLD])}{more}" if missing else ""
-        reasons = names + slow + "".join(f"; node {node}: {why}" for node, why in self._refused.items())
+        names = f"; missing: {listed(missing)}" if missing else ""
+        reasons = names + slow + listed((f"; node {node}: {why}" for node, why in self._refused.items()), "")
         remedy = (
             "give them longer (hello, in a recipe federation.deadline)"
             if silent
@@ -227,7 +225,7 @@ class FlowerEngine:
         except Exception as error:  # another process wrote this, anything may be in it
             return one_line(f"it did not introduce itself ({type(error).__name__}: {error})")
         if self._expected is not None and name not in self._expected:
-            return f"it calls itself {name[:80]!r}, which is none of the clients {', '.join(self._expected)}"
+            return f"it calls itself {name[:80]!r}, which is none of the clients {listed(self._expected)}"
         if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
             return one_line(
                 f"it calls itself {name[:80]!r}, expected up to {_LONGEST_NAME} letters that can be printed"

@@ -32,7 +32,7 @@ from flwr.server.strategy import FedAvg
 from flwr.server.workflow import SecAggPlusWorkflow
 from torch import Tensor
 
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import FederationError, listed
 from fedunlearn.flower.messages import (
     MASKING,
     ArrayRecord,
@@ -55,7 +55,6 @@ _TARGET, _CLIP, _MODULUS = 2**BITS, float(2 ** (BITS - 1)), 2**48
 _LARGEST = 2.0 ** (BITS * LIMBS - FRACTION - 1)
 _CONFIGS, _SUMS = "secaggplus_configs", "sums"
 _LEAST = 3
-_TOLD = 5  # clients whose reasons a failed sum gives; the log has all
 _SILENT = "its answer was not used"
 
 Handler = Callable[[Message, Context], Message]
@@ -213,8 +212,7 @@ def secure_sum(
 
     def said() -> str:
         reasons = [f"; {name}: {measuring.failed[node]}" for name, node in clients.items() if node in measuring.failed]
-        more = len(reasons) - _TOLD
-        return "".join(reasons[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
+        return listed(reasons, "")
 
     # The workflow keeps its round in a context; one of its own leaves that of the run alone.
     record = RecordDict({"config": ConfigRecord({"current_round": 1}), "parameters": ArrayRecord()})

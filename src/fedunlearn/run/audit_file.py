@@ -13,7 +13,7 @@ from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.heads import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
-from fedunlearn.errors import EvidenceError, ModelError
+from fedunlearn.errors import EvidenceError, ModelError, listed
 from fedunlearn.evidence.dossier import sign
 from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
@@ -223,8 +223,7 @@ def _comparable(path: Path, experiment: Experiment) -> Weights:
 
 def _of_client(experiment: Experiment, client: str) -> AuditImages:
     if client not in experiment.clients:
-        known = ", ".join(list(experiment.clients)[:5])
-        raise EvidenceError(f"there is no client {client!r}; there are {len(experiment.clients)}: {known}, ...")
+        raise EvidenceError(f"there is no client {client!r}; the clients are {listed(experiment.clients)}")
     if client not in experiment.validation:
         raise EvidenceError(f"{client} holds no validation images to test with: set data.validation above 0")
     return audit_images(
