@@ -44,10 +44,12 @@ class Model:
 
 
 def known() -> dict[str, list[Model]]:
-    """Return all audited models by data and class: those of the cells and of the comparisons, each once."""
+    """Return all audited models by data and class, where one went: those of the cells and of comparisons, each once."""
     sources: list[tuple[str, Mapping[str, Mapping[str, float]], Mapping[str, tuple[float, float]]]] = []
     for path in sorted(CELLS.glob("*.json")):
         value = json.loads(path.read_text("utf-8"))
+        if len(value["forget"]) > 1:  # beside one retrained model, which sets no band
+            continue
         figures = {model: {name: one["value"] for name, one in own.items()} for model, own in value["figures"].items()}
         bands = {name: audit["band"] for name, audit in value["audits"].items() if audit["band"]}
         sources.append((_label(value), figures, bands))
