@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from fedunlearn.arguments import is_whole
 from fedunlearn.errors import RecipeError
+from fedunlearn.training.small_maps import SmallMaps
 
 PRECISIONS = ("float32", "bfloat16")
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -74,15 +75,14 @@ class Compute:
         """The memory format as torch names it."""
         return MEMORY_FORMATS[self.memory_format]
 
-    def autocast(self, device: torch.device | str = "cpu") -> AbstractContextManager[object]:
-        """Return what a forward pass runs in."""
+    @contextmanager
+    def autocast(self, device: torch.device | str = "cpu") -> Iterator[None]:
+        """Run a forward pass inside it."""
+        kind, rounded = torch.device(device).type, self.precision == "bfloat16"
+        small = SmallMaps() if rounded and kind == "cpu" else nullcontext()
         # No cache: it would keep casts of weights that the optimiser has changed since.
-        return torch.autocast(
-            torch.device(device).type,
-            dtype=torch.bfloat16,
-            enabled=self.precision == "bfloat16",
-            cache_enabled=False,
-        )
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=rounded, cache_enabled=False), small:
+            yield
 
     def placed(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Return ``model`` in the memory format, and on ``device`` where one is given; it is changed in place."""
