@@ -328,6 +328,23 @@ def test_the_probe_tries_what_there_is_and_leaves_the_model_and_the_draws_alone(
     assert torch.get_rng_state().equal(draws)
 
 
+class _AsksForFloat32(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        maps = self.maps(x).mean((2, 3))
+        if maps.dtype != torch.float32:
+            raise RuntimeError("expected Float")
+        return self.head(maps)
+
+
+def test_the_probe_leaves_out_a_precision_in_which_the_model_does_not_train():
+    best, tried = probe(_AsksForFloat32(), (1, 8, 8), batch_size=8)
+    assert {own.precision for own, _ in tried} == {best.precision} == {"float32"}
+
+
 def test_only_what_is_clearly_faster_takes_the_place_of_the_first():
     assert _fastest([(FLOAT32, 100.0), (CONTIGUOUS, 110.0), (BFLOAT16, 90.0)]) == FLOAT32
     assert _fastest([(FLOAT32, 100.0), (CONTIGUOUS, 110.0), (BFLOAT16, 250.0)]) == BFLOAT16

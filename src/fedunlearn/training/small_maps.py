@@ -29,7 +29,9 @@ class SmallMaps(TorchFunctionMode):
         conv(x, w) = u(x) w        dw = u(x)^T dy        dx = u(dy) mirrored(w)
 
     So are 3 x 3 convolutions of stride and padding 1 with at most 16 pixels a map and at least 128 channels on both
-    sides; all others are torch's. Sums within a product are float32, results bfloat16, as of the kernels.
+    sides; all others are torch's, as is everything where autocast is off. Sums within a product are float32, results
+    bfloat16, as of the kernels. A network that recomputes activations (``torch.utils.checkpoint``), where no mode is
+    entered any more, or that differentiates gradients, is one for float32.
     """
 
     def __torch_function__(
@@ -42,7 +44,8 @@ class SmallMaps(TorchFunctionMode):
         """Answer in place of ``func``, which torch is about to call."""
         if func is F.conv2d and not kwargs and _is_small(*args):
             maps, weight, bias = args[:3]
-            made = _Product.apply(maps, weight)  # type: ignore[no-untyped-call]
+            # A view that the function made itself could not be changed in place, as a ReLU after it may.
+            made = _as_maps(_Product.apply(maps, weight), maps.shape)  # type: ignore[no-untyped-call]
             return made if bias is None else made + bias.to(made.dtype).view(-1, 1, 1)
         return func(*args, **(kwargs or {}))
 
@@ -51,10 +54,13 @@ def _is_small(maps: Tensor, weight: Tensor, bias: Tensor | None = None, *how: An
     """Return whether a call of ``F.conv2d`` with these arguments becomes a product."""
     return (
         how == ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation and groups as nn.Conv2d gives them
+        and torch.is_autocast_enabled("cpu")
+        and torch.float64 not in (maps.dtype, weight.dtype)  # which autocast leaves as it is
         and maps.dim() == 4
-        and weight.shape[2:] == (3, 3)
+        and weight.shape[1:] == (maps.shape[1], 3, 3)
         and min(weight.shape[:2]) >= _FEWEST_CHANNELS
         and 0 < maps.shape[2] * maps.shape[3] <= _MOST_PIXELS
+        and len(maps) > 0
     )
 
 
@@ -65,34 +71,32 @@ def _around(maps: Tensor) -> Tensor:
     return torch.cat([padded[:, i : i + height, j : j + width] for i, j in _AROUND], dim=3).flatten(0, 2)
 
 
-def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
+def _as_maps(rows: Tensor, like: torch.Size) -> Tensor:
     """Return ``(B H W, C)`` as maps of the batch and size of ``like``, in channels_last."""
-    batch, _, height, width = like.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    batch, _, height, width = like
+    return rows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _Product(torch.autograd.Function):
-    """``F.conv2d(maps, weight, padding=1)`` and its gradients."""
+    """The rows of ``F.conv2d(maps, weight, padding=1)``, ``(B H W, O)``, and their gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, maps: Tensor, weight: Tensor) -> Tensor:
         around, rounded = _around(maps.bfloat16()), weight.bfloat16()
         ctx.save_for_backward(around, rounded)
-        ctx.dtypes = maps.dtype, weight.dtype  # type: ignore[attr-defined]
-        return _as_maps(around @ rounded.permute(2, 3, 1, 0).flatten(0, 2), maps)
+        ctx.about = maps.shape, maps.dtype, weight.dtype  # type: ignore[attr-defined]
+        return around @ rounded.permute(2, 3, 1, 0).flatten(0, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         around, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        of_maps, of_weight = ctx.dtypes  # type: ignore[attr-defined]
-        grad = grad.bfloat16()
+        shape, of_maps, of_weight = ctx.about  # type: ignore[attr-defined]
         outputs, inputs = weight.shape[:2]
         to_maps = to_weight = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             mirrored = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
-            to_maps = _as_maps(_around(grad) @ mirrored, grad).to(of_maps)
+            to_maps = _as_maps(_around(_as_maps(grad, shape)) @ mirrored, shape).to(of_maps)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            product = grad.permute(1, 0, 2, 3).flatten(1) @ around
-            to_weight = product.view(outputs, 3, 3, inputs).permute(0, 3, 1, 2).to(of_weight)
+            to_weight = (grad.t() @ around).view(outputs, 3, 3, inputs).permute(0, 3, 1, 2).to(of_weight)
         return to_maps, to_weight

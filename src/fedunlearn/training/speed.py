@@ -12,6 +12,7 @@ from torch import nn
 
 from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages
+from fedunlearn.errors import FederationError
 from fedunlearn.training.compute import Compute, cores, has_bfloat16, one_torch_thread
 from fedunlearn.training.sgd import Training, train_locally
 
@@ -28,7 +29,7 @@ def probe(
 
     First precision and memory format are compared with a worker per core, then the best of these with half as many
     workers. The first of a comparison is kept unless another is faster by 15 %. bfloat16 is tried where torch has
-    kernels for it on this CPU.
+    kernels for it on this CPU and the model trains in it.
 
     Args:
         model: the CNN; left as it was.
@@ -43,8 +44,9 @@ def probe(
     """
     first = Compute(workers=cores())
     formats = [first, replace(first, memory_format="contiguous")]
-    if has_bfloat16():
-        formats.append(replace(first, precision="bfloat16"))
+    rough = replace(first, precision="bfloat16")
+    if has_bfloat16() and _trains(rough, model, shape, batch_size):
+        formats.append(rough)
     tried = _rates(formats, model, shape, batch_size)
     best = _fastest(tried)
     if best.workers > 1:
@@ -59,6 +61,22 @@ def rate(compute: Compute, model: nn.Module, shape: tuple[int, int, int], *, bat
     return _rates([compute], model, shape, batch_size)[0][1]
 
 
+def _trains(compute: Compute, model: nn.Module, shape: tuple[int, int, int], batch_size: int) -> bool:
+    """Return whether ``model`` takes a step of training by ``compute``: its own code may ask for float32."""
+    try:
+        _seconds([compute.placed(copied(model))], compute, _noise(shape, batch_size), epochs=1)
+    except (RuntimeError, FederationError):
+        return False
+    return True
+
+
+def _noise(shape: tuple[int, int, int], number: int) -> LabelledImages:
+    """Return images to train on."""
+    pixels = torch.randint(0, 256, (number, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(number, dtype=torch.int64)
+    return LabelledImages(pixels, labels, ("any",), (0.5,) * shape[0], (0.25,) * shape[0])
+
+
 def _fastest(tried: Sequence[tuple[Compute, float]]) -> Compute:
     first, best = tried[0], max(tried, key=lambda own: own[1])
     return best[0] if best[1] > _MARGIN * first[1] else first[0]
@@ -68,9 +86,7 @@ def _rates(
     candidates: Sequence[Compute], model: nn.Module, shape: tuple[int, int, int], batch_size: int
 ) -> list[tuple[Compute, float]]:
     """Return the images per second of each candidate: its best of a few timings, taken in turns."""
-    pixels = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(batch_size, dtype=torch.int64)
-    images = LabelledImages(pixels, labels, ("any",), (0.5,) * shape[0], (0.25,) * shape[0])
+    images = _noise(shape, batch_size)
     copies = {compute: [compute.placed(copied(model)) for _ in range(compute.workers)] for compute in candidates}
     prepared = [_seconds(copies[compute], compute, images, epochs=1) for compute in candidates for _ in range(2)]
     epochs = max(1, round(_SECONDS / min(prepared)))
