@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -26,8 +26,9 @@ from fedunlearn.federation.tasks import Train
 from fedunlearn.models import build_model
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import FLOAT32
-from fedunlearn.training.mixing import again_and_again, each_of, fewest, mixed
+from fedunlearn.training.mixing import again_and_again, each_of, fewest, fewest_by_turns, mixed
 from fedunlearn.training.objectives.erase import Erasing, complement, separation
+from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.objectives.sparse import Sparse
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 from fedunlearn.unlearn import unlearn
@@ -131,6 +132,39 @@ def test_a_pass_shows_at_least_as_many_different_images_of_either_kind_as_is_cou
         for kind in (0, 1)
     ]
     assert min(different) >= fewest(kept, [forgotten], size, few, limit)
+
+
+@settings(deadline=None)
+@given(
+    kept=st.integers(1, 40),
+    forgotten=st.integers(1, 20),
+    size=st.integers(2, 16),
+    share=st.floats(0.01, 0.99),
+    limit=st.integers(1, 120),
+    turns=st.integers(1, 4),
+    ascents=st.integers(1, 4),
+    away=st.floats(0.01, 0.99),
+)
+def test_steps_of_one_kind_show_at_least_as_many_different_images_as_is_counted(
+    kept, forgotten, size, share, limit, turns, ascents, away
+):
+    shuffles, few, scrub = draw(), each_of(size, share), Scrub(1.0, 1.0, turns, ascents, away, share)
+
+    def drawn(images, part, *, limit):
+        return batches(images, part, limit=limit, draw=shuffles)
+
+    erased = again_and_again(drawn, [images(forgotten, 1)], few)
+    seen, earlier, shown, by_turn = 0, None, set(), {}
+    while seen < limit:
+        for pictures, labels in mixed(drawn, erased, few, images(kept, 0), size, limit=limit - seen):
+            turn = scrub.turn(seen / limit, earlier)
+            of = shown if turn is None else by_turn.setdefault(turn, set())
+            of |= {tuple(own.flatten().tolist()) for own in pictures[labels == (turn is not None)]}
+            earlier = seen / limit
+            seen += len(labels)
+    counted = fewest_by_turns(kept, [forgotten], size, few, limit, scrub.turn)
+    assert counted <= min(len(of) for of in (shown, *by_turn.values()))
+    assert (counted == 0) == (not shown)
 
 
 def test_no_image_is_erased_again_before_all_others_were_though_the_passes_over_the_rest_are_short():

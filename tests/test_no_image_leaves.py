@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.errors import FederationError, FedUnlearnError
@@ -60,6 +61,7 @@ HOSTILE = {
             Training(0.1, 20, 1.0, objective=Relabel("random", 0.05)),
             Training(0.1, 20, 1.0, objective=Relabel("likeliest", 0.95)),
             Training(0.1, 20, 1.0, objective=Scrub(1e9, 1e-9, 1, 1, 0.99, 0.05)),
+            Training(0.1, 2, 1.0, momentum=0.0, weight_decay=0.0, objective=Scrub(0.0, 1.0, 1, 1, 0.95, 0.5)),
             Training(0.1, 1, 0.05, objective=Sparse(1e9)),
         ),
         "lr": (1e-30, 1.0),
@@ -136,6 +138,7 @@ def test_an_answer_is_a_sum_over_images_that_another_set_of_images_gives_as_well
         for name in ("sums.0", "sums.3"):
             assert not reply.tensors[name][counts == 0].any()
     else:
+        assert "labels" not in change or reply.images == 0 or len(set(change["labels"] or range(3))) == 3
         assert reply.images == 0 or reply.images >= LEAST
         assert min(reply.images, LEAST) <= reply.samples
 
@@ -175,8 +178,8 @@ def test_the_rules_are_the_clients_and_say_what_they_refuse():
     for task in (Measure(classes=3), Reestimate(), Train(training=Training(0.1, 8), lr=0.1)):
         asked = job(task, make_net())
         assert handle(asked, copy.deepcopy(asked.model.module), one).error == (
-            "FederationError: the answer would stand for 1 image, and this client's rules (min_images) let none stand "
-            "for fewer than 5: ask for a larger sample or leave this client out"
+            "FederationError: the answer would stand for fewer than 5 images, and this client's rules (min_images) let "
+            "none do so: ask for a larger sample or leave this client out"
         )
         own = Privacy(min_count=0, min_images=1)
         assert handle(asked, copy.deepcopy(asked.model.module), one, own).error is None
@@ -215,6 +218,41 @@ def test_a_client_erases_nothing_where_a_step_would_show_an_image_alone(share):
         assert torch.equal(tensor, answer(erasing)[name])
     own = Privacy(min_count=0, min_images=1)
     assert any(not torch.equal(tensor, answer(erasing, own)[name]) for name, tensor in answer(plain, own).items())
+
+
+@pytest.mark.parametrize("away", [0.9, 0.93, 0.95])
+def test_turns_cannot_be_timed_so_that_one_image_alone_is_trained_on(away):
+    """Steps away from what a model already gives have no gradient: a single step on the others would be all there is.
+
+    Of a first linear layer, the change of a row of weights over that of its bias is then the image.
+    """
+    held = make_images(60).take(torch.tensor([*range(0, 30, 3), *range(1, 31, 3), *range(2, 60, 3)]))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
+    sent = Training(0.1, 2, momentum=0.0, weight_decay=0.0, objective=Scrub(0.0, 1.0, 1, 1, away, 0.5))
+    asked = job(Train(training=sent, lr=0.1, exclude=(2,)), net)
+    reply = handle(asked, copy.deepcopy(net), ClientData("a", held))
+    weight = (reply.tensors["1.weight"] - net[1].weight).detach()
+    bias = (reply.tensors["1.bias"] - net[1].bias).detach()
+    rows = weight / bias[:, None]
+    shown = held.pixels(slice(None)).flatten(1)
+    assert float(torch.cdist(rows[rows.isfinite().all(1)], shown).min()) > 1
+
+
+def test_answers_are_not_counted_by_rows_that_stand_for_one_class():
+    asked = job(Evaluate(labels=(0, 0, 0)), make_net())
+    reply = handle(asked, copy.deepcopy(asked.model.module), DATA)
+    assert reply.error == "FederationError: two output rows stand for one class: the labels are [0, 0, 0]"
+
+
+@pytest.mark.parametrize("exclude", [(1, 2), (0, 2), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("kind", [Reestimate, Gradients, Moments])
+def test_a_refusal_does_not_tell_how_many_images_of_a_class_there_are(kind, exclude):
+    asked = job(kind(exclude=exclude), make_net())
+    told = {
+        handle(asked, copy.deepcopy(asked.model.module), ClientData("a", HELD.take(slice(0, number)))).error
+        for number in (0, 1, 2, 3, 4)
+    }
+    assert len(told) == 1
 
 
 def test_right_answers_are_not_counted_over_few_images():

@@ -197,7 +197,7 @@ def test_distillation_sees_the_class_alone_and_weighs_by_its_images():
     none = answer(Distil(), images=IMAGES.without((2,)))
     assert none.error == "FederationError: the client holds no image of the classes [2]"
     few = answer(Distil(), rules=Privacy(min_images=21))
-    assert "the answer would stand for 20 images" in few.error
+    assert "the answer would stand for fewer than 21 images" in few.error
     short = answer(Distil(), epochs=0.1, rules=Privacy(min_images=5))
     assert "0.1 epochs of 20 images are fewer than 5" in short.error
 

@@ -104,15 +104,23 @@ def batches(
         )
     total = len(images) if limit is None else min(limit, len(images))
     order = torch.randperm(len(images), generator=draw) if draw is not None else torch.arange(len(images))
-    start = 0
-    while start < total:
-        stop = min(start + size, total)
-        if total - stop == 1:
-            stop = total
-        rows = order[start:stop]
+    for rows in torch.split(order[:total], sizes(total, size)):
         batch = images.pixels(rows)
         for name in augment:
             assert draw is not None  # checked above
             batch = AUGMENTATIONS[name](batch, draw)
         yield batch.to(device, memory_format=memory_format), images.labels[rows].to(device)
-        start = stop
+
+
+def sizes(total: int, size: int) -> list[int]:
+    """Return how many images each batch of about ``size`` has; a last one of one image joins the batch before it.
+
+    Example:
+        >>> sizes(10, 4), sizes(9, 4)
+        ([4, 4, 2], [4, 5])
+    """
+    full, left = divmod(total, size)
+    found = [size] * full + [left] * (left > 0)
+    if (left == 1 and full) or (size == 1 and full > 1):
+        found[-2:] = [found[-2] + 1]
+    return found

@@ -169,12 +169,11 @@ def _seconds(job: Job, rules: Privacy, started: float) -> float:
 
 
 def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
-    """Refuse to answer for fewer images than ``rules`` allow."""
+    """Refuse to answer for fewer images than ``rules`` allow; not how many: of one class that is what they hide."""
     if len(images) < rules.min_images:
         raise FederationError(
-            f"the answer would stand for {len(images)} image{'' if len(images) == 1 else 's'}, and this client's rules "
-            f"(min_images) let none stand for fewer than {rules.min_images}: ask for a larger sample or leave this "
-            "client out"
+            f"the answer would stand for fewer than {rules.min_images} images, and this client's rules (min_images) "
+            "let none do so: ask for a larger sample or leave this client out"
         )
     return images
 
@@ -184,12 +183,12 @@ def no_image(reply: Reply) -> str | None:
     return f"it reports {reply.images} images" if reply.images < 1 else None
 
 
-def kept_images(data: ClientData, exclude: tuple[int, ...]) -> LabelledImages:
-    """Return the client's training images of the other classes; refuse where there is none."""
+def kept_images(data: ClientData, exclude: tuple[int, ...], rules: Privacy) -> LabelledImages:
+    """Return the client's training images of the other classes; refuse where they are fewer than ``rules`` allow."""
     images = data.train.without(exclude)
-    if len(images) == 0:
+    if len(images) == 0 and rules.min_images <= 1:  # otherwise it would tell none from few
         raise FederationError(f"nothing is left without the classes {list(exclude)}")
-    return images
+    return enough(images, rules)
 
 
 def sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:

@@ -59,7 +59,7 @@ class Gradients:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
+        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
         found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
         return Answer(found, len(images), len(images))
 
@@ -100,7 +100,7 @@ class Moments:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
+        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
         found = input_moments(model, images, compute, hide=rules.min_images > 1)
         return Answer(found, len(images), len(images))
 

@@ -36,7 +36,8 @@ from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_layers, batch_norm_sums
 from fedunlearn.training.compute import Compute, device_of
 from fedunlearn.training.evaluation import count_correct, in_order
-from fedunlearn.training.mixing import each_of, fewest
+from fedunlearn.training.mixing import each_of, fewest, fewest_by_turns
+from fedunlearn.training.objectives.base import ByTurns
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
 
 _BEYOND, _LITTLE = float(torch.finfo(torch.float32).max), 1e-9
@@ -128,7 +129,7 @@ class Reestimate:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(sampled(job, data, kept_images(data, self.exclude), self.sample), rules)
+        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
         draw = generator(job.seed, job.phase, "order", data.client)
         return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
 
@@ -183,8 +184,8 @@ class Train:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
-        images = data.train.only(self.exclude) if alone else kept_images(data, self.exclude)
-        if len(images) == 0:
+        images = data.train.only(self.exclude) if alone else kept_images(data, self.exclude, rules)
+        if len(images) == 0 and rules.min_images <= 1:
             raise FederationError(f"the client holds no image of the classes {list(self.exclude)}")
         enough(images, rules)
         # A step on one image is its gradient, and the gradient of a first layer holds what went into it.
@@ -230,7 +231,13 @@ class Train:
             size, limit = self.training.batch_size, self._images(images)
             mixed = tuple(own for own in map(data.train.only, zip(self.exclude)) if len(own) >= least)
             each = each_of(size, objective.share, max(1, len(mixed)))
-            if not mixed or fewest(len(images), [*map(len, mixed)], size, each, limit) < least:
+            held = [*map(len, mixed)]
+            if not mixed or fewest(len(images), held, size, each, limit) < least:
+                return None
+            if (
+                isinstance(objective, ByTurns)
+                and fewest_by_turns(len(images), held, size, each, limit, objective.turn) < least
+            ):
                 return None
         return Forgetting(mixed, each, self.exclude, head_layer(model, job.model.example))
 
@@ -276,6 +283,9 @@ class Evaluate:
         images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
         if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
             images = images.take(slice(0, 0))
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            # Of rows that all stand for one class, the right answers are the images of that class.
+            raise FederationError(f"two output rows stand for one class: the labels are {list(self.labels)}")
         counted = count_correct(model, images, labels=self.labels, compute=compute)
         sums = {"correct": counted.correct.sum(), "counts": counted.counts.sum()}
         if self.probability:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from fedunlearn.data.batches import sizes
 from fedunlearn.data.images import LabelledImages
 
 Drawn = Callable[..., Iterator[tuple[Tensor, Tensor]]]
@@ -82,10 +85,63 @@ def fewest(kept: int, forgotten: Sequence[int], size: int, each: int, limit: int
         >>> fewest(1000, [100], size=64, each=16, limit=128)  # of 96 and 32
         32
     """
-    few = each * len(forgotten)
-    part, drawn = max(1, size - few), _kept(kept, size, few, limit)
-    steps = -(-drawn // part) - (drawn > 1 and drawn % part == 1 % part)  # an image left over joins the batch before it
-    return min(drawn, *forgotten, max(1, steps) * each)
+    drawn = _passed(kept, size, each * len(forgotten), limit)
+    return min(sum(drawn), *forgotten, max(1, len(drawn)) * each)
+
+
+def fewest_by_turns(
+    kept: int,
+    forgotten: Sequence[int],
+    size: int,
+    each: int,
+    limit: int,
+    turn: Callable[[float, float | None], int | None],
+) -> int:
+    """Return how many different images of a kind, whichever are fewest, steps of one kind are sure to take.
+
+    Each turn on images to forget counts alone: while a model is as received, a step away from that has no gradient. The
+    others count pass by pass, in which each is drawn once; of a set, what is drawn before it begins anew.
+
+    Args:
+        kept: images of the other classes.
+        forgotten: images in each of the sets that are mixed in.
+        size: images in a batch.
+        each: of these, images of each set.
+        limit: about as many images in all passes.
+        turn: see ``ByTurns``.
+
+    Example:
+        >>> first = lambda progress, earlier: 0 if progress < 0.5 else None
+        >>> fewest_by_turns(1000, [100], 64, 16, 128, first)  # a step of 16, a step of 48
+        16
+    """
+    streams = [_rounds_of(sizes(own, each)) for own in forgotten]
+    away: dict[int, list[Counter[int]]] = {}
+    done, earlier, most = 0, None, 0
+    while done < limit:
+        others = 0
+        for part in _passed(kept, size, each * len(forgotten), limit - done):
+            drawn = [next(stream) for stream in streams]
+            of = turn(done / limit, earlier)
+            if of is None:
+                others += part
+            else:
+                for counts, (time, number) in zip(away.setdefault(of, [Counter() for _ in streams]), drawn):
+                    counts[time] += number
+            earlier = done / limit
+            done += part + sum(number for _, number in drawn)
+        most = max(most, others)
+    return min([most, *(max(counts.values()) for turns in away.values() for counts in turns)])
+
+
+def _rounds_of(batches: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the batches of a set again and again, each with how often the set was drawn before."""
+    return ((time, number) for time in count() for number in batches)
+
+
+def _passed(kept: int, size: int, few: int, limit: int) -> list[int]:
+    """Return how many images of the other classes each batch of a pass of ``mixed`` has."""
+    return sizes(_kept(kept, size, few, limit), max(1, size - few))
 
 
 def _kept(kept: int, size: int, few: int, limit: int) -> int:

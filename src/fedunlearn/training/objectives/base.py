@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,19 @@ class Local(Protocol):
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch."""
+
+
+@runtime_checkable
+class ByTurns(Protocol):
+    """A local objective of which each step takes images of one kind alone, to forget or not."""
+
+    def turn(self, progress: float, earlier: float | None) -> int | None:
+        """Return to which turn a step on images to forget belongs; None for a step on the others.
+
+        Args:
+            progress: share of the client's steps in this round that are done.
+            earlier: what it was one step before; None in the first.
+        """
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

@@ -49,12 +49,16 @@ class Scrub:
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch, of which a step takes one kind of images."""
         of, t = seen.forgotten, self.temperature
-        turn, within = divmod(seen.progress * self.turns, 1)
-        # A turn of few steps, of which none is in its first share, would have none away.
-        begins = seen.earlier is None or seen.earlier * self.turns // 1 < turn
-        if turn < self.ascents and (begins or within < self.away):
+        if self.turn(seen.progress, seen.earlier) is not None:
             return -kl(seen.teacher(of), seen.logits[of], t)
         return self.distil * kl(seen.teacher(~of), seen.logits[~of], t) + seen.cross_entropy(~of)
+
+    def turn(self, progress: float, earlier: float | None) -> int | None:
+        """Return the turn of a step away; None for a step on the images that stay."""
+        turn, within = divmod(progress * self.turns, 1)
+        # A turn of few steps, of which none is in its first share, would have none away.
+        begins = earlier is None or earlier * self.turns // 1 < turn
+        return int(turn) if turn < self.ascents and (begins or within < self.away) else None
 
 
 def _is_count(value: object) -> bool:
