@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial as bound
 from pathlib import Path
@@ -39,6 +41,7 @@ from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, train_rounds
+from fedunlearn.files import append_line
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import Oracle, retrained_models
@@ -453,6 +456,40 @@ def test_a_journal_survives_a_line_cut_short_and_a_line_never_written(tmp_path):
         assert again.state("train")["w"].tolist() == [2.0]
         assert (tmp_path / "rounds.jsonl").read_text() == lines
     assert Cost.of(again.entries("train")).client_samples == 3
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Make every write beyond ``size`` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_after_a_full_disk_the_same_journal_does_the_round_again(tmp_path):
+    engine, training = LocalEngine(partition(make_images(120), by="iid", clients=2)), Training(0.1, 8)
+    whole = train_rounds(make_net(), Federation(engine), training, rounds=3)
+    fed = Federation(engine, Journal(tmp_path))
+    train_rounds(make_net(), fed, training, rounds=1)
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"train\.safetensors"):
+        train_rounds(make_net(), fed, training, rounds=3)
+    again = train_rounds(make_net(), fed, training, rounds=3)
+    assert len(fed.journal.steps("train")) == 3
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], tensor), name
+
+
+def test_of_a_line_that_cannot_be_written_nothing_stays(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, b"one")
+    with files_of_at_most(6), pytest.raises(OSError, match="lines"):
+        append_line(path, b"two")
+    assert path.read_bytes() == b"one\n"
+    append_line(path, b"two")
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_a_journal_refuses_what_is_not_its_own(tmp_path):

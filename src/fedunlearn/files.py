@@ -28,11 +28,17 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file and sync it to disk."""
-    with _named(path), path.open("ab") as file:
-        file.write(line + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add a line to a file and sync it to disk; where that fails, nothing of it stays."""
+    with _named(path), path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            left = line + b"\n"
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:  # another line must not go on from half of this one
+            file.truncate(before)
+            raise
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class Journal:
         self._prefix = ""
         self.report = observe
         self._steps: list[Step] = []
-        self._states: dict[str, dict[str, Tensor]] = {}
+        # By phase and how many of its steps are done: one that an interrupt kept from being recorded has no number.
+        self._states: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._lock: FolderLock | None = None
         if folder is not None:
             _check_name(folder)
@@ -161,13 +162,14 @@ class Journal:
         Raises:
             RunError: they are gone, as those of a finished run are.
         """
+        at = self._prefix + phase, len(self.steps(phase))
         phase = self._prefix + phase
-        if phase not in self._states:
+        if at not in self._states:
             raise RunError(
                 f"{self._folder}: the steps of {phase} are there and state/{phase}.safetensors is not, as after a run "
                 "that had ended: choose another --out to do it again"
             )
-        return dict(self._states[phase])
+        return dict(self._states[at])
 
     def finish(self, step: Step, tensors: Mapping[str, Tensor]) -> None:
         """Record ``step`` with the tensors to go on from.
@@ -180,14 +182,18 @@ class Journal:
                 f"{self._folder}: another Journal of this process was opened on this folder since, or this one was "
                 "left: go on with the newest, which knows all steps"
             )
+        done = len(self.steps(step.phase))
         step = replace(step, phase=self._prefix + step.phase)
-        self._states[step.phase] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
             state = self._folder / STATE / f"{step.phase}.safetensors"
             state.parent.mkdir(exist_ok=True)
             write_tensors(state, tensors, {"step": step.to_json()})
             append_line(self._folder / _ROUNDS, step.to_json().encode())
+        # Not before it is on the disk: after a full one, or an interrupt, the same request does the step again.
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._states[step.phase, done + 1] = copies
         self._steps.append(step)
+        self._states.pop((step.phase, done), None)
 
     def adopt(self, phase: str, other: Journal) -> None:
         """Record the last step of ``phase`` of another journal as one of this, so that it is not done again."""
@@ -240,7 +246,7 @@ class Journal:
             with safetensors.safe_open(state, "pt") as file:
                 line = file.metadata()["step"]
                 step = Step.from_dict(json.loads(line))
-                self._states[step.phase] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{state}: expected the state of a phase, but {error}: delete {path.parent}") from error
         recorded = len(self.steps(step.phase))
@@ -252,6 +258,7 @@ class Journal:
                 f"{state} is that of round {step.round}, {path.name} has {recorded} rounds of {step.phase}: "
                 f"delete {path.parent}"
             )
+        self._states[step.phase, step.round + 1] = tensors
 
 
 def _check_name(folder: Path) -> None:
