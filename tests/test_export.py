@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fedunlearn as fu
-from conftest import classifier, logits, make_images, make_net
+from conftest import classifier, files_of_at_most, logits, make_images, make_net
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.plan import Classifier, Cut, plan_pruning
 from fedunlearn.errors import ModelError, RunError
@@ -83,6 +83,16 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(name, model, text
     with pytest.raises(ModelError, match=re.escape(text)):
         export_onnx(tmp_path / name, classifier(model()), images=make_images(6))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "m.onnx"
+    export_onnx(path, classifier(make_net()), images=make_images(6))
+    before = path.read_bytes()
+    with files_of_at_most(len(before) // 2), pytest.raises(ModelError, match=r"m\.onnx: cannot be written"):
+        export_onnx(path, classifier(make_net(seed=1)), images=make_images(6))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_gives_other_logits_is_not_written(tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from conftest import classifier, collected, job, logits, make_images, make_net
 from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
+from fedunlearn.data.datasets import from_dataset
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import FederationError, RecipeError, RunError, listed
@@ -257,6 +259,26 @@ def test_a_loss_that_is_not_finite_stops_the_client(net, images):
         net[8].weight.fill_(float("inf"))
     with pytest.raises(FederationError, match=r"the loss became .* after 0 images: lower the learning rate"):
         train_locally(net, images, Training(lr=1.0), lr=1.0, draw=torch.Generator())
+
+
+def test_an_image_that_is_not_finite_is_told_from_a_learning_rate_that_is_too_high(net, images):
+    shown = images.pixels(slice(None)).clone()
+    shown[3] = float("nan")
+    broken = from_dataset(TensorDataset(shown, images.labels), images.classes)
+    with pytest.raises(FederationError, match="images hold values that are not finite"):
+        train_locally(net, broken, Training(lr=0.1), lr=0.1, draw=torch.Generator())
+
+
+def test_no_message_keeps_a_client_training_for_ever(net, images):
+    endless = Training(lr=0.1, local_epochs=1e12)
+    with pytest.raises(FederationError, match=r"1e\+12 epochs of the images are more than .* in a round: lower local"):
+        train_locally(net, images, endless, lr=0.1, draw=torch.Generator())
+
+
+@pytest.mark.parametrize("name", [3, "", "two\nlines"])
+def test_a_client_is_named_by_text_in_one_line(images, name):
+    with pytest.raises(FederationError, match=r"ClientData\(client\) must be text in one line, got"):
+        ClientData(name, images)
 
 
 def test_the_cycle_rises_then_falls_and_never_wastes_a_round():

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.flower.messages import digest_of, encode_job, encode_reply, to_arrays
+from fedunlearn.flower.messages import digest_of, encode_job, encode_reply, exchange, to_arrays
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
@@ -429,9 +430,59 @@ def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
         return None if len(calls) < 3 else APP(message, context)
 
     chosen = engine(Loopback(nodes(count=3) | {700: (slow, 3)}), clients=tuple(CLIENTS))
-    for _ in range(3):
-        refused = collected(chosen, train_job())[1].refused
-    assert refused == {}
+    end = time.monotonic() + 20
+    while refused := collected(chosen, train_job())[1].refused:
+        assert list(refused) == ["client-3"]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_node_that_never_introduces_itself_costs_later_jobs_ever_less():
+    asked = []
+    hung = {700: (lambda message, context: asked.append(time.monotonic()), 3)}
+    chosen = FlowerEngine(
+        Loopback(nodes(count=3) | hung), clients=tuple(CLIENTS), deadline=5.0, patience=0.1, hello=0.05
+    )
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        collected(chosen, train_job())
+    assert 3 <= len(asked) <= 8  # one for each doubling of .05 s; each job would be a hundred
+    assert all(later - earlier >= 0.05 for earlier, later in zip(asked, asked[1:]))
+
+
+class Late(Loopback):
+    """Each answer is there after ``after`` seconds, and takes ``pull`` seconds to take."""
+
+    def __init__(self, count, *, after, pull):
+        super().__init__(
+            {k: (lambda message, context: Message(RecordDict(), reply_to=message), k) for k in range(count)}
+        )
+        self.after, self.pull = after, pull
+
+    def push_messages(self, messages):
+        self.began = time.monotonic()
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        if time.monotonic() - self.began < self.after:
+            return []
+        time.sleep(self.pull)
+        return super().pull_messages(message_ids)
+
+
+@pytest.mark.parametrize(("count", "after", "pull"), [(3, 0.49, 0.0), (50, 0.1, 0.02)])
+def test_every_answer_that_is_there_by_the_deadline_is_taken(count, after, pull):
+    grid = Late(count, after=after, pull=pull)
+    messages = [Message(RecordDict(), node, "train") for node in range(count)]
+    came = exchange(grid, messages, 0.5)
+    assert (sorted(came.answers), came.failed) == ([*range(count)], {})
+
+
+def test_what_is_not_there_by_the_deadline_has_failed():
+    grid = Late(3, after=9.0, pull=0.0)
+    came = exchange(grid, [Message(RecordDict(), node, "train") for node in range(3)], 0.2)
+    assert came.failed == dict.fromkeys(range(3), "it gave no answer within 0.2 s")
+    assert (came.late, came.unsent) == ({0, 1, 2}, set())
 
 
 def test_a_node_that_no_message_reached_is_asked_again():

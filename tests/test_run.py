@@ -3,14 +3,12 @@
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial as bound
 from pathlib import Path
@@ -21,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import classifier, logits, make_images, make_net, write_set
+from conftest import classifier, files_of_at_most, logits, make_images, make_net, write_set
 from fedunlearn.channels.plan import Cut, PruningPlan, prune
 from fedunlearn.channels.scores import Ranking, contrast, random_scores
 from fedunlearn.channels.stats import capped, mean_of_clients
@@ -456,17 +454,6 @@ def test_a_journal_survives_a_line_cut_short_and_a_line_never_written(tmp_path):
         assert again.state("train")["w"].tolist() == [2.0]
         assert (tmp_path / "rounds.jsonl").read_text() == lines
     assert Cost.of(again.entries("train")).client_samples == 3
-
-
-@contextmanager
-def files_of_at_most(size):
-    """Make every write beyond ``size`` bytes of a file fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_after_a_full_disk_the_same_journal_does_the_round_again(tmp_path):

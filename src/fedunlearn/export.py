@@ -18,6 +18,7 @@ from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError, ModelError
+from fedunlearn.files import written
 from fedunlearn.seeding import generator
 
 _IMAGES = 5  # another number than the example has: the file takes batches of any size
@@ -67,15 +68,15 @@ def export_onnx(path: Path | str, model: Classifier, *, images: LabelledImages) 
                 verbose=False,
             )
             assert program is not None  # as with dynamo
-            written = program.model_proto
+            made = program.model_proto
     except Exception as error:  # the exporter fails in many ways on what it does not know
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: torch cannot export the model ({why}): leave out what depends on values") from error
     about = {"classes": [images.classes[label] for label in labels], "mean": images.mean, "std": images.std}
-    onnx.helper.set_model_props(written, {name: json.dumps(value) for name, value in about.items()})
+    onnx.helper.set_model_props(made, {name: json.dumps(value) for name, value in about.items()})
     shown = torch.randn((_IMAGES, *model.shape), generator=generator(0, "onnx"))
     try:
-        session = onnxruntime.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"images": shown.numpy()})
     except Exception as error:  # as does onnxruntime on what the exporter writes
         why = " ".join(str(error).split())[:200]
@@ -85,10 +86,12 @@ def export_onnx(path: Path | str, model: Classifier, *, images: LabelledImages) 
     if not apart <= _TOLERANCE:
         raise ModelError(f"{path}: not written: by onnxruntime the logits are {apart:.1e} from torch's, of the largest")
     try:
-        onnx.save(written, path)
+        with written(path) as part:
+            part.write_bytes(made.SerializeToString())
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be written ({error.strerror}): give a place in a folder that is there"
+            f"{path}: cannot be written ({error.strerror}): give a place in a folder that is there, with room for "
+            f"{made.ByteSize():,} bytes"
         ) from error
     return apart
 

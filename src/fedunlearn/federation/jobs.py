@@ -112,11 +112,21 @@ class ClientData:
         client: its id.
         train: training images.
         validation: images for ``Evaluate``, never trained on.
+
+    Raises:
+        FederationError: the id is no text in one line.
     """
 
     client: str
     train: LabelledImages
     validation: LabelledImages | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.client, str) or not self.client or not self.client.isprintable():
+            raise FederationError(
+                f"ClientData(client) must be text in one line, got {self.client!r}: give a name, such as "
+                "f'client-{number}'"
+            )
 
 
 class Engine(Protocol):

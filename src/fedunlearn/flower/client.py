@@ -189,8 +189,8 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
             "client": data.client,
             "shape": list(data.train.shape),
             "classes": list(data.train.classes),
-            "mean": list(data.train.mean),
-            "std": list(data.train.std),
+            "mean": [float(value) for value in data.train.mean],  # a record takes values of one type alone
+            "std": [float(value) for value in data.train.std],
         }
         return Message(RecordDict({OWN: ConfigRecord(about)}), reply_to=message)
     text = ""

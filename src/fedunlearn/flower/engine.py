@@ -83,6 +83,7 @@ class FlowerEngine:
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
         self._twins: dict[int, int] = {}  # of these, a node to the one that gave its name before
+        self._slow: dict[int, tuple[int, float]] = {}  # node to how often it was too slow, and when it is asked again
         self._meaning = meaning
         self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
@@ -196,12 +197,18 @@ class FlowerEngine:
         freed = {node for node, first in self._twins.items() if first not in connected}
         self._twins = {node: first for node, first in self._twins.items() if node in connected - freed}
         self._refused = {node: why for node, why in self._refused.items() if node in connected - freed}
-        new = connected - set(self._nodes.values()) - self._refused.keys()
+        self._slow = {node: own for node, own in self._slow.items() if node in connected}
+        now = time.monotonic()
+        not_yet = {node for node, (_, again) in self._slow.items() if now < again}
+        new = connected - set(self._nodes.values()) - self._refused.keys() - not_yet
         if not new:
             return
         content = RecordDict({OWN: ConfigRecord({"hello": 1})})
         came = self._exchange(content, sorted(new), "hello", hello)
-        for node in sorted(new - came.late):  # who was only slow is asked again
+        for node in came.late - came.unsent:  # who is only slow is asked again, ever later: each job waits for it
+            times = self._slow.get(node, (0, 0.0))[0] + 1
+            self._slow[node] = times, time.monotonic() + 2 ** (times - 1) * hello
+        for node in sorted(new - came.late):
             why = came.failed[node] if node in came.failed else self._introduce(node, came.answers[node], connected)
             if why is not None:
                 self._refused[node] = why
@@ -243,7 +250,8 @@ class FlowerEngine:
     def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> Exchanged:
         """Send ``content`` to ``nodes`` and return what each answered before the deadline."""
         # One content for all: it is only read here.
-        messages = [Message(content, node, JOB, ttl=deadline, group_id=group) for node in nodes]
+        # The SuperLink drops what is older than its ttl: the last answers are taken after the deadline.
+        messages = [Message(content, node, JOB, ttl=2 * deadline + _LATE, group_id=group) for node in nodes]
         return exchange(self._grid, messages, deadline)
 
 

@@ -275,15 +275,20 @@ class Exchanged:
         answers: node to the first answer that it gave.
         failed: each other node to why it has none.
         late: those of the latter that did nothing wrong: no message reached them, or time ran out.
+        unsent: those of the latter that no message reached, for which nobody waited.
     """
 
     answers: dict[int, Message]
     failed: dict[int, str]
     late: frozenset[int]
+    unsent: frozenset[int]
 
 
 def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchanged:
-    """Send ``messages``, one per node, and return what each node answered within ``deadline`` seconds."""
+    """Send ``messages``, one per node, and return what each node answered within ``deadline`` seconds.
+
+    The deadline ends the waiting; what is there by then is taken, however long that takes.
+    """
     nodes = [message.metadata.dst_node_id for message in messages]
     numbers = [*grid.push_messages(messages)]
     numbers += [""] * (len(nodes) - len(numbers))
@@ -295,16 +300,16 @@ def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchan
     while True:
         looked = time.monotonic()
         for number, node in sent.items():
-            if node not in answers and node not in failed and time.monotonic() - began <= deadline:
+            if node not in answers and node not in failed:
                 _pull(grid, number, node, answers, failed)
         waiting = [node for node in sent.values() if node not in answers and node not in failed]
-        left = deadline - (time.monotonic() - began)
-        if not waiting or left <= 0:
+        if not waiting or looked - began >= deadline:
             failed |= dict.fromkeys(waiting, f"it gave no answer within {deadline:g} s")
-            return Exchanged(answers, failed, frozenset((*not_sent, *waiting)))
+            return Exchanged(answers, failed, frozenset((*not_sent, *waiting)), frozenset(not_sent))
         # Each look is a write in the SuperLink's database for every node, which clients who answer wait for meanwhile.
-        took = time.monotonic() - looked
-        time.sleep(min(max(POLL, took, (deadline - left) / 20), max(_LONGEST_POLL, took), left))
+        now = time.monotonic()
+        took, passed = now - looked, now - began
+        time.sleep(min(max(POLL, took, passed / 20), max(_LONGEST_POLL, took), max(0.0, deadline - passed)))
 
 
 def _pull(grid: Grid, number: str, node: int, answers: dict[int, Message], failed: dict[int, str]) -> None:

@@ -258,6 +258,11 @@ def train_locally(
         erased = again_and_again(drawn, forgetting.images, forgetting.each)
         drawn = partial(mixed, drawn, erased, forgetting.each * len(forgetting.images))
     wanted = max(1, round(training.local_epochs * len(images)))
+    if wanted > MOST_IMAGES:  # no answer after so many is taken
+        raise FederationError(
+            f"{training.local_epochs:g} epochs of the images are more than {MOST_IMAGES:,} in a round: lower "
+            "local_epochs"
+        )
     seen = 0
     earlier: float | None = None
     while seen < wanted:
@@ -272,6 +277,8 @@ def train_locally(
                 loss = objective.loss(step(smoothing=smoothing, progress=at, earlier=earlier, draw=draw))
                 earlier = at
             if not torch.isfinite(loss):
+                if not torch.isfinite(batch).all():
+                    raise FederationError("images hold values that are not finite (NaN): mend or leave them out")
                 raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
             optimiser.zero_grad()
             torch.autograd.backward(loss)
