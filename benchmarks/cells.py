@@ -40,6 +40,7 @@ from fedunlearn.training.compute import one_torch_thread
 MODELS, CELLS = (Path(__file__).parent / name for name in ("models", "cells"))
 LEVELS = "levels.json"
 SEEDS = (0, 1, 2)
+_PAPER = "tf_idf-paper"
 _ERASE = ("unlearn.lr=0.03", "erase.complement=1", "erase.separation=0.1", "erase.until=0.3")
 _AGAIN = (*_ERASE[:-1], "erase.every=6")
 _DECAY = (*_AGAIN, "unlearn.weight_decay=0.005")
@@ -57,7 +58,7 @@ SETTINGS = {
     "erase-again-rest-half": ("unlearn.fraction=0", *_DECAY, "erase.until=0.75", "unlearn.rounds=111"),
     "erase-again-rest-quarter": ("unlearn.fraction=0", *_DECAY, "erase.until=0.75", "unlearn.rounds=56"),
     "tf_idf": ("unlearn.criterion=tf_idf",),
-    "tf_idf-paper": ("unlearn.criterion=tf_idf", "unlearn.hook=convolution"),
+    _PAPER: ("unlearn.criterion=tf_idf", "unlearn.hook=convolution"),
 }
 # Of one class alone: how much work the verdict takes.
 LESS_WORK = ("erase-again-decay-half", "erase-again-rest-half", "erase-again-rest-quarter")
@@ -74,9 +75,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--retrained", type=int, default=3)
     parser.add_argument("--forget", type=int, nargs="+", default=(), help="classes; the recipe's where not given")
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=_FULL, help="all of full work where not given"
-    )
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=(), help="all of full work where not given")
     parser.add_argument("--precision", default="float32", help="of training; unlearning and audits are float32")
     parser.add_argument("--workers", type=int, default=0, help="clients at work side by side; as many as cores where 0")
     asked = parser.parse_args()
@@ -89,7 +88,10 @@ def main() -> None:
             train(asked.recipe, settings, asked.work, asked.retrained, forget)
         else:
             settings += ["compute.precision=float32", f"audit.oracles={asked.retrained}"]
-            unlearn(asked.recipe, settings, asked.work, forget, names=asked.settings)
+            known = [name for name in _FULL if name != _PAPER or asked.recipe in PAPER_FRACTION]
+            if _PAPER in asked.settings and asked.recipe not in PAPER_FRACTION:
+                parser.error(f"{_PAPER}: the paper gives no share of channels for {asked.recipe}")
+            unlearn(asked.recipe, settings, asked.work, forget, names=asked.settings or known)
 
 
 def cell_of(recipe: str, forget: Sequence[int]) -> str:
@@ -137,7 +139,7 @@ def unlearn(
     original = MODELS / cell / "original.safetensors"
     models = [f'audit.models="{MODELS / cell}"', f'model.weights="{original}"', *_forgetting(forget)]
     for name in names:
-        paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == "tf_idf-paper" else []
+        paper = [f"unlearn.fraction={PAPER_FRACTION[recipe]}"] if name == _PAPER else []
         for seed in SEEDS:
             path = CELLS / f"{cell}-{name}-seed{seed}.json"
             out = work / path.stem

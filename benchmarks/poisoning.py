@@ -97,7 +97,8 @@ def main() -> None:
                 rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, experiment.splits.test))
                 for name, attack in ATTACKS.items():
                     for factor in FACTORS:
-                        engine = Liar(experiment.clients, validation=experiment.validation)
+                        rules = experiment.recipe.rules()  # as the honest clients have
+                        engine = Liar(experiment.clients, validation=experiment.validation, rules=rules)
                         engine.attack, engine.factor = attack, factor
                         done = forgotten(replace(own, engine=engine), original)
                         rows.append(
