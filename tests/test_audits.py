@@ -547,6 +547,36 @@ def test_thresholds_are_on_disk_before_the_candidate_or_a_control_is_measured(ne
     assert set(found.models["head_only"].figures) == set(verdict.KINDS) - missing
 
 
+def test_a_model_with_all_its_rows_is_asked_what_it_names(nets, set_of_images, tmp_path):
+    original, oracles = nets
+    found = audit(
+        Subject(whole_model(original).model),
+        set_of_images,
+        oracles={f"retrained-{k}": delivered(net) for k, net in enumerate(oracles)},
+    )
+    assert found.verdict == verdict.NOT_FORGOTTEN
+    assert found.models["unlearned"].figures["forget"].value > 0.8
+
+
+def test_figures_of_the_same_weights_in_other_layers_are_not_taken_for_theirs(nets, set_of_images, tmp_path):
+    original, oracles = nets
+
+    def audited(net):
+        return audit(
+            whole_model(net),
+            set_of_images,
+            oracles={f"retrained-{k}": delivered(net) for k, net in enumerate(oracles)},
+            record=Record(tmp_path),
+        )
+
+    audited(original)
+    other = make_net(classes=4)
+    other[2] = torch.nn.ELU()
+    other.load_state_dict(original.state_dict())
+    with pytest.raises(RunError, match=r"unlearned.json holds the figures of another model named unlearned"):
+        audited(other.eval())
+
+
 def test_an_audit_that_was_cut_off_goes_on_to_the_same_figures(nets, set_of_images, tmp_path):
     whole(nets, set_of_images, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "audits").iterdir()}

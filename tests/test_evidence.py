@@ -637,6 +637,35 @@ def test_page_and_text_say_the_speed_up_beside_every_retrained_model(copied):
     assert f"4 models retrained from nothing besides, {amount(whole)} GFLOP" in page
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_seconds_of_a_model_from_the_cache_are_not_divided(copied, cached):
+    folder, _ = copied
+    unsigned(folder)
+    result = json.loads((folder / "result.json").read_text())
+    result["oracles"]["retrained-1"]["cached"] = cached
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report(folder)
+    (row,) = [line for line in (folder / "report.html").read_text().splitlines() if "seconds of client time" in line]
+    assert row.count("\N{MULTIPLICATION SIGN}") == (0 if cached else 2)
+
+
+def test_a_class_without_test_images_and_one_that_gained_are_not_said_to_have_lost(copied):
+    folder, _ = copied
+    unsigned(folder)
+    result = json.loads((folder / "result.json").read_text())
+    kept = [name for k, name in enumerate(result["classes"]) if k not in result["forget"]]
+    for block in (result["original"], result["unlearned"], *result["oracles"].values()):
+        block["accuracy"]["per_class"][kept[0]] = None
+    for k, name in enumerate(kept[1:]):
+        result["original"]["accuracy"]["per_class"][name] = 0.5
+        result["unlearned"]["accuracy"]["per_class"][name] = 0.5 + 0.1 * k
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "Of the classes that stay, none lost." in page
+    assert f"Farthest below the retrained models: {kept[0]}," not in page
+
+
 def test_a_result_of_schema_1_is_shown_and_asks_for_its_own_verifier(copied, signed):
     folder, key = copied
 
@@ -978,6 +1007,7 @@ TEXTS = {".py", ".md", ".html", ".toml"}
 def test_audits_in_whose_band_the_original_lies_are_said_to_tell_nothing():
     audits = {"probe": {"band": [0.4, 0.6]}, "int8": {"band": [-0.2, 1.3]}, "relearn": {"band": [0.1, 0.2]}}
     assert unable(audits, {"probe": 0.5, "relearn": 0.9}) == ["probe", "int8"]
+    assert unable(audits, {"probe": 0.3, "relearn": 0.9}) == ["probe", "int8"]  # below a band is not above it
     assert unable(audits, {}) == ["int8"]
     assert unable({"cka": {"band": [0.4, 0.6]}, "int4": {"band": None}}, {"cka": 0.5}) == []
 

@@ -35,6 +35,7 @@ from fedunlearn.federation import journal as journals
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry
 from fedunlearn.federation.local import LocalEngine
@@ -281,6 +282,44 @@ def test_the_retrained_model_is_kept_and_seconds_of_another_run_are_not_compared
     assert "client_seconds" in ratios[0]
     unseen = replace(first, steps=[replace(step, validation=None) for step in first.steps])  # of a folder of models
     assert cost_blocks(experiment, {"retrained-1": unseen}, result) == {}
+
+
+class WithoutAnswer:
+    """An engine of which one client never answers when it is asked to train."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def run(self, job):
+        for reply in self.engine.run(job):
+            silent = reply.client == "client-0" and job.task.kind == "train"
+            yield Reply(reply.client, error="it gave no answer") if silent else reply
+
+
+def test_a_model_that_a_client_had_no_part_in_is_not_kept_for_runs_in_which_it_has(tmp_path):
+    experiment = prepare(load_recipe(str(write_set(tmp_path, model="small-cnn"))))
+    lacking = replace(experiment, engine=WithoutAnswer(experiment.engine))
+    seen = []
+    for own in (lacking, experiment, experiment):
+        (oracle,) = retrained_models(own, own.federation(Journal()), data="images", count=1).values()
+        seen.append((oracle.cached, whole_cost(oracle.steps)["client_samples"]))
+    assert [cached for cached, _ in seen] == [False, False, True]
+    assert seen[0][1] < seen[1][1] == seen[2][1]
+
+
+def test_copies_of_one_retrained_model_are_not_taken_for_several(tmp_path):
+    _, oracle, _ = retrained(tmp_path, "one")
+    for seed in (1, 2):
+        KeptModel(tmp_path / "models" / f"retrained-{seed}.safetensors").store(oracle.model.module, oracle.steps)
+    recipe = load_recipe(str(tmp_path / "tiny.toml"), [f'audit.models="{tmp_path / "models"}"', "model.name=small-cnn"])
+    other = prepare(recipe)
+    with pytest.raises(
+        RunError, match=r"retrained-1 and retrained-2 are one model to the last weight, expected models"
+    ):
+        retrained_models(other, other.federation(Journal()), data="images", count=2)
 
 
 def test_a_damaged_kept_model_is_trained_anew(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,6 +276,8 @@ def _fix(folder: Path | None, text: str) -> str:
 def _state_hash(subject: Subject) -> str:
     digest = hashlib.sha256(json.dumps(subject.labels).encode())
     for model in (subject.model, subject.row_kept):
+        if model is not None:  # the same weights in other layers are another model; an address changes with the process
+            digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(model.module)).encode())
         for name, tensor in ({} if model is None else model.module.state_dict()).items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

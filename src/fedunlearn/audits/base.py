@@ -40,7 +40,7 @@ class Subject:
     Attributes:
         model: the model as it is delivered, with the class of each of its output rows.
         row_kept: the same model with a row for every class, where it is known: without a row for the forgotten class
-            a model never names it, whatever the model knows.
+            a model never names it, whatever the model knows. ``model`` itself where that has all rows in order.
         shipped: the file of the model, where the original is known.
 
     Raises:
@@ -85,6 +85,8 @@ class Subject:
                 f"the audit of {name}: the model has no output row for class {lacking[0]}, which stays: "
                 f"only those of {sorted(forget)} may be missing"
             )
+        if row_kept is None and model.labels == tuple(range(classes)):
+            row_kept = model  # its rows are in place, so what it names is known
         if row_kept is not None and row_kept.labels != tuple(range(classes)):
             raise ModelError(
                 f"the audit of {name}: row_kept must have a row for each class 0 .. {classes - 1} in this order, its "

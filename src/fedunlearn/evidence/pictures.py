@@ -97,10 +97,14 @@ def _classes(run: RunFolder) -> Plot:
     before, after = (run.result[name]["accuracy"]["per_class"] for name in ("original", "unlearned"))
     oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
     mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
-    kept = [name for place, name in enumerate(before) if place not in run.result["forget"]]
+    # A class without test images is one of which nothing is known.
+    kept = [name for k, name in enumerate(before) if k not in run.result["forget"] and before[name] is not None]
     now, past = _numbers(after), _numbers(before)
     lost = max(kept, key=lambda name: past[name] - now[name])
-    text = f"Of the classes that stay, {lost} lost most: {percent(past[lost])} % before, {percent(now[lost])} % now."
+    text = "Of the classes that stay, none lost."
+    if past[lost] > now[lost]:
+        change = f"{percent(past[lost])} % before, {percent(now[lost])} % now"
+        text = f"Of the classes that stay, {lost} lost most: {change}."
     if oracles:
         worst = max(kept, key=lambda name: mean[name] - now[name])
         text += f" Farthest below the retrained models: {worst}, {percent(now[worst])} % ({percent(mean[worst])} %)."

@@ -318,7 +318,7 @@ def _share(value: float) -> str:
 
 
 def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str]:
-    """Return the audits that cannot tell here: the original, which knows the class, lies in the band; or anything does.
+    """Return the audits that cannot tell here: the original is not above the band, or nothing can be.
 
     Args:
         audits: of the candidate, with the bands.
@@ -328,7 +328,7 @@ def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str
     for name, audit in audits.items():
         if audit["band"] is not None and FIGURES[name].kind == "class" and FIGURES[name].fixed is None:
             low, high = audit["band"]
-            if low <= original.get(name, float("inf")) <= high or (low <= 0 and high >= 1):
+            if original.get(name, float("inf")) <= high or (low <= 0 and high >= 1):
                 names.append(name)
     return names
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.errors import RunError
+from fedunlearn.federation.about import weights_digest
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
@@ -135,15 +137,22 @@ def retrained_models(experiment: Experiment, fed: Federation, *, data: str, coun
         count: how many.
 
     Raises:
-        RunError: models that the recipe names are no answer to this request.
+        RunError: models that the recipe names are no answer to this request, or two of them are one.
     """
     if experiment.recipe.audit.models:
         check_folder_of_models(experiment, data=data)
-    seeds = [fed.seed + 1 + k for k in range(count)]
-    return {
-        f"retrained-{seed}": _retrained(experiment, replace(fed.part(f"retrained-{seed}"), seed=seed), data)
-        for seed in seeds
-    }
+    found: dict[str, Oracle] = {}
+    weights: dict[str, str] = {}
+    for seed in range(fed.seed + 1, fed.seed + 1 + count):
+        name = f"retrained-{seed}"
+        found[name] = _retrained(experiment, replace(fed.part(name), seed=seed), data)
+        same = weights.setdefault(weights_digest(found[name].model.module.state_dict()), name)
+        if same != name:  # copies would set bands that no retrained model lies in
+            raise RunError(
+                f"{same} and {name} are one model to the last weight, expected models of other draws: give others "
+                "(audit.models), or leave audit.models out to retrain"
+            )
+    return found
 
 
 def check_kept(experiment: Experiment) -> None:
@@ -176,6 +185,7 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         fresh, kept, recipe.training(), rounds=recipe.train.rounds, server=experiment.server(), validate=validate
     )
     steps = fed.journal.steps("retrain")
-    if cache is not None:
+    # One that some clients had no part in, as they failed, is not what the next run would train.
+    if cache is not None and not any(entry.refused for step in steps for entry in step.entries):
         cache.store(model.module, steps)
     return Oracle(model, steps, False)
