@@ -497,6 +497,7 @@ def test_an_audit_of_before_there_were_controls_is_reported_and_its_pass_is_not_
         result["model"] = {name: result["model"][name] for name in ("file", "sha256")}
         result |= {"oracles": {name: {} for name in result["oracles"]}, "verdict": verdict.INDISTINGUISHABLE}
         result["decided_by"] = [name for name, own in result["audits"].items() if own["verdict"] is not None]
+        result["reason"] = f"all {len(result['decided_by'])} figures lie where one more retrained model is expected"
 
     forged(folder, signed, as_before)
     (found,) = problems(folder, key)
@@ -587,12 +588,96 @@ def told(value, *path):
         ),
         (told(9.5, "audits", "probe", "distance"), "result.json: the distance of probe does not follow from its band"),
         (told("erased", "controls", "original", "verdict"), "the verdict on original does not follow from the figures"),
+        (told([], "controls", "original", "decided_by"), "the reason of the verdict on original does not follow from"),
+        (
+            told(verdict.UNLIKE, "controls", "original", "reason"),
+            "the reason of the verdict on original does not follow",
+        ),
+        (told(1, "cost", "unlearn", "rounds"), "the cost of unlearning, rounds, does not follow from rounds.jsonl"),
+        (told(99, "cost", "unlearn", "clients"), "the cost of unlearning, clients, does not follow from rounds.jsonl"),
+        (told(500, "recipe", "train", "rounds"), "result.json and rounds.jsonl differ in the recipe"),
+        (told(9, "recipe", "audit", "oracles"), "result.json has not the retrained models that its recipe asks for"),
+        (told(9, "recipe", "evidence", "valid_days"), "result.json and rounds.jsonl differ in the recipe"),
+        (told(True, "oracles", "retrained-2", "cached"), "whether retrained-2 was trained here or came from the cache"),
+        (told(0.31, "original", "accuracy", "retain"), "result.json tells two accuracies of the original"),
+        (
+            told(0.02, "unlearned", "accuracy", "per_class", "1"),
+            "the accuracy of unlearned on 1 is not that of its confusion",
+        ),
     ],
 )
 def test_what_an_operator_writes_into_a_result_is_held_against_the_rest(copied, signed, change, text):
     folder, key = copied
     forged(folder, signed, change)
     assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def in_audits(folder, change):
+    for path in (folder / "audits").glob("*.json"):
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("figure", ["prototype_1", "cka", "membership", "int4", "artefacts"])
+def test_a_figure_is_not_lost_from_all_models(copied, signed, figure):
+    folder, key = copied
+    in_audits(folder, lambda value: value["figures"].pop(figure, None))
+
+    def without(result):
+        result["audits"].pop(figure)
+
+    forged(folder, signed, without)
+    assert any(f"lacks {figure}, which every run measures" in line for line in problems(folder, key))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda value: value["details"].update(confusion=[[3]]), "the confusion is not one of"),
+        (lambda value: value["details"]["confusion"][1].__setitem__(3, 7), "R does not follow from the confusion"),
+        (lambda value: value["details"]["relearn"]["forget"].append(1.0), "relearning does not follow from its curve"),
+        (
+            lambda value: value["details"].get("membership", {}).update(forget={"auc": 0.5}),
+            "membership does not follow from its details",
+        ),
+    ],
+)
+def test_what_stands_beside_the_figures_of_a_model_is_held_against_them(copied, signed, change, text):
+    folder, key = copied
+    in_audits(folder, change)
+    forged(folder, signed, lambda result: None)
+    assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def test_all_models_are_audited_on_the_same_images(copied, signed):
+    folder, key = copied
+    path = folder / "audits" / "finetune.json"
+    value = json.loads(path.read_text())
+    forgotten = json.loads((folder / "result.json").read_text())["forget"][0]
+    value["details"]["confusion"][forgotten][0] += 7
+    path.write_text(json.dumps(value))
+    forged(folder, signed, lambda result: None)
+    assert "the audits of the models were not made on the same test images" in problems(folder, key)
+
+
+def test_a_dossier_expires_when_its_recipe_says(copied, signed):
+    folder, key = copied
+    value = json.loads((folder / "dossier.json").read_text())
+    value["expires"] = (datetime.fromisoformat(value["expires"]) + timedelta(days=1)).isoformat()
+    data = json.dumps(value).encode()
+    (folder / "dossier.json").write_bytes(data)
+    (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
+    assert problems(folder, key) == ["dossier.json does not expire when the recipe says"]
+
+
+def test_the_key_that_the_report_shows_is_the_one_that_signs(copied, signed, monkeypatch):
+    folder, key = copied
+    events = folder / "events.jsonl"
+    events.write_text(events.read_text().replace(json.loads((folder / "dossier.json").read_text())["key"], "0" * 64))
+    monkeypatch.setattr("fedunlearn.evidence.dossier._check_named", lambda folder, key: None)
+    forged(folder, signed, lambda result: None)
+    assert problems(folder, key) == ["events.jsonl names another key than the one that signed, which the report shows"]
 
 
 def test_a_control_is_not_lost_with_its_figures(copied, signed):
@@ -697,6 +782,16 @@ def test_the_cost_of_retrained_models_from_the_cache_is_held_against_their_round
     assert len(rounds) < len(lines)
     (folder / "rounds.jsonl").write_text("".join(rounds))
     forged(folder, signed, lambda result: None)
+    assert problems(folder, key) == [
+        f"whether retrained-{k} was trained here or came from the cache does not follow from rounds.jsonl"
+        for k in (1, 2, 3, 4)
+    ]
+
+    def from_the_cache(result):
+        for own in result["oracles"].values():
+            own["cached"] = True
+
+    forged(folder, signed, from_the_cache)
     assert problems(folder, key) == []
 
     def dearer(result):
@@ -809,6 +904,7 @@ def test_the_verifier_judges_as_the_tool_does(oracles, candidate, error):
     exact = {name: (band.mean, band.sd, band.low, band.high) for name, band in bands.items()}
     found = verify._judged({name: (f.value, f.error) for name, f in figures.items()}, exact, len(oracles), 0.1)
     assert found[:2] == (tool["verdict"], tool["decided_by"])
+    assert verify._reason(*found) == (None if tool["verdict"] == verdict.NO_VERDICT else tool["reason"])
     assert found[2] == {name: audit["verdict"] for name, audit in tool["audits"].items()}
 
 

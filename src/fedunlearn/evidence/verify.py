@@ -47,6 +47,14 @@ _KINDS = {
 }
 _FIXED = {"artefacts": (0.0, 1.0, 0.0, 0.0)}
 _OF_THE_ROW = {"forget", "reestimated", "int8", "int4"}  # figures of a model that has the row of the class
+_BESIDE = {"neighbours", "cka", "procrustes", "membership"}  # figures that other retrained models are needed for
+# What pages say by the reason; where there is no verdict there are many.
+_REASONS = {
+    "named": "the model still names the class",
+    "class": "it knows more of the class than models retrained without it",
+    "apart": "no audit finds more of the class than in models retrained without it, but it is unlike them",
+    "pass": "all {} figures lie where one more retrained model is expected",
+}
 _FEWEST = 3
 _PASS = "indistinguishable from retraining"
 _NEEDED = ("retain", "probe", "relearn", "neighbours")  # of a pass
@@ -237,6 +245,13 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     """Hold what the dossier says against the files."""
     result, files = _json(folder / "result.json"), dossier["files"]
     header = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0])
+    told = {**result["recipe"], "compute": {**result["recipe"]["compute"]}}
+    told["compute"].pop("workers", None)  # may differ between the parts of a run
+    if told != header["recipe"]:
+        yield "result.json and rounds.jsonl differ in the recipe"
+    valid = timedelta(days=result["recipe"]["evidence"]["valid_days"])
+    if datetime.fromisoformat(dossier["expires"]) != datetime.fromisoformat(dossier["created"]) + valid:
+        yield f"{DOSSIER} does not expire when the recipe says"
     expected = {
         "scope": scope(result),
         "models": models(result, files),
@@ -310,6 +325,8 @@ def _told(folder: Path, dossier: Mapping[str, Any], seen: Mapping[str, tuple[int
         yield f"events.jsonl: expected, in this order, {', '.join(order)}"
         return
     facts = {name: own for name, (_, own) in seen.items()}
+    if "operator named" in facts and facts["operator named"]["key"] != dossier["key"]:
+        yield "events.jsonl names another key than the one that signed, which the report shows"
     spoken = {"result.json": facts["result written"]["sha256"]}
     if audited:
         spoken["thresholds.json"] = facts["thresholds fixed"]["sha256"]
@@ -361,15 +378,67 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "thresholds.json does not follow from the figures of the retrained models"
     if missing := _missing(written, candidate, elsewhere=_rowless(result)):
         yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
+    if "unlearned" in result:
+        yield from _unmeasured(folder, result, oracles, candidate)
     chance = 1 / len(result["classes"])
     yield from _verdicts(result, candidate, whole, written, chance)
-    for name, own in {"unlearned": candidate, **whole, **oracles}.items():
-        counts = _json(folder / "audits" / f"{name}.json")["details"].get("confusion", [])
-        if problem := _accuracy(result, name, own, counts):
-            yield problem
+    yield from _details(folder, result, {"unlearned": candidate, **whole, **oracles})
     yield from _places(result, candidate, written)
     if result["calibration"] != _held_out(oracles, _shown_by(whole, candidate), chance):
         yield "the held-out verdicts do not follow from the figures"
+
+
+def _unmeasured(
+    folder: Path, result: Mapping[str, Any], oracles: Mapping[str, _Figures], candidate: _Figures
+) -> Iterator[str]:
+    """Hold models and figures against those that a run measures: what is left out cannot fail."""
+    recipe = result["recipe"]
+    first = recipe["federation"]["seed"] + 1
+    if list(oracles) != [f"retrained-{first + k}" for k in range(recipe["audit"]["oracles"])]:
+        yield "result.json has not the retrained models that its recipe asks for"
+    for name, own in {**oracles, "unlearned": candidate}.items():
+        needed = _KINDS.keys() - {"artefacts"}
+        if len(oracles) == (name in oracles):  # beside no other
+            needed -= _BESIDE
+        elif _json(folder / "audits" / f"{name}.json")["details"]["membership"]["duplicates_left_out"]:
+            needed -= {"membership"}  # perhaps all of them
+        if missing := needed - own.keys():
+            yield f"audits/{_shown(name)}.json lacks {', '.join(sorted(missing))}, which every run measures"
+    if "artefacts" not in candidate and not _was_cut(folder / "original.safetensors"):
+        yield "audits/unlearned.json lacks artefacts, which every run measures whose original was not cut before"
+
+
+def _was_cut(path: Path) -> bool:
+    """Return whether a model lost channels before, by the header of its file."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return bool(json.loads(header["__metadata__"]["fedunlearn"])["plan"]["kept"])
+
+
+def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figures]) -> Iterator[str]:
+    """Hold figures and accuracies of each model against the counts and curves beside them."""
+    classes, images = len(result["classes"]), set()
+    for name, own in models.items():
+        file, details = f"audits/{_shown(name)}.json", _json(folder / "audits" / f"{name}.json")["details"]
+        counts = details["confusion"]
+        if [len(row) for row in counts] != [classes] * classes:
+            yield f"{file}: the confusion is not one of {classes} classes"
+            continue
+        images.add(tuple(map(sum, counts)))
+        kept = [label for label in range(classes) if label not in result["forget"]]
+        right, shown = sum(counts[label][label] for label in kept), sum(sum(counts[label]) for label in kept)
+        if not _near((own["retain"][0] * shown,), (right,)):
+            yield f"{file}: R does not follow from the confusion"
+        if not _near((own["relearn"][0],), (statistics.fmean(details["relearn"]["forget"][1:]),)):
+            yield f"{file}: relearning does not follow from its curve"
+        if "membership" in own and own["membership"][0] != details["membership"]["forget"]["auc"]:
+            yield f"{file}: membership does not follow from its details"
+        if problem := _accuracy(result, name, own, counts):
+            yield problem
+    if len(images) > 1:
+        yield "the audits of the models were not made on the same test images"
+    if "original" in result and result["original"]["accuracy"] != result["controls"]["original"]["accuracy"]:
+        yield "result.json tells two accuracies of the original"
 
 
 def _shown_by(controls: Mapping[str, _Figures], candidate: _Figures) -> dict[str, _Figures]:
@@ -383,10 +452,13 @@ def _verdicts(
     """Judge the controls and the candidate."""
     controls, count = _shown_by(whole, candidate), len(result["oracles"])
     for name, own in controls.items():
-        found, _, _ = _judged(own, bands, count, chance)
-        if found != result["controls"][name]["verdict"]:
+        found, by, sides = _judged(own, bands, count, chance)
+        said = result["controls"][name]
+        if found != said["verdict"]:
             yield f"the verdict on {name} does not follow from the figures: they give {found!r}"
-    verdict, decided, _ = _judged(candidate, bands, count, chance)
+        elif by != said["decided_by"] or _reason(found, by, sides) not in (None, said["reason"]):
+            yield f"the reason of the verdict on {name} does not follow from the figures"
+    verdict, decided, sides = _judged(candidate, bands, count, chance)
     known = "original" not in whole or whole["original"]["forget"][0] > max(
         chance, bands["forget"][3] if "forget" in bands else chance
     )
@@ -401,6 +473,20 @@ def _verdicts(
         verdict, decided = "no verdict", []
     if (verdict, decided) != (result["verdict"], result["decided_by"]):
         yield f"the verdict {result['verdict']!r} does not follow from the figures: they give {verdict!r}"
+    elif _reason(verdict, decided, sides) not in (None, result["reason"]):
+        yield "the reason of the verdict does not follow from the figures"
+
+
+def _reason(verdict: str, decided: Sequence[str], sides: Mapping[str, str | None]) -> str | None:
+    """Return the reason of a verdict; None where there is no verdict, for one of many reasons."""
+    if verdict == "no verdict":
+        return None
+    if verdict == "not forgotten":
+        return _REASONS["named"]
+    if verdict == _PASS:
+        return _REASONS["pass"].format(len(decided))
+    more = any(_KINDS[name] == "class" and sides[name] == "above" for name in decided)
+    return _REASONS["class" if more else "apart"]
 
 
 def _places(result: Mapping[str, Any], candidate: _Figures, bands: _Bands) -> Iterator[str]:
@@ -421,6 +507,11 @@ def _accuracy(result: Mapping[str, Any], name: str, figures: _Figures, counts: S
     own = result["controls"].get(name) or result["oracles"].get(name) or result.get("unlearned") or result["model"]
     forgotten = sum(sum(counts[label]) for label in result["forget"] if label < len(counts))
     images = {"forget": forgotten, "retain": sum(map(sum, counts)) - forgotten}
+    for label, row in zip(result["classes"], counts):
+        told, shown = own.get("accuracy", {}).get("per_class", {}).get(label), sum(row)
+        right = row[result["classes"].index(label)]
+        if told is not None and (not shown or abs(told - right / shown) > max(_SAME, 2 / shown)):
+            return f"result.json: the accuracy of {_shown(name)} on {_shown(label)} is not that of its confusion"
     for key, figure in (("retain", "retain"), ("forget_row_kept", "forget")):
         told, audited = own.get("accuracy", {}).get(key), figures.get(figure)
         same = max(_SAME, 2 / max(1, images[figure]))  # two images may fall the other way
@@ -472,6 +563,14 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for key, unit in _COUNTED.items():
         if sum(entry[unit] for step in ours for entry in step["entries"]) != unlearn[key]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
+    entries = [entry for step in ours for entry in step["entries"]]
+    counted = {
+        "rounds": sum(entry["job"] == "train" for entry in entries),
+        "clients": len({name for entry in entries for name in entry["clients"]}),
+    }
+    for key, number in counted.items():
+        if number != unlearn[key]:
+            yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
     if "retrain" in dossier["cost"]:
         yield from _retraining(_json(folder / "retraining.json"), steps, dossier, result)
 
@@ -496,9 +595,7 @@ def _retraining(
         yield "the retrained models of the costs, of retraining.json and of result.json are not the same"
         return
     for name in names:
-        trained = [step for step in steps if step["phase"] == f"{name}.retrain"]  # none where it came from the cache
-        if trained and _counts(trained) != _counts(kept[name]):
-            yield f"the rounds of {_shown(name)} in retraining.json are not those of rounds.jsonl"
+        yield from _trained(name, kept[name], steps, cached=result["oracles"][name]["cached"])
     unlearn, wanted = dossier["cost"]["unlearn"], result["unlearned"]["validation"]["retain"]
     for name, own in found.items():
         rounds = _until(kept[name], wanted)
@@ -524,6 +621,17 @@ def _retraining(
             _near((told[unit],), (own,)) for unit, own in expected.items()
         ):
             yield "the speed-up does not follow from the costs"
+
+
+def _trained(
+    name: str, kept: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], *, cached: bool
+) -> Iterator[str]:
+    """Hold the rounds of a retrained model against those of the run, which has none where it came from the cache."""
+    trained = [step for step in steps if step["phase"] == f"{name}.retrain"]
+    if bool(trained) == cached:
+        yield f"whether {_shown(name)} was trained here or came from the cache does not follow from rounds.jsonl"
+    elif trained and _counts(trained) != _counts(kept):
+        yield f"the rounds of {_shown(name)} in retraining.json are not those of rounds.jsonl"
 
 
 def _until(steps: Sequence[Mapping[str, Any]], wanted: float) -> int | None:

@@ -18,7 +18,7 @@ from fedunlearn.evidence.dossier import sign
 from fedunlearn.evidence.events import OPERATOR
 from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
-from fedunlearn.evidence.verify import fingerprint
+from fedunlearn.evidence.verify import DOSSIER, fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.federation.about import weights_digest
 from fedunlearn.run.compare import retrained_models
@@ -100,7 +100,8 @@ def audit_model(
     work.fed.journal.close()
     from fedunlearn.evidence.report import write_report  # slow to import
 
-    if not (out / REPORT).exists():
+    # Before it is signed, the page is made of the files: what lay there may be another's words.
+    if not (out / REPORT).exists() or (signer is not None and not (out / DOSSIER).exists()):
         if signer is not None:
             work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
         write_report(out)

@@ -93,7 +93,9 @@ def run(
     finished(work, lambda: _blocks(command, work, engine))
     work.events.once("result written", sha256=sha256(out / RESULT))
     work.fed.journal.close()
-    if command == "run" and not (out / REPORT).exists():
+    # Before it is signed, the page is made of the files: what lay there may be another's words.
+    unsigned = signer is not None and not (out / DOSSIER).exists()
+    if command == "run" and (unsigned or not (out / REPORT).exists()):
         from fedunlearn.evidence.report import write_card, write_report  # slow to import
 
         if signer is not None:
