@@ -21,7 +21,18 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.accuracy import confusion
 from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.audit import Record, audit, measure
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Shipped, Subject, View, share
+from fedunlearn.audits.base import (
+    Audit,
+    Figure,
+    FigureKind,
+    Found,
+    Shipped,
+    Subject,
+    View,
+    by_class,
+    error_by_class,
+    share,
+)
 from fedunlearn.audits.images import audit_images
 from fedunlearn.audits.linear_probe import linear_probe
 from fedunlearn.audits.membership import membership, rmia, signal
@@ -39,6 +50,7 @@ from fedunlearn.channels.scores import ChannelScores
 from fedunlearn.checkpoint import save_checkpoint
 from fedunlearn.errors import DataError, EvidenceError, ModelError, RunError
 from fedunlearn.evidence import words
+from fedunlearn.run.result import evaluate
 from fedunlearn.training.sgd import Training, train_locally
 
 distributions = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda p: sum(p) > 0.01)
@@ -88,6 +100,32 @@ def test_observing_gives_logits_features_and_mean_activations(net, images):
     torch.testing.assert_close(seen.features, logits(net[:-1], inputs), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.layers["0"], logits(net[:3], inputs).mean((2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.layers["3"], logits(net[:6], inputs).mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rare_class_that_is_named_is_seen_beside_one_that_is_not():
+    right, truth = torch.tensor([False] * 1000 + [True] * 5), torch.tensor([3] * 1000 + [7] * 5)
+    found = by_class(right, truth)
+    assert found.value == 0.5
+    assert found.error == pytest.approx(math.hypot(share(0, 1000).error, share(5, 5).error) / 2)
+    assert by_class(right, torch.zeros(1005, dtype=torch.int64)) == share(5, 1005)
+    assert error_by_class(0.25, truth) == pytest.approx(math.hypot(share(250, 1000).error, share(1, 5).error) / 2)
+
+
+def test_of_a_rare_class_and_a_frequent_one_all_figures_are_means_over_both(nets):
+    original, _ = nets
+    train, test = make_images(160, 4), make_images(80, 4, seed=1)
+    few = torch.cat([(test.labels != 1).nonzero().flatten(), (test.labels == 1).nonzero().flatten()[:2]])
+    images = audit_images(train, test.take(few), forget=[1, 2], per_class=30, seed=0)
+    gone = Classifier.of(original, (1, 8, 8))
+    with torch.no_grad():
+        gone = gone.copy()
+        gone.module[-1].weight[2], gone.module[-1].bias[2] = 0, -100  # class 2 is never named, class 1 as before
+    view = View(Subject(gone, gone).checked("a", 4, [1, 2]), images)
+    figures = measure([own for own in AUDITS if own.name in ("accuracy", "rounding")], view).figures
+    for name in ("forget", "int8"):
+        assert figures[name].value == pytest.approx(0.5), name
+    accuracy = evaluate(gone, test.take(few), forget=[1, 2])["accuracy"]
+    assert accuracy["forget"] == accuracy["forget_row_kept"] == pytest.approx(0.5)
 
 
 def test_confusion_counts_what_a_loop_counts():

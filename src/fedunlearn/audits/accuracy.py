@@ -1,6 +1,7 @@
 """Audit: which classes does the model name?
 
-``U`` is the accuracy on the forgotten classes, with their output rows in place; ``R`` that on the others.
+``U`` is the accuracy on the forgotten classes, their mean, with their output rows in place; ``R`` that on all images of
+the others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, share
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, by_class, share
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.plan import Classifier
@@ -42,8 +43,8 @@ def confusion(logits: Tensor, truth: Tensor, *, labels: Sequence[int], classes: 
 
 
 def accuracy(model: nn.Module | Classifier, images: LabelledImages) -> Figure:
-    """Return the share of the images whose class ``model``, which has a row for every class, names."""
-    return share(int((observe(model, images).logits.argmax(1) == images.labels).sum()), len(images))
+    """Return how often ``model``, which has a row for every class, names the class of an image: ``by_class``."""
+    return by_class(observe(model, images).logits.argmax(1) == images.labels, images.labels)
 
 
 def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:

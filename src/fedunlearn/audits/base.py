@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -166,6 +168,31 @@ def share(correct: int, total: int) -> Figure:
     """
     p = (correct + 2) / (total + 4)
     return Figure(correct / total, (p * (1 - p) / (total + 4)) ** 0.5)
+
+
+def by_class(right: Tensor, truth: Tensor) -> Figure:
+    """Return the mean over classes of the share of their images that are right: ``1/K sum_k p_k``.
+
+    Its error is ``sqrt(sum_k e_k^2) / K``, ``e_k`` that of ``share``. A rare class weighs as any other: in one share of
+    all images, five of its own beside a thousand of another would not be seen.
+
+    Args:
+        right: bool, shape ``(images,)``, at least one.
+        truth: classes, int64, shape ``(images,)``.
+
+    Example:
+        >>> by_class(torch.tensor([True] + [False] * 99), torch.tensor([1] + [0] * 99)).value
+        0.5
+    """
+    of_class = [right[truth == label] for label in torch.unique(truth)]
+    shares = [share(int(own.sum()), len(own)) for own in of_class]
+    return Figure(fmean(own.value for own in shares), math.hypot(*(own.error for own in shares)) / len(shares))
+
+
+def error_by_class(mean: float, truth: Tensor) -> float:
+    """Return the error of ``by_class`` where each class has the share ``mean``: of a mean over draws or training."""
+    counts = torch.unique(truth, return_counts=True)[1].tolist()
+    return math.hypot(*(share(round(mean * n), n).error for n in counts)) / len(counts)
 
 
 @dataclass(frozen=True, eq=False)

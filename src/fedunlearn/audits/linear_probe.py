@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View, share
+from fedunlearn.audits.base import Audit, FigureKind, Found, Subject, View, by_class
 from fedunlearn.audits.images import AuditImages
 
 _STEPS = 300
@@ -53,7 +53,7 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
     right = linear_probe(seen.known.features, images.known.labels, seen.test.features) == truth
     of_class = torch.isin(truth, torch.tensor(images.forget))
     return Found(
-        {"probe": share(int(right[of_class].sum()), int(of_class.sum()))},
+        {"probe": by_class(right[of_class], truth[of_class])},
         {"probe_retain": float(right[~of_class].double().mean())},
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, share
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, by_class, error_by_class
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.seeding import generator
 
@@ -26,7 +26,7 @@ def prototype_accuracy(
     draws: int,
     draw: torch.Generator,
 ) -> Tensor:
-    """Return, per draw, the share of test images whose nearest class prototype is that of their class.
+    """Return, per draw, the share of test images whose nearest class prototype is that of their class: ``by_class``.
 
     With ``h' = h / |h|`` and ``p_k`` the mean of ``h'`` over ``shots`` random images of class ``k``, all classes
     included, an image is named ``argmin_k |h' - p_k|``.
@@ -59,13 +59,12 @@ def prototype_accuracy(
             chosen = rows[torch.randperm(len(rows), generator=draw)[:shots]]
             prototypes.append(unit[chosen].mean(0))
         named = classes[torch.cdist(test_unit, torch.stack(prototypes)).argmin(1)]
-        shares.append((named == test_truth).double().mean())
-    return torch.stack(shares)
+        shares.append(by_class(named == test_truth, test_truth).value)
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
     of_class = torch.isin(images.test.labels, torch.tensor(images.forget))
-    total = int(of_class.sum())
     found = Found(details={"prototype_draws": {}})
     for shots in _SHOTS:
         shares = prototype_accuracy(
@@ -78,7 +77,7 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
             draw=generator(images.seed, "audit", "prototypes", shots),
         )
         mean = float(shares.mean())
-        found.figures[f"prototype_{shots}"] = Figure(mean, share(round(mean * total), total).error)
+        found.figures[f"prototype_{shots}"] = Figure(mean, error_by_class(mean, images.test.labels[of_class]))
         found.details["prototype_draws"][str(shots)] = [float(shares.quantile(q)) for q in (0.05, 0.5, 0.95)]
     return found
 

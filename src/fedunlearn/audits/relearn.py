@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, row_labels, share
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, by_class, error_by_class, row_labels
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.audits.observe import logits_of
 from fedunlearn.channels.copying import copied
@@ -121,7 +121,7 @@ def with_all_rows(model: Classifier, classes: int) -> Classifier:
 
 
 def _accuracy(model: nn.Module, test: LabelledImages, row_of: torch.Tensor) -> float:
-    return float((logits_of(model, test).argmax(1) == row_of[test.labels]).double().mean())
+    return by_class(logits_of(model, test).argmax(1) == row_of[test.labels], test.labels).value
 
 
 def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequence[View]) -> Found:
@@ -134,9 +134,8 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
         doublings=_DOUBLINGS,
         draw=generator(images.seed, "audit", "relearn"),
     )
-    error = share(round(curve.mean() * len(forgotten)), len(forgotten)).error
     return Found(
-        {"relearn": Figure(curve.mean(), error)},
+        {"relearn": Figure(curve.mean(), error_by_class(curve.mean(), forgotten.labels))},
         {"relearn": {"samples": list(curve.samples), "forget": list(curve.forget)}},
     )
 

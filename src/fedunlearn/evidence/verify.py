@@ -505,8 +505,10 @@ def _places(result: Mapping[str, Any], candidate: _Figures, bands: _Bands) -> It
 def _accuracy(result: Mapping[str, Any], name: str, figures: _Figures, counts: Sequence[Sequence[int]]) -> str:
     """Return what is wrong with U and R in the block of a model: they are told there and among its figures."""
     own = result["controls"].get(name) or result["oracles"].get(name) or result.get("unlearned") or result["model"]
-    forgotten = sum(sum(counts[label]) for label in result["forget"] if label < len(counts))
-    images = {"forget": forgotten, "retain": sum(map(sum, counts)) - forgotten}
+    forgotten = [sum(counts[label]) for label in result["forget"]]
+    # U is a mean over classes, in which an image of a rare one weighs most.
+    rarest = len(forgotten) * min((number for number in forgotten if number), default=0)
+    images = {"forget": rarest, "retain": sum(map(sum, counts)) - sum(forgotten)}
     for label, row in zip(result["classes"], counts):
         told, shown = own.get("accuracy", {}).get("per_class", {}).get(label), sum(row)
         right = row[result["classes"].index(label)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -262,8 +263,8 @@ def evaluate(
     Args:
         model: the CNN; a class that its labels leave out is never named, so its accuracy is 0.
         images: test images.
-        forget: forgotten class or classes, by number or name: ``forget`` (U) is the accuracy on their images,
-            ``retain`` (R) that on the rest.
+        forget: forgotten class or classes, by number or name: ``forget`` (U) is the mean of the accuracies on each,
+            ``retain`` (R) that on all images of the others.
         row_kept: the same model with the rows of the forgotten classes still in place, for ``forget_row_kept``; where
             None, that is ``forget``, or None if the model has no such rows.
 
@@ -280,7 +281,7 @@ def evaluate(
     gone = torch.zeros(len(counts), dtype=torch.bool)
     gone[list(wanted)] = True
     accuracy: dict[str, Any] = {
-        "forget": _share(correct[gone], counts[gone]),
+        "forget": _mean_share(correct[gone], counts[gone]),
         "retain": _share(correct[~gone], counts[~gone]),
         "per_class": {name: _share(correct[k], counts[k]) for k, name in enumerate(images.classes)},
     }
@@ -294,7 +295,7 @@ def evaluate(
                 "before its rows were removed, the attribute repaired of what unlearn() returns"
             )
         only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
-        accuracy["forget_row_kept"] = _share(*_count(row_kept, only))
+        accuracy["forget_row_kept"] = _mean_share(*_count(row_kept, only))
     else:
         has_rows = set(wanted) <= set(shown.labels or ())
         accuracy["forget_row_kept"] = accuracy["forget"] if has_rows else None
@@ -319,3 +320,9 @@ def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, tor
 def _share(correct: torch.Tensor, counts: torch.Tensor) -> float | None:
     total = int(counts.sum())
     return int(correct.sum()) / total if total else None
+
+
+def _mean_share(correct: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Return the mean of the shares of the classes that have images: a rare class is not drowned in the others."""
+    shares = [c / n for c, n in zip(correct.tolist(), counts.tolist()) if n]
+    return fmean(shares) if shares else None
