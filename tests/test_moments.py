@@ -65,6 +65,18 @@ def test_a_frozen_model_has_gradients_and_a_weight_that_is_not_used_has_none():
     assert found["spare"].tolist() == [0, 0]
 
 
+def test_whole_numbers_have_no_gradient_and_what_was_frozen_stays_so():
+    net = make_net()
+    net[0].requires_grad_(False)
+    net.register_parameter("steps", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    found = gradient_sums(net, IMAGES, FLOAT32)
+    assert found.keys() == Gradients().layout(classifier(net)).keys()
+    assert "steps" not in found
+    assert bool(found["0.weight"].any())
+    assert [own.requires_grad for own in net[0].parameters()] == [False, False]
+    assert all(own.requires_grad for own in net[-1].parameters())
+
+
 @pytest.mark.parametrize(
     "layer",
     [

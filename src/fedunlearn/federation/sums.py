@@ -64,8 +64,9 @@ class Gradients:
         return Answer(found, len(images), len(images))
 
     def layout(self, model: Classifier) -> Layout:
-        """Return the layout of the model's parameters."""
-        return {name: (tuple(own.shape), torch.float64) for name, own in model.module.named_parameters()}
+        """Return the layout of the model's parameters; whole numbers have no gradient."""
+        parameters = model.module.named_parameters()
+        return {name: (tuple(own.shape), torch.float64) for name, own in parameters if own.is_floating_point()}
 
     def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a pass forth and back, to the weights that are frozen in training too."""

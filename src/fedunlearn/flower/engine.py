@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedunlearn.data.images import Meaning
@@ -111,8 +111,8 @@ class FlowerEngine:
         assert self._meaning is not None  # _wait saw a client
         return len(self._meaning.classes)
 
-    def run(self, job: Job) -> list[Reply]:
-        """Run ``job`` on its clients and return their replies in client-id order.
+    def run(self, job: Job) -> Iterator[Reply]:
+        """Run ``job`` on its clients and return their replies in client-id order, each read when it is asked for.
 
         Raises:
             FederationError: the job names a client that is not one of this engine's.
@@ -135,18 +135,9 @@ class FlowerEngine:
         connected = set(self._grid.get_node_ids())
         asked = {name: self._nodes[name] for name in names if self._nodes.get(name) in connected}
         if self._secure and isinstance(job.task, Measure):
-            return self._sum(job, names, asked, content)
+            return iter(self._sum(job, names, asked, content))
         came = self._exchange(content, asked.values(), f"{job.phase}-{job.round}", self._deadline)
-        digest = digest_of(text)
-        replies = []
-        for name in names:
-            if name not in asked:
-                replies.append(Reply(name, error="it is not connected"))
-            elif asked[name] in came.failed:
-                replies.append(Reply(name, error=came.failed[asked[name]]))
-            else:
-                replies.append(_read_reply(came.answers[asked[name]], name, digest))
-        return replies
+        return _replies(names, asked, came, digest_of(text))
 
     def _sum(self, job: Job, names: Sequence[str], asked: Mapping[str, int], content: RecordDict) -> list[Reply]:
         """Return the sum of the clients' statistics, and an error for each client that is not in it."""
@@ -253,6 +244,17 @@ class FlowerEngine:
         # The SuperLink drops what is older than its ttl: the last answers are taken after the deadline.
         messages = [Message(content, node, JOB, ttl=2 * deadline + _LATE, group_id=group) for node in nodes]
         return exchange(self._grid, messages, deadline)
+
+
+def _replies(names: Sequence[str], asked: Mapping[str, int], came: Exchanged, digest: str) -> Iterator[Reply]:
+    """Yield the reply of each client; an answer of which the reply was read is not kept, a fleet has thousands."""
+    for name in names:
+        if name not in asked:
+            yield Reply(name, error="it is not connected")
+        elif asked[name] in came.failed:
+            yield Reply(name, error=came.failed[asked[name]])
+        else:
+            yield _read_reply(came.answers.pop(asked[name]), name, digest)
 
 
 def _read_reply(message: Message, client: str, digest: str) -> Reply:

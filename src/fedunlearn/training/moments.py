@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.taps import Tap, reading
+from fedunlearn.channels.taps import Tap, reading, with_gradients
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import in_order
@@ -34,8 +34,16 @@ def squared_gradient_sums(model: nn.Module, images: LabelledImages, compute: Com
 
 
 def _gradients(model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool) -> dict[str, Tensor]:
-    model.eval().requires_grad_(True)
-    parameters = dict(model.named_parameters())
+    frozen = [weight for weight in model.parameters() if weight.is_floating_point() and not weight.requires_grad]
+    try:
+        return _summed(with_gradients(model.eval()), images, compute, squared=squared)
+    finally:  # the next job of this client trains the same copy
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _summed(model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool) -> dict[str, Tensor]:
+    parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
     sums = {name: torch.zeros(own.shape, dtype=torch.float64) for name, own in parameters.items()}
     for batch, labels in in_order(images, model, compute):
         size = 1 if squared else len(labels)
