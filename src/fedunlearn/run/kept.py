@@ -25,6 +25,7 @@ from fedunlearn.federation.journal import Step, header_of
 from fedunlearn.files import cache_folder, write_tensors, write_text
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
+from fedunlearn.training.compute import own_device
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.version import __version__
 
@@ -84,7 +85,7 @@ class KeptModel:
             return None
         parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
         fewest = recipe.rules().min_images  # clients with fewer images take no part, nor count those of validation
-        about = [_code_digest(), torch.__version__, *parts, sorted(forget), data, seed, fewest]
+        about = [_code_digest(), torch.__version__, own_device().type, *parts, sorted(forget), data, seed, fewest]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         return KeptModel(cache_folder() / "retrained" / f"{key}.safetensors")
 
