@@ -232,6 +232,9 @@ def picture(recipe: str) -> str | None:
     }
     points = {setting: own for setting, own in points.items() if own}
     curves = [_curve(path) for path in sorted((MODELS / recipe).glob("retrained-*.safetensors"))]
+    told = [one["retraining"] for setting in points for one in results(recipe, setting) if one.get("schema", 1) > 1]
+    if not curves and told:
+        curves = [[(spent, r) for spent, r in own["curve"]] for own in told[0].values()]
     return work(curves, points) if points and curves else None
 
 
@@ -287,13 +290,24 @@ def _to_equal_r(recipe: str, own: Sequence[Result]) -> str:
     for one in own:
         if "speedup" not in one:
             continue
-        for name in one["oracles"]:
-            until = cost_until(
-                _steps(MODELS / recipe / f"{name}.safetensors"), one["unlearned"]["validation"]["retain"]
-            )
-            found.append(until["client_flops"] / one["cost"]["unlearn"]["client_flops"])
-            reached = reached and until["reached"]
+        for cost, got_there in _beside(recipe, one):
+            found.append(cost / one["cost"]["unlearn"]["client_flops"])
+            reached = reached and got_there
     return ("" if reached else "> ") + _times(found)
+
+
+def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
+    """Yield what each retrained model cost until it was as good as the unlearned one, and whether it was ever.
+
+    Large models are not kept; results of schema 2 tell it, those before it by the models.
+    """
+    if one.get("schema", 1) > 1:
+        yield from ((own["client_flops"], own["reached"]) for own in one["retraining"].values())
+        return
+    for name in one["oracles"]:
+        steps = _steps(MODELS / recipe / f"{name}.safetensors")
+        until = cost_until(steps, one["unlearned"]["validation"]["retain"])
+        yield until["client_flops"], until["reached"]
 
 
 def _times(found: Sequence[float]) -> str:

@@ -76,18 +76,18 @@ def main() -> None:
     parser.add_argument("--retrained", type=int, default=3)
     parser.add_argument("--forget", type=int, nargs="+", default=(), help="classes; the recipe's where not given")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=(), help="all of full work where not given")
-    parser.add_argument("--precision", default="float32", help="of training; unlearning and audits are float32")
+    parser.add_argument("--precision", default="float32", help="of training and unlearning; audits are float32")
     parser.add_argument("--workers", type=int, default=0, help="clients at work side by side; as many as cores where 0")
     asked = parser.parse_args()
     settings = [f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
     with one_torch_thread():
         own = list(load_recipe(asked.recipe).unlearn.forget)
         forget = () if sorted(asked.forget) == own else sorted({*asked.forget})
+        settings.append(f"compute.precision={asked.precision}")
         if asked.step == "train":
-            settings.append(f"compute.precision={asked.precision}")
             train(asked.recipe, settings, asked.work, asked.retrained, forget)
         else:
-            settings += ["compute.precision=float32", f"audit.oracles={asked.retrained}"]
+            settings.append(f"audit.oracles={asked.retrained}")
             known = [name for name in _FULL if name != _PAPER or asked.recipe in PAPER_FRACTION]
             if _PAPER in asked.settings and asked.recipe not in PAPER_FRACTION:
                 parser.error(f"{_PAPER}: the paper gives no share of channels for {asked.recipe}")
