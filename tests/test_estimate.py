@@ -45,7 +45,7 @@ def test_what_a_run_trains_on_is_counted_before_it_starts(monkeypatch):
 def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():
     alike = {name: share(50, 100) for name, figure in FIGURES.items() if figure.fixed is None}
     band = calibrate([alike] * 3)["probe"]
-    deviations, accuracy = unseen(3, 100)
+    deviations, accuracy = unseen(3, [100])
     assert accuracy == pytest.approx((band.high - band.low) / 2)
     assert deviations == pytest.approx((band.high - band.low) / 2 / band.sd)
 
@@ -53,7 +53,7 @@ def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():
     assert "against 3 retrained ones (audit.oracles): a figure fails 19.3 of their standard deviations" in said
     assert "(6.7 with 5, 4.1 with 10), an accuracy near 50 % on the 36 test images to forget 27 points from it" in said
     both = sharpness(prepare(load_recipe("digits", ["unlearn.forget=[8, 9]"])))
-    assert re.search(r"on the 7\d test images to forget 18 points", both)  # audits take several classes as one
+    assert re.search(r"on the 7\d test images to forget 18 points", both)
     assert sharpness(prepare(load_recipe("digits", ["audit.oracles=2"]))).startswith("no verdict: it takes at least 3")
     some = prepare(load_recipe("digits"))
     untested = replace(some, splits=some.splits._replace(test=some.splits.test.without([9])))

@@ -31,6 +31,7 @@ from fedunlearn.federation.rounds import Watch, train_rounds, validation_accurac
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
+from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally
 
 EXAMPLE = torch.randn(2, 1, 8, 8)
@@ -269,10 +270,11 @@ def test_an_image_that_is_not_finite_is_told_from_a_learning_rate_that_is_too_hi
         train_locally(net, broken, Training(lr=0.1), lr=0.1, draw=torch.Generator())
 
 
-def test_no_message_keeps_a_client_training_for_ever(net, images):
-    endless = Training(lr=0.1, local_epochs=1e12)
-    with pytest.raises(FederationError, match=r"1e\+12 epochs of the images are more than .* in a round: lower local"):
-        train_locally(net, images, endless, lr=0.1, draw=torch.Generator())
+@pytest.mark.parametrize("objective", [None, Scrub(1.0)])
+def test_no_message_keeps_a_client_training_for_ever(net, objective):
+    endless = Train(training=Training(lr=0.1, local_epochs=1e12, objective=objective), lr=0.1, exclude=(2,))
+    reply = handle(job(endless, net), copy.deepcopy(net), ClientData("a", make_images(60)))
+    assert "1e+12 epochs of 40 images are more than 1,000,000,000 in a round: lower local_epochs" in reply.error
 
 
 @pytest.mark.parametrize("name", [3, "", "two\nlines"])

@@ -199,13 +199,12 @@ def sharpness(experiment: Experiment, *, given: int = 0, client: str | None = No
     each = [int(test.counts()[label]) for label in experiment.forget]
     if not all(each):
         return "no verdict: there are no test images of a class to forget"
-    images = sum(each)
-    deviations, accuracy = unseen(oracles, images)
-    more = ", ".join(f"{unseen(n, images)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
+    deviations, accuracy = unseen(oracles, each)
+    more = ", ".join(f"{unseen(n, each)[0]:.1f} with {n}" for n in (5, 10) if n > oracles)
     return (
         f"the verdict holds the model against {oracles} retrained ones{source}: a figure fails "
         f"{deviations:.1f} of their standard deviations from their mean{f' ({more})' * bool(more)}, an accuracy near "
-        f"50 % on the {images} test images to forget {100 * accuracy:.0f} points from it or more"
+        f"50 % on the {sum(each)} test images to forget {100 * accuracy:.0f} points from it or more"
     )
 
 

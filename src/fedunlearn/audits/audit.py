@@ -294,7 +294,7 @@ def _kept(folder: Path | None, name: str, about: Mapping[str, Any]) -> Found | N
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: expected the figures of an audit, but {error}: delete {path}") from error
     for key, of in (
-        ("state", f"of another model named {name}"),
+        ("state", f"of another model named {name}, or of this one by an earlier version"),
         ("images", f"of {name} on other images, or by other settings of the audit"),
         ("references", f"of {name} beside other retrained models"),
     ):

@@ -87,23 +87,24 @@ def factor(oracles: int, figures: int) -> float:
     return _quantiles(oracles, figures)[0] * math.sqrt(1 + 1 / oracles)
 
 
-def unseen(oracles: int, images: int) -> tuple[float, float]:
+def unseen(oracles: int, images: Sequence[int]) -> tuple[float, float]:
     """Return half the width of the bands of a verdict, all figures having one.
 
     Args:
         oracles: ``n``, how many retrained models there will be, at least 2.
-        images: test images of the forgotten classes, at least 1.
+        images: test images of each forgotten class, at least 1.
 
     Returns:
-        In ``sd``; and of an accuracy of 1/2 on ``images`` if retrained models are all alike, which is the least:
-        ``z sqrt(1 + 1/n) / (2 sqrt(images + 4))``.
+        In ``sd``; and of an accuracy of 1/2 on each of the ``K`` classes, with ``m_k`` images, if retrained models are
+        all alike, which is the least: ``z sqrt(1 + 1/n) e``, ``e = sqrt(sum_k 1 / (m_k + 4)) / (2 K)``.
 
     Example:
-        >>> [[round(of, 3) for of in unseen(n, images)] for n, images in ((3, 100), (5, 1000))]
-        [[19.27, 0.165], [6.724, 0.05]]
+        >>> [[round(of, 3) for of in unseen(n, images)] for n, images in ((3, [100]), (5, [1000]), (5, [1000, 5]))]
+        [[19.27, 0.165], [6.724, 0.05], [6.724, 0.267]]
     """
     z = _quantiles(oracles, _MEASURED)[1]
-    return factor(oracles, _MEASURED), z * math.sqrt(1 + 1 / oracles) / (2 * math.sqrt(images + 4))
+    error = math.sqrt(sum(1 / (number + 4) for number in images)) / (2 * len(images))
+    return factor(oracles, _MEASURED), z * math.sqrt(1 + 1 / oracles) * error
 
 
 def _quantiles(oracles: int, figures: int) -> tuple[float, float]:

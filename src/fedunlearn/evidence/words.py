@@ -39,8 +39,9 @@ VERDICTS = {
 }
 # Words of the page that not everybody knows; those of each figure are in the table of audits.
 GLOSSARY = {
-    "U": "forgotten class: of its test images, the share that is named right. A model that gave up the answer can "
-    "never name it, so it is measured with the answer (its output row) put back; low was asked for, and is no proof",
+    "U": "forgotten class: of its test images, the share that is named right, of several classes the mean. A model "
+    "that gave up the answer can never name it, so it is measured with the answer (its output row) put back; low was asked "
+    "for, and is no proof",
     "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
     "control": "a model that must not pass, or the audits are no good here",
@@ -111,7 +112,8 @@ def _verdict_words(result: Mapping[str, Any]) -> str:
     if "forget" in result["audits"]:
         put_back = "It" if "model" in result else "Even with the answer (its output row) put back it"
         share, whose = _tenth(result["audits"]["forget"]["figure"]), _whose(result)
-        named = f"{put_back} names {share} of {whose} test images."
+        mean = " on average over them" * (len(result["forget"]) > 1)
+        named = f"{put_back} names {share} of {whose} test images{mean}."
     if result["verdict"] == NOT_FORGOTTEN:
         return f"Not passed. The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:

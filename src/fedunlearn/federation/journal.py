@@ -184,13 +184,13 @@ class Journal:
             )
         done = len(self.steps(step.phase))
         step = replace(step, phase=self._prefix + step.phase)
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if self._folder is not None:
             state = self._folder / STATE / f"{step.phase}.safetensors"
             state.parent.mkdir(exist_ok=True)
             write_tensors(state, tensors, {"step": step.to_json()})
             append_line(self._folder / _ROUNDS, step.to_json().encode())
         # Not before it is on the disk: after a full one, or an interrupt, the same request does the step again.
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._states[step.phase, done + 1] = copies
         self._steps.append(step)
         self._states.pop((step.phase, done), None)

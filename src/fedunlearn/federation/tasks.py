@@ -194,6 +194,11 @@ class Train:
                 f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
                 "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
             )
+        if self._images(images) > MOST_IMAGES:  # no answer after so many is taken
+            raise FederationError(
+                f"{self.training.local_epochs:g} epochs of {len(images)} images are more than {MOST_IMAGES:,} in a "
+                "round: lower local_epochs"
+            )
         too_fast = self.training.decays_too_fast(self.lr, rules.min_images)  # by the rate of this round
         if too_fast is not None:
             raise FederationError(too_fast)
@@ -260,7 +265,7 @@ class Train:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluate:
-    """Count right answers on validation images, all classes together: more would tell which of them a client holds.
+    """Count right answers on validation images, all classes together: they do not tell which of them a client holds.
 
     Answer: ``correct`` and ``counts``, int64 scalars, and ``probability``, a float64 one, where it is asked for.
 

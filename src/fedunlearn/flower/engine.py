@@ -36,6 +36,7 @@ from fedunlearn.flower.messages import (
     encode_job,
     exchange,
     failure,
+    life,
     one_line,
     plain_config,
     to_arrays,
@@ -56,7 +57,7 @@ class FlowerEngine:
     Args:
         grid: what ``ServerApp.main`` receives.
         clients: names of the clients, or how many to wait for and take whatever their names are.
-        deadline: seconds that a job may take, and a message lives; who has not answered then has failed in this job.
+        deadline: seconds that a job may take; who has not answered then has failed in this job.
         patience: seconds to wait for clients at the start; half of them must be there then.
         hello: seconds that a client may take to introduce itself; the shorter of deadline and patience where None.
         meaning: shape, class names and normalisation that clients must have; those of the first where None.
@@ -241,8 +242,9 @@ class FlowerEngine:
     def _exchange(self, content: RecordDict, nodes: Iterable[int], group: str, deadline: float) -> Exchanged:
         """Send ``content`` to ``nodes`` and return what each answered before the deadline."""
         # One content for all: it is only read here.
-        # The SuperLink drops what is older than its ttl: the last answers are taken after the deadline.
-        messages = [Message(content, node, JOB, ttl=2 * deadline + _LATE, group_id=group) for node in nodes]
+        nodes = [*nodes]
+        ttl = life(deadline, len(nodes))
+        messages = [Message(content, node, JOB, ttl=ttl, group_id=group) for node in nodes]
         return exchange(self._grid, messages, deadline)
 
 

@@ -72,6 +72,7 @@ ARRAYS, CONFIG, OWN = "arrays", "config", "fedunlearn"
 MASKING = "secaggplus_state"  # Flower's own name for what a client keeps from stage to stage of a secure sum
 POLL = 0.2  # seconds; the grid's own send_and_receive looks every 3
 _LONGEST_POLL = 3.0
+_GRACE, _PULL = 60.0, 1.0  # seconds to take answers in, and those for each of many or large ones
 _NOT_SENT = "the SuperLink did not take its message, which may be too large: see its log, and raise its limit"
 _LINE = ("httpx", "httpcore")  # whose errors say that the SuperLink cannot be reached
 
@@ -282,6 +283,15 @@ class Exchanged:
     failed: dict[int, str]
     late: frozenset[int]
     unsent: frozenset[int]
+
+
+def life(deadline: float, messages: int) -> float:
+    """Return how many seconds a message may live: until the answers to all that were sent with it are taken.
+
+    The SuperLink drops what is older, and the last answers are taken after the deadline. What lives on for longer comes
+    to a site that was away, in the place of the job that is asked by then.
+    """
+    return deadline + _GRACE + messages * _PULL
 
 
 def exchange(grid: Grid, messages: Sequence[Message], deadline: float) -> Exchanged:

@@ -44,6 +44,7 @@ from fedunlearn.flower.messages import (
     RecordDict,
     exchange,
     failure,
+    life,
     to_arrays,
     to_tensors,
 )
@@ -257,7 +258,7 @@ class _AsMeasure:
         messages = list(messages)
         for message in messages:
             message.metadata.message_type = MESSAGE
-            message.metadata.ttl = timeout
+            message.metadata.ttl = life(timeout, len(messages))
         came = exchange(self._grid, messages, timeout)
         told = {node: failure(answer) for node, answer in came.answers.items()} | came.failed
         for node, why in told.items():
