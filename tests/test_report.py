@@ -143,7 +143,10 @@ def test_the_page_says_who_asked_when_which_files_it_is_about_and_what_its_words
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
     (audited,) = (own["time"] for own in events if own["event"] == "audited")
     assert f"{audited[:10]} {audited[11:19]} UTC" in text
-    assert "no key when this page was written" in text  # it was signed later
+    # It was signed later, and made anew for that.
+    key = json.loads((folder / "dossier.json").read_text("utf-8"))["key"]
+    assert f"by the key with the fingerprint <code>{key}</code>" in text
+    assert "no key when this page was written" in (signed / "plain" / "report.html").read_text("utf-8")
     assert "fedunlearn verify FOLDER --key OPERATOR.pub" in text
     assert "<dd>operator not named</dd>" in text
     for word in (*VERDICTS, *GLOSSARY):

@@ -107,11 +107,15 @@ class _InPlace(nn.Module):
 
 def test_outputs_may_be_changed_in_place():
     net, maps = _InPlace(), drawn(2, 128, 2, 2, seed=1)
-    with BFLOAT16.autocast():
-        ours = torch.autograd.grad(net(maps).float().square().sum(), [maps, *net.parameters()])
-    theirs = torch.autograd.grad(net(maps).square().sum(), [maps, *net.parameters()])
-    for one, other in zip(ours, theirs):
-        assert float((one - other).norm() / other.norm()) < 0.02
+
+    def gradients(context):
+        with context:
+            made = net(maps)
+        return torch.autograd.grad(made.float().square().sum(), [maps, *net.parameters()])
+
+    exact, plain, ours = map(gradients, (FLOAT32.autocast(), plain_autocast(), BFLOAT16.autocast()))
+    for own, theirs, right in zip(ours, plain, exact):
+        assert (own - right).norm() < 1.5 * (theirs - right).norm() + 0.01 * right.norm()
 
 
 def test_clients_take_products_in_bfloat16_alone():

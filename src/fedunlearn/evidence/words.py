@@ -40,8 +40,8 @@ VERDICTS = {
 # Words of the page that not everybody knows; those of each figure are in the table of audits.
 GLOSSARY = {
     "U": "forgotten class: of its test images, the share that is named right, of several classes the mean. A model "
-    "that gave up the answer can never name it, so it is measured with the answer (its output row) put back; low was asked "
-    "for, and is no proof",
+    "that gave up the answer can never name it, so it is measured with the answer (its output row) put back; low was "
+    "asked for, and is no proof",
     "R": "other classes: the same share of all their test images, which is what the model is still worth",
     "retrained model": "a model trained from nothing without the class: what a perfect erasure would look like",
     "control": "a model that must not pass, or the audits are no good here",
