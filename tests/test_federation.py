@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from conftest import classifier, collected, job, logits, make_images, make_net
+from fedunlearn.channels.plan import Cut
 from fedunlearn.channels.stats import mean_of_clients
 from fedunlearn.data.batches import batches
 from fedunlearn.data.datasets import from_dataset
@@ -27,12 +29,14 @@ from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, si
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.federation.rounds import Watch, train_rounds, validation_accuracy
+from fedunlearn.federation.rounds import Repair, Watch, train_rounds, validation_accuracy
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
+from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally
+from fedunlearn.unlearn import unlearn
 
 EXAMPLE = torch.randn(2, 1, 8, 8)
 
@@ -540,6 +544,90 @@ def test_a_grouped_convolution_counts_as_one_for_each_group(groups):
         return flops_per_image(nn.Sequential(nn.Conv2d(1, 8, 1), middle, nn.Flatten(), nn.Linear(256, 3)), (1, 8, 8))
 
     assert counts(grouped) == counts(InParts(grouped))
+
+
+class Attends(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.maps, self.qkv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, images):
+        q, k, v = self.qkv(self.maps(images).flatten(2).mT)[:, None].chunk(3, -1)
+        plain = (q @ k.mT / 8**0.5).softmax(-1) @ v if not self.fused else None
+        out = F.scaled_dot_product_attention(q, k, v) if plain is None else plain
+        return self.head(out[:, 0].mean(1))
+
+
+def test_attention_counts_as_its_products():
+    fused, plain = (flops_per_image(Attends(fused), (1, 8, 8)) for fused in (True, False))
+    assert fused[0] == plain[0]
+    assert fused[1] >= plain[1]  # the fused backward pass makes a product again
+
+
+class DropsLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, images):
+        maps = self.first(images)
+        if not self.training or torch.rand(()) < 0.5:
+            maps = maps + self.second(maps)
+        return self.head(maps.mean((2, 3)))
+
+
+def test_what_a_network_drops_at_random_does_not_change_what_a_pass_costs():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    counts = {flops_per_image(DropsLayers(), (1, 8, 8)) for _ in range(8)}
+    ((forward, training),) = counts
+    assert forward == 2 * (4 * 9 * 36 + 4 * 4 * 9 * 36 + 4 * 3)  # evaluation drops nothing
+    assert training > 2 * forward
+    assert not torch.get_rng_state().equal(before)  # by the weights alone
+    torch.set_rng_state(before)
+    net = DropsLayers()
+    drawn = torch.get_rng_state()
+    with torch.no_grad():
+        assert flops_per_image(net, (1, 8, 8)) == (forward, training)
+    assert torch.get_rng_state().equal(drawn)
+
+
+@pytest.mark.parametrize("epochs", [1.09, 2.0, 2.09])
+def test_one_image_left_over_is_no_batch(epochs):
+    net = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    training = Training(lr=0.01, batch_size=8, local_epochs=epochs)
+    seen = train_locally(net, make_images(11), training, lr=0.01, draw=torch.Generator())
+    assert seen == 11 * int(epochs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_client_of_too_few_images_is_not_drawn_again_and_again(seed):
+    train, parts = make_images(300), {}
+    for k, name in enumerate("abc"):
+        parts[name] = train.take(slice(60 * k, 60 * k + 60))
+    few = train.take(slice(180, 300))
+    kept = [row for label, number in ((0, 20), (1, 2), (2, 1)) for row in (few.labels == label).nonzero()[:number]]
+    parts["d"] = few.take(torch.cat(kept))  # three images of the classes that stay
+    fed = Federation(LocalEngine(parts), Journal(), seed=seed, participation=0.34)
+    settings = Repair(Training(0.05, 8, 0.2), rounds=6)
+    done = unlearn(make_net(), fed, forget=[0], cut=Cut(0.2), repair=settings)
+    assert "d" in done.clients
+    trained = [entry for entry in fed.journal.entries("repair") if entry.job == "train"]
+    assert len(trained) == 6
+    assert all(not entry.refused for entry in trained)
+
+
+def test_where_the_only_holder_has_too_few_others_a_round_is_one_of_all():
+    train = make_images(300)
+    parts = {name: train.take(slice(60 * k, 60 * k + 60)).without([0]) for k, name in enumerate("abc")}
+    own = train.take(slice(180, 300))
+    kept = [row for label, number in ((0, 20), (1, 2), (2, 1)) for row in (own.labels == label).nonzero()[:number]]
+    parts["d"] = own.take(torch.cat(kept))
+    fed = Federation(LocalEngine(parts))
+    settings = Repair(Training(0.05, 8, 0.2, objective=Erasing(1.0, 0.1)), rounds=3)
+    unlearn(make_net(), fed, forget=[0], cut=Cut(0.2), repair=settings)
+    assert [len(entry.clients) for entry in fed.journal.entries("repair") if entry.job == "train"] == [3, 3, 3]
 
 
 def test_ledger_entries_count_what_was_asked_and_answered(net):

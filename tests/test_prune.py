@@ -553,6 +553,29 @@ def test_an_output_that_is_not_a_row_each_is_no_head(classes, end):
         head_layer(net, EXAMPLE)
 
 
+def add_a_number_for_each_class(out):
+    out += torch.arange(float(out.shape[1]))
+    return out
+
+
+def write_to(row):
+    def write(out):
+        out[:, row] -= 5
+        return out
+
+    return write
+
+
+@pytest.mark.parametrize("write", [add_a_number_for_each_class, write_to(0), write_to(3), write_to(-1)])
+def test_an_output_that_is_written_into_by_class_is_no_head(write):
+    net = Between(tail=lambda maps: maps.mean((2, 3)))
+    net.fc = nn.Linear(6, 5)
+    forward = net.forward
+    net.forward = lambda x: write(forward(x))
+    with pytest.raises(ModelError, match="must come straight from a Linear layer"):
+        head_layer(net, EXAMPLE)
+
+
 def test_a_plan_that_cuts_a_grouped_convolution_inside_its_blocks_is_refused():
     net = Between(nn.Conv2d(8, 8, 3, groups=2))
     for kept in ({"mix.weight": {1: (0,)}}, {"mix.bias": {0: (0, 1, 2, 3)}}):

@@ -45,6 +45,11 @@ def test_tf_idf_matches_numbers_worked_out_by_hand():
     assert found == pytest.approx([0.75 * math.log(2), 0.25 * math.log(4 / 3)])
 
 
+@pytest.mark.parametrize("width", [2, 7, 48])
+def test_channels_alike_in_all_classes_score_zero_whatever_the_mean_rounds_to(width):
+    assert tf_idf(stats_of([[0.1] * width] * 10), 0)["conv"].tolist() == pytest.approx([0.0] * width, abs=1e-12)
+
+
 def test_contrast_and_margin_match_numbers_worked_out_by_hand():
     stats = stats_of([[3.0], [1.0], [2.0]])
     assert float(contrast(stats, 0)["conv"]) == pytest.approx((3 - 1.5) / (3 + 1.5))

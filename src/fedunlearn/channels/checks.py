@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,12 @@ class Pass:
     Attributes:
         outputs: module to the output of each of its calls, modules in the order of their first call.
         logits: the model's output, shape ``(images, rows)``.
+        last: the modules whose output the logits are, as these left it.
     """
 
     outputs: Mapping[str, list[Tensor]]
     logits: Tensor
+    last: Sequence[str]
 
 
 def example_images(shape: tuple[int, ...]) -> Tensor:
@@ -57,9 +59,11 @@ def passed(model: nn.Module, example: Tensor, *, training: bool = False) -> Pass
         ModelError: the example is no batch, the model cannot take it, or its output is not one tensor of logits.
     """
     outputs: dict[str, list[Tensor]] = {}
+    versions: dict[str, list[int]] = {}  # an output may be written into after it was made
 
     def keep(name: str, output: Tensor) -> None:
         outputs.setdefault(name, []).append(output)
+        versions.setdefault(name, []).append(output._version)
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
@@ -71,7 +75,12 @@ def passed(model: nn.Module, example: Tensor, *, training: bool = False) -> Pass
     finally:
         for handle in handles:
             handle.remove()
-    return Pass(outputs, logits)
+    last = [
+        name
+        for name, made in outputs.items()
+        if any(output is logits and logits._version == then for output, then in zip(made, versions[name]))
+    ]
+    return Pass(outputs, logits, last)
 
 
 def passed_in_training(model: nn.Module, example: Tensor) -> Pass:

@@ -30,11 +30,7 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     seen = passed(model, example)
     rows = seen.logits.shape[1]
     layers = {name: model.get_submodule(name) for name in [*seen.outputs][::-1]}
-    heads = [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Linear) and any(output is seen.logits for output in seen.outputs[name])
-    ]
+    heads = [name for name, layer in layers.items() if isinstance(layer, nn.Linear) and name in seen.last]
     maybe = [name for name, layer in layers.items() if _has_rows(layer, rows)]
     if rows == 1 and len(maybe) > 1:  # nothing tells the last class's row from a gate
         maybe = []
@@ -59,7 +55,10 @@ def _has_rows(layer: nn.Module, rows: int) -> bool:
 
 
 def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
-    """Return whether without the first row of a layer the logits are those of the others, up to a number per image."""
+    """Return whether without a row of a layer the logits are those of the others, up to a number per image.
+
+    Tried with the first, the last and one between: code after the layer may write to a class by its place.
+    """
     model, example = drawn_anew(model, tuple(example.shape[1:]))  # what it has learnt may hide that a row is read
 
     def with_rows(kept: Sequence[int]) -> Tensor:
@@ -67,21 +66,22 @@ def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
         slice_tensors(other, {own: {0: tuple(kept)} for own, _ in parameter_layers(model, name, 0)})
         return forward(other, example)
 
+    def follows(kept: Sequence[int]) -> bool:
+        found, expected = with_rows(kept), whole[:, list(kept)]
+        if found.shape != expected.shape:
+            return False
+        apart = found - expected
+        apart = apart - apart.mean(1, keepdim=True)
+        return bool(apart.abs().max() <= _SAME * expected.abs().max())
+
     try:
         whole = forward(model, example)
-        kept = list(range(1, whole.shape[1]))
-        if not kept:  # cut down to one class
+        rows = range(whole.shape[1])
+        if len(rows) == 1:  # cut down to one class
             return True
-        found = with_rows(kept)
-        if len(kept) == 1 and found.shape == whole[:, kept].shape:
-            # One column says nothing up to a number per image: so the second row is there twice.
-            kept = [0, 1, 1]
-            found = with_rows(kept)
+        tried = [[row for row in rows if row != gone] for gone in sorted({0, len(rows) // 2, len(rows) - 1})]
+        if len(rows) == 2:  # one column says nothing up to a number per image: so a row is there twice
+            tried += [[0, 1, 1], [0, 0, 1]]
+        return all(follows(kept) for kept in tried)
     except ModelError:  # something reads that row
         return False
-    expected = whole[:, kept]
-    if found.shape != expected.shape:
-        return False
-    apart = found - expected
-    apart = apart - apart.mean(1, keepdim=True)
-    return bool(apart.abs().max() <= _SAME * expected.abs().max())

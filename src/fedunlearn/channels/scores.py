@@ -22,6 +22,7 @@ from fedunlearn.errors import PlanError
 from fedunlearn.seeding import generator
 
 REFERENCES = ("class", "channel")
+_ROUNDED = 1e-12  # of a mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,7 @@ def tf_idf(
     def score(a: Tensor) -> Tensor:
         k = len(a)
         level = a.mean(1, keepdim=True) if reference == "class" else a.mean(0, keepdim=True)
+        level = level - _ROUNDED * level.abs()  # of equal values the mean may round to more than they are
         idf = torch.log((smoothing + k) / (1 + (a >= level).sum(0).double()))
         return _ratio(a[0], a[0].sum()) * idf
 

@@ -178,12 +178,15 @@ def _seconds(job: Job, rules: Privacy, started: float) -> float:
     return 0.0 if hidden else time.perf_counter() - started
 
 
+BY_RULES = "this client's rules (min_images)"  # in what a client says that refuses for ever: it holds too few images
+
+
 def enough(images: LabelledImages, rules: Privacy) -> LabelledImages:
     """Refuse to answer for fewer images than ``rules`` allow; not how many: of one class that is what they hide."""
     if len(images) < rules.min_images:
         raise FederationError(
-            f"the answer would stand for fewer than {rules.min_images} images, and this client's rules (min_images) "
-            "let none do so: ask for a larger sample or leave this client out"
+            f"the answer would stand for fewer than {rules.min_images} images, and {BY_RULES} let none do so: ask for "
+            "a larger sample or leave this client out"
         )
     return images
 

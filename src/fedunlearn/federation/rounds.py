@@ -17,7 +17,7 @@ from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import Server, averaged
 from fedunlearn.federation.federation import Federation, check_somebody, whole_model
-from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.jobs import BY_RULES, Reply
 from fedunlearn.federation.journal import Step
 from fedunlearn.federation.ledger import Entry
 from fedunlearn.federation.tasks import Evaluate, Train
@@ -238,8 +238,18 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
     return correct / counts if counts else None, entry
 
 
+def _too_small(fed: Federation) -> set[str]:
+    """Return the clients that refused before as their images are too few for their rules: they always would."""
+    entries = fed.journal.entries("")
+    return {name for entry in entries for name, why in entry.refused.items() if BY_RULES in why}
+
+
 def _drawn(fed: Federation, objective: Local | None, phase: str, round: int) -> tuple[str, ...]:
     check_somebody(fed)
-    able = fed.able(objective)
+    small = _too_small(fed)
+    # Where all holders are, the round is one without images of the classes: better than none.
+    able = [name for name in fed.able(objective) if name not in small]
+    able = able or [name for name in fed.able() if name not in small] or fed.able(objective)
     order = torch.randperm(len(able), generator=generator(fed.seed, phase, "participation", round))
-    return tuple(sorted(able[int(i)] for i in order[: fed.drawn(objective)]))
+    drawn = replace(fed, clients=tuple(able), holders=None).drawn()
+    return tuple(sorted(able[int(i)] for i in order[:drawn]))

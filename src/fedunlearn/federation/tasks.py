@@ -18,6 +18,7 @@ from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import (
+    BY_RULES,
     STRICT,
     Answer,
     ClientData,
@@ -192,7 +193,7 @@ class Train:
         if self._images(images) < rules.min_images:
             raise FederationError(
                 f"{self.training.local_epochs:g} epochs of {len(images)} images are fewer than {rules.min_images}, "
-                "the fewest that this client's rules (min_images) let an answer stand for: raise local_epochs"
+                f"the fewest that {BY_RULES} let an answer stand for: raise local_epochs"
             )
         if self._images(images) > MOST_IMAGES:  # no answer after so many is taken
             raise FederationError(

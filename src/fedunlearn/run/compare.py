@@ -185,12 +185,7 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         fresh, kept, recipe.training(), rounds=recipe.train.rounds, server=experiment.server(), validate=validate
     )
     steps = fed.journal.steps("retrain")
-    # One that some clients had no part in, as they failed, is not what the next run would train. Those that hold fewer
-    # images than their rules ask for never have.
-    stay = [label for label in range(len(experiment.splits.train.classes)) if label not in experiment.forget]
-    held = dict(zip(experiment.clients, experiment.table[:, stay].sum(1).tolist()))
-    failed = {name for step in steps for entry in step.entries for name in entry.refused}
-    least = recipe.rules().min_images
-    if cache is not None and all(held.get(name, least) < least for name in failed):
+    # One that some clients had no part in, as they failed, is not what the next run would train.
+    if cache is not None and not any(entry.refused for step in steps for entry in step.entries):
         cache.store(model.module, steps)
     return Oracle(model, steps, False)

@@ -73,9 +73,10 @@ class Experiment:
     all_classes: tuple[str, ...]
 
     def keepers(self) -> tuple[str, ...]:
-        """Return the clients that hold images of the kept classes, and train on them."""
+        """Return the clients that hold as many images of the kept classes as their rules ask for, and train on them."""
         kept = [label for label in range(len(self.splits.train.classes)) if label not in self.forget]
-        return tuple(name for name, row in zip(self.clients, self.table) if int(row[kept].sum()) > 0)
+        least = max(1, self.recipe.rules().min_images)
+        return tuple(name for name, row in zip(self.clients, self.table) if int(row[kept].sum()) >= least)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all images, and of who holds which where others that are gone decided that."""

@@ -260,7 +260,7 @@ def train_locally(
     wanted = max(1, round(training.local_epochs * len(images)))
     seen = 0
     earlier: float | None = None
-    while seen < wanted:
+    while wanted - seen > (seen > 0):  # one image left over is no batch: batch normalisation cannot train on it
         for batch, labels in drawn(images, training.batch_size, limit=wanted - seen):
             if objective is None or forgetting is None:
                 with compute.autocast(device):
