@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import sdpa_backward_flop_count as sdpa_backward
+from torch.utils.flop_counter import sdpa_flop_count as sdpa
 
 from conftest import make_images, make_net, normalised
 from fedunlearn.channels.plan import Classifier, Cut
@@ -61,10 +63,13 @@ class Unusual(nn.Module):
 def counted_by_torch(model, shape):
     """Return the oracle's count for an image: forward, and forward with backward."""
     copied, images = copy.deepcopy(model).train(), torch.zeros((2, *shape))
-    with FlopCounterMode(display=False) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, lambda q, k, v, *rest, **how: sdpa(q, k, v)
+    backwards = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    known = dict([attention, (backwards, lambda grad, q, k, v, *rest, **how: sdpa_backward(grad, q, k, v))])
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         logits = copied(images)
     forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
     return forward // 2, (forward + counter.get_total_flops()) // 2
 

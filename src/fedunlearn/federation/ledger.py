@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.taps import with_gradients
 from fedunlearn.federation.jobs import Job, Reply
 
 _PASSES = 3  # in training
@@ -168,8 +169,9 @@ def _count_flops(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, in
     own, images = copied(model).cpu(), torch.zeros((2, *shape))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whoever asks has draws and a mode of their own
         torch.manual_seed(0)
-        with _Counter() as counter, torch.no_grad():
-            own.eval()(images)
+        # With gradients: torch fuses attention where none are asked for, and has no formula for what comes of it.
+        with _Counter() as counter:
+            with_gradients(copied(own)).eval()(images)
         forward = counter.flops
         most = max(_count_step(own.train(), images) for _ in range(_PASSES))
     return forward // 2, most // 2
