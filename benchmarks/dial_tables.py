@@ -65,7 +65,10 @@ def known() -> dict[str, list[Model]]:
 
 def _label(value: Mapping[str, Any]) -> str:
     (forgotten,) = value["forget"]
-    return f"{_DATA[value['recipe']['data']['source']]}, class {forgotten}"
+    # The dial is set on ResNet20; another network is another row.
+    network = value["recipe"]["model"]["name"]
+    of = "" if network in ("resnet20", "small-cnn") else f", {network}"
+    return f"{_DATA[value['recipe']['data']['source']]}, class {forgotten}{of}"
 
 
 def _add(
