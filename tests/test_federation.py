@@ -33,6 +33,7 @@ from fedunlearn.federation.rounds import Repair, Watch, train_rounds, validation
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
+from fedunlearn.training.objectives.distil import Distil
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.sgd import Training, constant, one_cycle, train_locally
@@ -616,6 +617,19 @@ def test_a_client_of_too_few_images_is_not_drawn_again_and_again(seed):
     trained = [entry for entry in fed.journal.entries("repair") if entry.job == "train"]
     assert len(trained) == 6
     assert all(not entry.refused for entry in trained)
+
+
+def test_too_few_of_some_images_is_not_too_few_of_others():
+    train, parts = make_images(300), {}
+    for k, name in enumerate("abc"):
+        parts[name] = train.take(slice(60 * k, 60 * k + 60))
+    parts["c"] = parts["c"].without([0])  # none of the class, forty of the others
+    fed = Federation(LocalEngine(parts), Journal()).keeping(exclude=[0])
+    alone = Training(0.05, 8, 1.0, objective=Distil())
+    train_rounds(make_net(), fed, alone, rounds=2, phase="alone")
+    assert all("c" in entry.refused for entry in fed.journal.entries("alone"))
+    train_rounds(make_net(), fed, Training(0.05, 8, 0.2), rounds=1, phase="others")
+    assert [entry.clients for entry in fed.journal.entries("others")] == [("a", "b", "c")]
 
 
 def test_where_the_only_holder_has_too_few_others_a_round_is_one_of_all():

@@ -168,7 +168,7 @@ def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int,
 def _count_flops(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
     own, images = copied(model).cpu(), torch.zeros((2, *shape))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whoever asks has draws and a mode of their own
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not that of a GPU, which nothing here puts back
         # With gradients: torch fuses attention where none are asked for, and has no formula for what comes of it.
         with _Counter() as counter:
             with_gradients(copied(own)).eval()(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,7 +173,8 @@ def train_rounds(
         if watch.reached(steps):
             break
         job = fed.job(tasks[round], trained, phase=phase, round=round)
-        job = replace(job, clients=_drawn(fed, tasks[round].training.objective, phase, round))
+        small = _too_small(fed, steps, tasks)
+        job = replace(job, clients=_drawn(fed, tasks[round].training.objective, phase, round, small))
         average, entry = ask(fed.engine, job, averaged)
         trained.module.load_state_dict(server.moved(trained.module, average, velocity), strict=True)
         entries, validation = [entry], None
@@ -238,15 +239,23 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
     return correct / counts if counts else None, entry
 
 
-def _too_small(fed: Federation) -> set[str]:
-    """Return the clients that refused before as their images are too few for their rules: they always would."""
-    entries = fed.journal.entries("")
-    return {name for entry in entries for name, why in entry.refused.items() if BY_RULES in why}
+def _too_small(fed: Federation, steps: Sequence[Step], tasks: Sequence[Train]) -> set[str]:
+    """Return the clients that said, of the same images, that they are too few for their rules: they always would."""
+    left_out = asked(exclude=fed.exclude)["exclude"]
+    said = [step for step in fed.journal.steps("reestimate") if step.about.get("exclude") == left_out]
+    said += [step for step, task in zip(steps, tasks) if not _of_forgotten_alone(task.training.objective)]
+    refused = [own for step in said for entry in step.entries for own in entry.refused.items()]
+    return {name for name, why in refused if BY_RULES in why}
 
 
-def _drawn(fed: Federation, objective: Local | None, phase: str, round: int) -> tuple[str, ...]:
+def _of_forgotten_alone(objective: Local | None) -> bool:
+    return objective is not None and objective.share == 1
+
+
+def _drawn(fed: Federation, objective: Local | None, phase: str, round: int, small: Collection[str]) -> tuple[str, ...]:
     check_somebody(fed)
-    small = _too_small(fed)
+    if _of_forgotten_alone(objective):  # of other images than those that were too few
+        small = ()
     # Where all holders are, the round is one without images of the classes: better than none.
     able = [name for name in fed.able(objective) if name not in small]
     able = able or [name for name in fed.able() if name not in small] or fed.able(objective)
