@@ -40,6 +40,9 @@ PAPER_CLASSES = {
 # R on test images that the original and the retrained models are to reach, from the paper's retrained R.
 LEVEL = {"cifar10-resnet20": 86, "cifar10-vgg11": 87, "cifar100-resnet20": 57, "cifar100-vgg11": 58}
 NOT_RUN = "not run"
+# Of the first table: the paper's ranking by its settings and ours, our ranking, the erase step; controls of equal cost.
+HEADLINE = ("tf_idf-paper", "tf_idf", "contrast", "erase-again", "erase-again-rest")
+_EQUAL_COST = (LABELS["finetune"], LABELS["random"])
 _BY_RECIPE = ("contrast", "tf_idf")  # settings that a comparison of methods has too
 # Controls to show beside a setting; those that any ranking shares beside contrast.
 _BESIDE = {
@@ -100,26 +103,24 @@ def _compared(recipe: str, setting: str) -> list[Result]:
 
 
 def headline() -> str:
-    """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds."""
-    head = ("cell", "ranking", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
+    """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds, with controls."""
+    head = ("cell", "model", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
     lines = [row_of(head), "|---" * len(head) + "|"]
     for recipe, (unlearned, retrained, ratio) in PAPER.items():
-        paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
-        for setting in SETTINGS:
-            own = results(recipe, setting)
-            if not own and setting in LESS_WORK:
-                continue
-            cells = [NOT_RUN] * 5
-            if own:
-                cells = [
-                    _spread([_u(one["unlearned"]) for one in own]),
-                    _spread([_r(one["unlearned"]) for one in own]),
-                    _spread(_retrained(own[0])),
-                    _to_equal_r(recipe, own),
-                    _times([one["speedup_whole"]["client_flops"] for one in own if "speedup_whole" in one]),
-                ]
-            some = f", {len(own)} of {len(SEEDS)} seeds" if 0 < len(own) < len(SEEDS) else ""
-            lines.append(row_of((recipe, setting + some, *cells, paper)))
+        runs = {setting: results(recipe, setting) for setting in HEADLINE}
+        for setting, own in runs.items():
+            some = f", {len(own)} of {len(SEEDS)} seeds" if len(own) < len(SEEDS) else ""
+            for name, blocks in _models(setting, own):
+                if name not in (f"**{setting}**", *_EQUAL_COST):
+                    continue
+                ratios = ["", "", ""]
+                if name not in _EQUAL_COST:
+                    whole = _times([one["speedup_whole"]["client_flops"] for one in own if "speedup_whole" in one])
+                    ratios = [_to_equal_r(recipe, own), whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
+                accuracies = [_spread([of(block) for block in blocks]) for of in (_u, _r)]
+                lines.append(row_of((recipe, name + some, *accuracies, _spread(_retrained(own[0])), *ratios)))
+        if missing := [setting for setting, own in runs.items() if not own]:
+            lines.append(row_of((recipe, ", ".join(missing), *[NOT_RUN] * 5, "")))
     return "\n".join(lines) + "\n"
 
 
@@ -169,11 +170,8 @@ def settings_table(recipe: str) -> str:
     """Return U, R and the verdicts of each setting and of its controls, mean and range over the seeds."""
     head = ("model", "U, row in place", "R", "R less retrained", "speed-up to equal R", "verdict")
     lines = [row_of(head), "|---" * len(head) + "|"]
-    for setting in SETTINGS:
-        own = results(recipe, setting)
-        # Cells of other classes are made by the settings that matter.
-        if not own and recipe in PAPER and setting not in LESS_WORK:
-            lines.append(row_of((setting, *[NOT_RUN] * 5)))
+    runs = {setting: results(recipe, setting) for setting in SETTINGS}
+    for setting, own in runs.items():
         for name, blocks in _models(setting, own):
             verdicts = Counter(block["verdict"] for block in blocks)
             lines.append(
@@ -188,6 +186,10 @@ def settings_table(recipe: str) -> str:
                     )
                 )
             )
+    # Cells of other classes are made by the settings that matter.
+    missing = [setting for setting, own in runs.items() if not own and setting not in LESS_WORK]
+    if missing and recipe in PAPER:
+        lines.append(row_of((", ".join(missing), *[NOT_RUN] * 5)))
     return "\n".join(lines) + "\n"
 
 
@@ -277,11 +279,11 @@ def _retrained(result: Result) -> list[float]:
 
 
 def _spread(values: Sequence[float], *, sign: str = "") -> str:
-    """Return mean, lowest and highest; nothing where a value is NaN."""
+    """Return mean, lowest and highest, one number where they are the same; nothing where a value is NaN."""
     if any(math.isnan(value) for value in values):
         return ""
     texts = [f"{number:{sign}.1f}" for number in (fmean(values), min(values), max(values))]
-    return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
+    return texts[0] if len({*texts}) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def _to_equal_r(recipe: str, own: Sequence[Result]) -> str:
@@ -313,5 +315,5 @@ def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
 def _times(found: Sequence[float]) -> str:
     if not found:
         return ""
-    spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
-    return f"{fmean(found):.1f}x{spread}"
+    mean, low, high = (f"{number:.1f}" for number in (fmean(found), min(found), max(found)))
+    return f"{mean}x" if low == high else f"{mean}x ({low} to {high})"
