@@ -166,23 +166,23 @@ def load_weights(model: Classifier, weights: Weights) -> Classifier:
         loaded = replace(model.cut(weights.plan), labels=weights.labels)
     except PlanError as error:
         raise ModelError(f"{weights.path}: {error}") from error
-    own = loaded.module.state_dict()
+    model_state = loaded.module.state_dict()
     # Counters of batches are missing from some exports and have no influence on the logits.
-    state = {name: t for name, t in own.items() if name.endswith(_COUNTER)} | dict(weights.state)
-    for name in sorted(own.keys() | state.keys()):
-        expected = tuple(own[name].shape) if name in own else "no such tensor"
+    state = {name: t for name, t in model_state.items() if name.endswith(_COUNTER)} | dict(weights.state)
+    for name in sorted(model_state.keys() | state.keys()):
+        expected = tuple(model_state[name].shape) if name in model_state else "no such tensor"
         found = tuple(state[name].shape) if name in state else "no such tensor"
         if expected != found:
             raise ModelError(
                 f"{weights.path}: {name}: the model has {expected}, the file {found}: "
                 f"{_computed(name, state) or _colours(expected, found)}"
-                f"{_hint(state, own)}"
+                f"{_hint(state, model_state)}"
             )
         # Integers or truth values in the place of weights are codes or masks: what they stand for is elsewhere.
-        if own[name].is_floating_point() != state[name].is_floating_point() and not name.endswith(_COUNTER):
+        if model_state[name].is_floating_point() != state[name].is_floating_point() and not name.endswith(_COUNTER):
             raise ModelError(
-                f"{weights.path}: {name}: the model has {_type(own[name])}, the file {_type(state[name])}: quantised "
-                "weights or masks cannot stand for weights; save the model in float32"
+                f"{weights.path}: {name}: the model has {_type(model_state[name])}, the file {_type(state[name])}: "
+                "quantised weights or masks cannot stand for weights; save the model in float32"
             )
     loaded.module.load_state_dict(state, strict=True)
     check_finite(loaded.module.state_dict(), str(weights.path))
@@ -203,14 +203,14 @@ def named_for(weights: Weights, model: Classifier) -> Weights:
     Raises:
         ModelError: two tensors would have one name.
     """
-    own = model.module.state_dict().keys()
+    known = model.module.state_dict().keys()
     state: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in weights.state.items():
-        if name == _AVERAGED and name not in own:
+        if name == _AVERAGED and name not in known:
             continue
         short = name
-        while short not in own and short.startswith(_WRAPPERS):
+        while short not in known and short.startswith(_WRAPPERS):
             short = short.split(".", 1)[1]
         if short in origin:
             raise ModelError(
@@ -242,13 +242,13 @@ def _computed(name: str, state: Mapping[str, Tensor]) -> str:
     )
 
 
-def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def _hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Return how to strip a prefix that all tensors of a file share, where that gives names of the model."""
     prefixes = {name.split(".", 1)[0] + "." for name in state if not name.endswith(_COUNTER)}
     if len(prefixes) != 1:
         return ""
     prefix = prefixes.pop()
-    if not any(name.removeprefix(prefix) in own for name in state if name.startswith(prefix)):
+    if not any(name.removeprefix(prefix) in expected for name in state if name.startswith(prefix)):
         return ""
     return (
         f"; all names in the file begin with {prefix!r}: save "
@@ -325,7 +325,7 @@ def _torch(path: Path) -> Weights:
     value = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(value, dict) and not _is_state(value):
         named = [name for name in _STATES if isinstance(value.get(name), dict)]
-        states = named[:1] or [name for name, own in value.items() if _is_state(own)]
+        states = named[:1] or [name for name, state in value.items() if _is_state(state)]
         if len(states) > 1:
             raise ModelError(
                 f"{path}: holds the states of several models ({', '.join(map(str, states))}): save the one that is "
@@ -333,10 +333,10 @@ def _torch(path: Path) -> Weights:
             )
         value = value[states[0]] if states else value
     if isinstance(value, dict) and not _is_state(value):
-        name, own = next((item for item in value.items() if not isinstance(item[1], Tensor)), ("nothing", None))
+        name, found = next((item for item in value.items() if not isinstance(item[1], Tensor)), ("nothing", None))
         raise ModelError(
             f"{path}: expected tensors by name, or a dictionary with them under one of its keys, but "
-            f"{str(name)[:80]!r} is of type {type(own).__name__}: save model.state_dict()"
+            f"{str(name)[:80]!r} is of type {type(found).__name__}: save model.state_dict()"
         )
     if not isinstance(value, dict):
         raise ModelError(
@@ -350,8 +350,8 @@ def _torch(path: Path) -> Weights:
 
 def _is_state(value: object) -> bool:
     """Return whether ``value`` may be the state of a model: tensors by name, not numbers alone."""
-    tensors = isinstance(value, dict) and all(isinstance(own, Tensor) for own in value.values())
-    return isinstance(value, dict) and tensors and any(own.ndim for own in value.values())
+    tensors = isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return isinstance(value, dict) and tensors and any(tensor.ndim for tensor in value.values())
 
 
 def _is_scripted(path: Path) -> bool:

@@ -54,7 +54,7 @@ app = typer.Typer(
 
 def _command(*names: str | Parameter) -> Callable[[Callable[[Options], None]], Callable[[Options], None]]:
     """Register a function of ``Options`` as the command of its name, with these options and arguments."""
-    parameters = [own if isinstance(own, Parameter) else OPTIONS[own] for own in names]
+    parameters = [name if isinstance(name, Parameter) else OPTIONS[name] for name in names]
 
     def register(function: Callable[[Options], None]) -> Callable[[Options], None]:
         def call(**values: Any) -> None:
@@ -63,7 +63,7 @@ def _command(*names: str | Parameter) -> Callable[[Callable[[Options], None]], C
                 function(options)
 
         call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
-        call.__annotations__ = {own.name: own.annotation for own in parameters}
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         app.command(function.__name__, help=function.__doc__)(call)
         return function
 

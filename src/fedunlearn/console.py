@@ -127,8 +127,8 @@ class RunProgress:
 
 
 def _phase_text(phase: str) -> str:
-    part, _, own = phase.rpartition(".")
-    name, _, number = own.partition("-")
+    part, _, step = phase.rpartition(".")
+    name, _, number = step.partition("-")
     text = _PHASES.get(name, name)
     if number.isdigit() and number != "0":
         text += f" for class {int(number) + 1} in turn"
@@ -178,8 +178,9 @@ def expected(seconds: float, recipe: Recipe, command: str) -> str:
     )
     audited = ""
     if command in ("run", "audit"):
-        own = ":" in recipe.model.name or bool(recipe.audit.models)  # by its name, a network of one's own is not known
-        audited = f"; audits are not counted{'' if own else ', and retrained models from the cache take none'}"
+        # By its name, a network of one's own is not known.
+        unknown = ":" in recipe.model.name or bool(recipe.audit.models)
+        audited = f"; audits are not counted{'' if unknown else ', and retrained models from the cache take none'}"
     return f"training takes {time} from the start on this machine, if nothing else runs there{audited}"
 
 
@@ -219,8 +220,8 @@ def methods_table(methods: Iterable[Method]) -> Table:
         table.add_column(column)
     for method in methods:
         values = {} if method.settings is None else asdict(method.settings)
-        given = [f"{key} {own:g}" for key, own in values.items() if own is not None]
-        open_keys = [key for key, own in values.items() if own is None]
+        given = [f"{key} {value:g}" for key, value in values.items() if value is not None]
+        open_keys = [key for key, value in values.items() if value is None]
         shown = ", ".join([*given, *([f"{' and '.join(open_keys)} as the recipe"] if open_keys else [])])
         needs = method.needs + ("; replies are sums" if method.sums else "")
         name = method.name + ("" if method.name in METHODS else " (compare only)")
@@ -244,7 +245,7 @@ def comparison_table(value: Mapping[str, Any]) -> Table:
         speed = row["speedup"]
         table.add_row(
             row["name"],
-            *("-" if own is None else f"{100 * own[0]:.1f}" for own in figures),
+            *("-" if pair is None else f"{100 * pair[0]:.1f}" for pair in figures),
             "-" if speed is None else f"{'' if row['reached'] else '> '}{speed[0]:.1f}",
             ", ".join(
                 verdict + (f" ({count} of {row['seeds']} seeds)" if count < row["seeds"] else "")
@@ -299,9 +300,9 @@ def print_table(console: Console, table: Table) -> None:
     left: list[str] = []
     for name, header in _SPARED.items():
         if console.measure(table, options=options).maximum > console.width:
-            own = [column for column in table.columns if column.header == header]
-            table.columns = [column for column in table.columns if column not in own]
-            left += [name] * len(own)
+            columns = [column for column in table.columns if column.header == header]
+            table.columns = [column for column in table.columns if column not in columns]
+            left += [name] * len(columns)
     screen, console.width = console.width, max(console.width, console.measure(table, options=options).maximum)
     console.print(table, crop=False)
     console.width = screen

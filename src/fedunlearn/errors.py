@@ -28,9 +28,9 @@ def printable(text: str) -> str:
 
 def listed(texts: Iterable[str], between: str = ", ") -> str:
     """Return the first five of ``texts``, and how many more there are: a fleet has thousands of clients."""
-    own = list(texts)
-    more = len(own) - _LISTED
-    return between.join(own[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    every = list(texts)
+    more = len(every) - _LISTED
+    return between.join(every[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class FedUnlearnError(Exception):

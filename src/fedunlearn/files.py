@@ -57,10 +57,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     state: dict[str, Tensor] = {}
     places = set()
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
+        values = tensor.detach().cpu().contiguous()
         # A module under two names has one tensor under both, and two may be parts of one: safetensors writes each.
-        place = own.untyped_storage().data_ptr()
-        state[name] = own.clone() if place in places else own
+        place = values.untyped_storage().data_ptr()
+        state[name] = values.clone() if place in places else values
         places.add(place)
     with written(path) as part:
         part.write_bytes(save(state, dict(metadata)))

@@ -64,8 +64,8 @@ class Options:
                     f"--models {self.models}: expected a folder with original.safetensors, that of a run or one of "
                     "models, and found none there: check the path, or name the original with --weights"
                 )
-            own = recipe.model.model_copy(update={"weights": str(original)})
-            recipe = recipe.model_copy(update={"model": own})
+            table = recipe.model.model_copy(update={"weights": str(original)})
+            recipe = recipe.model_copy(update={"model": table})
         return known(recipe)
 
 
@@ -86,8 +86,8 @@ def argument(name: str, kind: Any, help: str) -> Parameter:
 RECIPE = "Name of a shipped recipe, or a TOML file."
 # All options of the commands that work on a recipe; each command names those it takes.
 OPTIONS = {
-    own.name: own
-    for own in (
+    parameter.name: parameter
+    for parameter in (
         option("recipe", str, RECIPE, default=Parameter.empty),
         option(
             "out",

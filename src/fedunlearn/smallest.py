@@ -108,7 +108,7 @@ def unlearn_smallest(
     attempts: list[Attempt] = []
     best: tuple[Attempt, Unlearned] | None = None
     # Of narrow layers, and of blocks, a small share is no channel: the repair alone would pass for a cut.
-    left: Sequence[float] = [own for own in FRACTIONS if ranked.removes(Cut(own, scope=scope))]
+    left: Sequence[float] = [fraction for fraction in FRACTIONS if ranked.removes(Cut(fraction, scope=scope))]
     if not left:
         raise PlanError(f"no cut up to {FRACTIONS[-1]} removes a channel: the model's layers are too narrow to prune")
     while left:
@@ -172,6 +172,6 @@ def _forgotten(repaired: Classifier, fed: Federation, forget: Sequence[int]) -> 
 def _summed(replies: Iterable[Reply]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for reply in replies:
-        for name, own in reply.tensors.items():
-            sums[name] = sums[name] + own if name in sums else own.clone()
+        for name, tensor in reply.tensors.items():
+            sums[name] = sums[name] + tensor if name in sums else tensor.clone()
     return sums

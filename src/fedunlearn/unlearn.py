@@ -93,7 +93,7 @@ class Unlearned(Forgotten):
         Of classes that went one after another, by the ranking of the last.
         """
         state = self.pruned.module.state_dict()
-        ranked = sum(len(own) for own in self.scores.values())
+        ranked = sum(len(scores) for scores in self.scores.values())
         return (ranked - sum(len(state[f"{layer}.weight"]) for layer in self.scores)) / ranked
 
 

@@ -42,7 +42,11 @@ def artefacts(path: Path, *, state: Mapping[str, Tensor], forget: Sequence[int])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         kept = PruningPlan.from_json(json.dumps(about["plan"])).kept
         names, labels = about["classes"], about["labels"]
-        if not isinstance(names, list) or not isinstance(labels, list) or not all(is_whole(own, 0) for own in labels):
+        if (
+            not isinstance(names, list)
+            or not isinstance(labels, list)
+            or not all(is_whole(label, 0) for label in labels)
+        ):
             raise TypeError(f"its rows are {labels!r}, named {names!r}")
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, PlanError) as error:
         raise ModelError(f"{path}: expected a model written by fedunlearn, but {error}") from error

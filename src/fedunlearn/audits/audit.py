@@ -174,8 +174,9 @@ class Calibrated:
 
     def _figures(self, name: str, beside: str | None) -> Mapping[str, Figure]:
         """Return the figures of a control: it could fail by what the candidate ``beside`` it lacks."""
-        own = self.models[name].figures
-        return own if beside is None else {key: own[key] for key in own if key in self.models[beside].figures}
+        figures = self.models[name].figures
+        shared = figures if beside is None else self.models[beside].figures
+        return {key: figures[key] for key in figures if key in shared}
 
     def judged_beside(self, name: str) -> dict[str, Any]:
         """Return the verdict on a candidate: none where the original did not know the class, see ``controlled``."""
@@ -250,11 +251,11 @@ def _measured(
     found = measure([audit for audit in AUDITS if kept is None or not audit.resumed], seen, references)
     if kept is not None:
         found = Found(kept.figures | found.figures, kept.details | found.details)
-    for figure, own in found.figures.items():
-        if not (math.isfinite(own.value) and math.isfinite(own.error)):
+    for name_of_figure, figure in found.figures.items():
+        if not (math.isfinite(figure.value) and math.isfinite(figure.error)):
             raise EvidenceError(
-                f"the audit of {name}: {figure} is {own.value} with an error of {own.error}, which no band can be held "
-                "against: retrain or replace this model"
+                f"the audit of {name}: {name_of_figure} is {figure.value} with an error of {figure.error}, which no "
+                "band can be held against: retrain or replace this model"
             )
     _keep(folder, name, about, found)
     return found

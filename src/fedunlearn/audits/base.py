@@ -185,8 +185,8 @@ def by_class(right: Tensor, truth: Tensor) -> Figure:
         0.5
     """
     of_class = [right[truth == label] for label in torch.unique(truth)]
-    shares = [share(int(own.sum()), len(own)) for own in of_class]
-    return Figure(fmean(own.value for own in shares), math.hypot(*(own.error for own in shares)) / len(shares))
+    shares = [share(int(rows.sum()), len(rows)) for rows in of_class]
+    return Figure(fmean(one.value for one in shares), math.hypot(*(one.error for one in shares)) / len(shares))
 
 
 def error_by_class(mean: float, truth: Tensor) -> float:

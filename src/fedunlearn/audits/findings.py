@@ -38,13 +38,13 @@ class Findings(Tabular):
     def table(self) -> list[dict[str, Any]]:
         """Return a row per figure of the candidate: name, label, figure, both ends of its band, and where it lies."""
         rows = []
-        for name, own in self.judgements[CANDIDATE]["audits"].items():
+        for name, judged in self.judgements[CANDIDATE]["audits"].items():
             kind, band = FIGURES[name], {"low": None, "high": None}
-            if own["band"] is not None:
-                low, high = own["band"]
+            if judged["band"] is not None:
+                low, high = judged["band"]
                 band = {"low": max(low, 0.0), "high": min(high, kind.largest)}
-            lies = own["verdict"] or "no band"
-            rows.append({"audit": name, "label": kind.label, "figure": own["figure"], **band, "lies": lies})
+            lies = judged["verdict"] or "no band"
+            rows.append({"audit": name, "label": kind.label, "figure": judged["figure"], **band, "lies": lies})
         return rows
 
     def headline(self) -> str:

@@ -128,18 +128,18 @@ def calibrate(oracles: Sequence[Mapping[str, Figure]]) -> dict[str, Band]:
         >>> round(band.mean, 3), round(band.sd, 3), round(band.low, 3), round(band.high, 3)
         (0.75, 0.05, 0.502, 0.998)
     """
-    measured = {name: [own[name] for own in oracles if name in own] for name in KINDS if name not in _FIXED}
+    measured = {name: [figures[name] for figures in oracles if name in figures] for name in KINDS if name not in _FIXED}
     usable = {
-        name: own
-        for name, own in measured.items()
-        if 2 <= len(own) == len(oracles) and all(math.isfinite(f.value) and math.isfinite(f.error) for f in own)
+        name: figures
+        for name, figures in measured.items()
+        if 2 <= len(figures) == len(oracles) and all(math.isfinite(f.value) and math.isfinite(f.error) for f in figures)
     }
     bands = dict(_FIXED)
     t, z = _quantiles(len(oracles), len(usable)) if usable else (math.nan, math.nan)
-    for name, own in usable.items():
-        mean = statistics.fmean(figure.value for figure in own)
-        error = max(figure.error for figure in own)
-        sd = max(statistics.stdev(figure.value for figure in own), error * z / t, _FINEST)
+    for name, figures in usable.items():
+        mean = statistics.fmean(figure.value for figure in figures)
+        error = max(figure.error for figure in figures)
+        sd = max(statistics.stdev(figure.value for figure in figures), error * z / t, _FINEST)
         half = t * math.sqrt(1 + 1 / len(oracles)) * sd
         bands[name] = Band(mean, sd, mean - half, mean + half)
     return bands
@@ -224,8 +224,8 @@ def controlled(
         return dict(judgement)
     passing = []
     for name, figures in controls.items():
-        own = {figure: value for figure, value in figures.items() if figure in judgement["audits"]}
-        if judge(own, bands, oracles=oracles, chance=chance)["verdict"] not in (SUPPRESSED, NOT_FORGOTTEN):
+        judged = {figure: value for figure, value in figures.items() if figure in judgement["audits"]}
+        if judge(judged, bands, oracles=oracles, chance=chance)["verdict"] not in (SUPPRESSED, NOT_FORGOTTEN):
             passing.append(name)
     reason = "" if controls else NO_CONTROL
     if passing:

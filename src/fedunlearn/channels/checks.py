@@ -217,8 +217,8 @@ def tied_tensors(model: nn.Module) -> dict[str, str]:
     owner: dict[int, tuple[str, str]] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{own}" if name else own
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
             other, first = owner.setdefault(id(parameter), (name, full))
             if other != name:
                 tied |= dict.fromkeys((name, other, full, first), f"{full} is the same tensor as {first}")

@@ -213,14 +213,14 @@ def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Gro
 
     width = int(module.weight.shape[0])
     items = graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels, idxs=list(range(width)))
-    owners = {id(own): layer for layer in names for own in layer.parameters(recurse=False)}
+    owners = {id(tensor): layer for layer in names for tensor in layer.parameters(recurse=False)}
     members = {}
     for dependency, positions in items:
         target = dependency.target.module
         if isinstance(target, nn.Parameter):  # read by the code of a module: that of a layer scale, say
             owner = owners[id(target)]
             if not isinstance(owner, FOLLOWED):
-                (name,) = (own for own, parameter in owner.named_parameters(recurse=False) if parameter is target)
+                (name,) = (leaf for leaf, parameter in owner.named_parameters(recurse=False) if parameter is target)
                 place = f"{names[owner]}.{name}".removeprefix("."), int(dependency.target.pruning_dim)
             else:
                 place = names[owner], 0
@@ -235,7 +235,7 @@ def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Gro
         member = Member(*place, tuple(sorted(int(i) for i in positions)), reads)
         members[member.module, member.axis, member.positions] = member
     # All channels of a convolution, or it has no scores of its own here: parts of it may go with several groups.
-    whole = {name for own, name in names.items() if isinstance(own, nn.Conv2d) and own.out_channels == width}
+    whole = {name for conv, name in names.items() if isinstance(conv, nn.Conv2d) and conv.out_channels == width}
     layers = {
         member.module
         for member in members.values()
@@ -255,7 +255,7 @@ def _in_blocks(model: nn.Module, groups: Sequence[Group]) -> tuple[list[Group], 
             continue
         sides = [group for group in joined if any(member.module == name for member in group.members)]
         if len(sides) > 1 and all(_all_of(group, name, module.out_channels) for group in sides):
-            layers = [own for own, _ in model.named_modules() if any(own in group.layers for group in sides)]
+            layers = [layer for layer, _ in model.named_modules() if any(layer in group.layers for group in sides)]
             members = {
                 (member.module, member.axis, member.positions): member
                 for group in sides

@@ -63,7 +63,7 @@ def _names_classes(model: nn.Module, name: str, example: Tensor) -> bool:
 
     def with_rows(kept: Sequence[int]) -> Tensor:
         other = copied(model)
-        slice_tensors(other, {own: {0: tuple(kept)} for own, _ in parameter_layers(model, name, 0)})
+        slice_tensors(other, {tensor: {0: tuple(kept)} for tensor, _ in parameter_layers(model, name, 0)})
         return forward(other, example)
 
     def follows(kept: Sequence[int]) -> bool:

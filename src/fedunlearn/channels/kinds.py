@@ -69,7 +69,7 @@ def resize(module: nn.Module, name: str, kept: Sequence[int] | None) -> None:
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)):
-        module.num_features = next(len(own) for own in (module.weight, module.running_mean) if own is not None)
+        module.num_features = next(len(tensor) for tensor in (module.weight, module.running_mean) if tensor is not None)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.GroupNorm) and kept is not None:

@@ -297,10 +297,10 @@ def plan_pruning(channels: Channels, scores: Mapping[str, Tensor], cut: Cut) -> 
     ranked: list[Group] = []
     ranking: list[Tensor] = []
     for group in channels.groups:
-        own = [_checked(scores[layer], layer, group.width) for layer in group.layers if layer in scores]
-        if own:
+        rankings = [_checked(scores[layer], layer, group.width) for layer in group.layers if layer in scores]
+        if rankings:
             ranked.append(group)
-            ranking.append(torch.stack(own).mean(0))
+            ranking.append(torch.stack(rankings).mean(0))
         else:
             left_out |= dict.fromkeys(group.layers, "it was not scored")
     chosen = _choose(ranked, ranking, cut)

@@ -24,8 +24,8 @@ def parameter_layers(model: nn.Module, module: str, axis: int) -> list[tuple[str
         return [(module, alone.shape[axis])] if alone.ndim > axis else []
     owner = model.get_submodule(module)
     tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-    names = [name for name, own in model.named_modules(remove_duplicate=False) if own is owner]
-    return [(f"{name}.{own}", tensor.shape[axis]) for name in names for own, tensor in tensors if tensor.ndim > axis]
+    names = [name for name, candidate in model.named_modules(remove_duplicate=False) if candidate is owner]
+    return [(f"{name}.{leaf}", tensor.shape[axis]) for name in names for leaf, tensor in tensors if tensor.ndim > axis]
 
 
 def combine(parts: Iterable[Kept]) -> dict[str, dict[int, tuple[int, ...]]]:

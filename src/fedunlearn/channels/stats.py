@@ -180,7 +180,7 @@ def measure_channels(
     finally:
         model.train(training)
     split = torch.split(sums, [*widths.values()], dim=1)
-    return ChannelStats({name: own.contiguous() for name, own in zip(taps, split)}, counts)
+    return ChannelStats({name: part.contiguous() for name, part in zip(taps, split)}, counts)
 
 
 def _clipped(means: Tensor, clip: float) -> Tensor:
@@ -215,9 +215,9 @@ def limit_influence(parts: Sequence[ChannelStats], cap: float) -> list[ChannelSt
         means = torch.stack([part.sums[layer] for part in parts]) / counts.clamp_min(1)[:, :, None]
         norms = means.norm(dim=2)
         scale = (cap * _median(norms, held) / norms.clamp_min(1e-300)).clamp_max(1)
-        for own, limited in zip(sums, means * (scale * fewer)[:, :, None]):
-            own[layer] = limited
-    return [ChannelStats(own, count) for own, count in zip(sums, fewer)]
+        for of_client, limited in zip(sums, means * (scale * fewer)[:, :, None]):
+            of_client[layer] = limited
+    return [ChannelStats(of_client, count) for of_client, count in zip(sums, fewer)]
 
 
 def _median(values: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Group:
                 for first in range(0, self.width, part)
             ]
             together = [tuple(sorted(channels)) for channels in zip(*ranked)]
-        return [(sum(scores[channel] for channel in own) / len(own), own) for own in together]
+        return [(sum(scores[channel] for channel in group) / len(group), group) for group in together]
 
     def kept(self, model: nn.Module, removed: Sequence[int]) -> Kept:
         """Return ``tensor -> axis -> kept positions`` when the channels ``removed`` go."""

@@ -131,8 +131,8 @@ def head_input(z: Tensor) -> Tensor:
 
 def channel_means(z: Tensor, tap: Tap, width: int) -> Tensor:
     """Return the mean positive value per channel, shape ``(images, width)``, of the maps ``z``, flattened or not."""
-    own = z.movedim(tap.axis, 1)[:, tap.start : tap.stop]
+    maps = z.movedim(tap.axis, 1)[:, tap.start : tap.stop]
     if not tap.rectified:
-        own = own.clamp_min(0)  # a copy of all maps: a tenth of the pass
+        maps = maps.clamp_min(0)  # a copy of all maps: a tenth of the pass
     # At least float32: maps may be bfloat16, sums of them must not.
-    return own.reshape(len(z), width, -1).mean(2, dtype=torch.promote_types(own.dtype, torch.float32))
+    return maps.reshape(len(z), width, -1).mean(2, dtype=torch.promote_types(maps.dtype, torch.float32))

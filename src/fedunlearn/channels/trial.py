@@ -127,7 +127,7 @@ def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn
                     module.running_var.fill_(1)
                 if not module.affine and module.running_var is not None:  # what tells its channels apart
                     module.running_var.copy_(0.75 + 0.25 * normal(module.running_var).tanh())
-        read = {f"{name}.weight" for name, own in net.named_modules() if isinstance(own, (nn.Conv2d, nn.Linear))}
+        read = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
         for name, parameter in net.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 level = 0.1 * normal(parameter)
@@ -148,7 +148,7 @@ def _removed(group: Group, half: int) -> list[int]:
     order = torch.randperm(group.width, generator=generator(0, "half", group.width)).tolist()
     units = sorted(group.units(order))
     middle = len(units) // 2
-    return sorted(channel for _, own in (units[:middle] if half == 0 else units[middle:]) for channel in own)
+    return sorted(channel for _, channels in (units[:middle] if half == 0 else units[middle:]) for channel in channels)
 
 
 def masked(net: nn.Module, sliced: nn.Module, removed: Mapping[Group, Sequence[int]], images: Tensor) -> Tensor:

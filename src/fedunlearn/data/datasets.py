@@ -118,24 +118,24 @@ def from_dataset(
         labels = getattr(dataset, "targets", None)
     found = [_item(dataset, row)[1] for row in range(count)] if labels is None else labels
     try:
-        own, names = torch.as_tensor(found), classes if isinstance(classes, str) else tuple(classes)
+        numbers, names = torch.as_tensor(found), classes if isinstance(classes, str) else tuple(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"labels must be whole numbers, one per image, and classes their names, but {error}: check "
             "from_dataset(classes, labels=...)"
         ) from error
-    if own.is_floating_point() or own.shape != (count,):
+    if numbers.is_floating_point() or numbers.shape != (count,):
         raise DataError(
-            f"the data set has {count} images and labels of {own.dtype} and shape {tuple(own.shape)}: one whole number "
-            "per image is needed, from_dataset(labels=...)"
+            f"the data set has {count} images and labels of {numbers.dtype} and shape {tuple(numbers.shape)}: one "
+            "whole number per image is needed, from_dataset(labels=...)"
         )
     if labels is not None and not given:
-        _check_targets(dataset, own.tolist())
+        _check_targets(dataset, numbers.tolist())
     colours, height, width = first.shape
     shape = (int(colours), int(height), int(width))
     return DatasetImages(
         _placeholder(count, shape),
-        own.long(),
+        numbers.long(),
         names,  # type: ignore[arg-type]
         (0.0,) * shape[0],
         (1.0,) * shape[0],

@@ -148,10 +148,10 @@ class LabelledImages:
     def narrowed(self, gone: Collection[int]) -> LabelledImages:
         """Return the images of all classes but ``gone`` as images of the others alone, which are numbered anew."""
         kept = [label for label in range(len(self.classes)) if label not in gone]
-        own = self.without(gone)
+        rest = self.without(gone)
         numbers = torch.zeros(len(self.classes), dtype=torch.int64)
         numbers[kept] = torch.arange(len(kept))
-        return replace(own, labels=numbers[own.labels], classes=tuple(self.classes[label] for label in kept))
+        return replace(rest, labels=numbers[rest.labels], classes=tuple(self.classes[label] for label in kept))
 
     def followed_by(self, others: Sequence[LabelledImages], groups: Tensor | None) -> LabelledImages:
         """Return these images and those of ``others``, in order.
@@ -165,8 +165,8 @@ class LabelledImages:
         parts = (self, *others)
         return replace(
             self,
-            images=torch.cat([own.images for own in parts]),
-            labels=torch.cat([own.labels for own in parts]),
+            images=torch.cat([part.images for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
             groups=groups,
         )
 
@@ -210,9 +210,9 @@ class Meaning:
                 f"images of shape {self.shape} in {len(self.classes)} classes, "
                 f"the others {others.shape} in {len(others.classes)}"
             )
-        for label, (own, other) in enumerate(zip(self.classes, others.classes)):
-            if own != other:
-                return f"images whose class {label} is {own[:80]!r}, that of the others {other[:80]!r}"
+        for label, (mine, other) in enumerate(zip(self.classes, others.classes)):
+            if mine != other:
+                return f"images whose class {label} is {mine[:80]!r}, that of the others {other[:80]!r}"
         for name in ("mean", "std"):
             if getattr(self, name) != getattr(others, name):
                 return f"images normalised by {name} {getattr(self, name)}, the others by {getattr(others, name)}"
@@ -230,11 +230,11 @@ def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
         return first
     everyone = (first, *rest)
     for name in ("shape", "classes", "mean", "std"):
-        found = [tuple(getattr(own, name)) for own in everyone]
+        found = [tuple(getattr(images, name)) for images in everyone]
         differing = next((value for value in found if value != found[0]), None)
         if differing is not None:
             raise DataError(f"images can be joined where they agree in {name}, got {found[0]} and {differing}")
-    groups = [own.groups for own in everyone if own.groups is not None]
+    groups = [images.groups for images in everyone if images.groups is not None]
     return first.followed_by(rest, torch.cat(groups) if len(groups) == len(everyone) else None)
 
 

@@ -204,7 +204,7 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
         "recipe": result["recipe"],
         "data": header["data"],
         "models": models(result, hashed),
-        "clients": {key: own for key, own in result["engine"].items() if key != "name"},
+        "clients": {key: value for key, value in result["engine"].items() if key != "name"},
         "rounds": rounds(steps),
         "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")) if "verdict" in result else None,
         "limits": list(LIMITS),

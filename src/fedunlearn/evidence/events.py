@@ -25,7 +25,7 @@ def now() -> str:
 def events_of(path: Path) -> dict[str, dict[str, Any]]:
     """Return the events of a log by name, each as it was written; none where there is no log."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return {own["event"]: own for own in map(json.loads, lines)}
+    return {event["event"]: event for event in map(json.loads, lines)}
 
 
 class EventLog:

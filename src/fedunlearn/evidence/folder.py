@@ -47,7 +47,8 @@ class RunFolder:
         if not file.is_file():
             raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
         result = read_json(file)
-        return RunFolder(path, result, {own.stem: read_json(own) for own in sorted((path / "audits").glob("*.json"))})
+        audits = sorted((path / "audits").glob("*.json"))
+        return RunFolder(path, result, {audit.stem: read_json(audit) for audit in audits})
 
     @staticmethod
     def audited(path: Path) -> RunFolder:
@@ -64,7 +65,7 @@ class RunFolder:
     def figures(self, name: str) -> dict[str, float]:
         """Return the figures of a model by name; empty where it was not audited."""
         figures = self.models.get(name, {}).get("figures", {})
-        return {figure: float(own["value"]) for figure, own in figures.items()}
+        return {figure: float(entry["value"]) for figure, entry in figures.items()}
 
     @property
     def oracles(self) -> list[str]:

@@ -70,14 +70,14 @@ def _bands(run: RunFolder) -> Plot:
 
 
 def _relearning(run: RunFolder) -> Plot:
-    curves = {name: own["details"]["relearn"] for name, own in run.models.items()}
+    curves = {name: model["details"]["relearn"] for name, model in run.models.items()}
     text = "Accuracy on the class as a short training on it brings it back; images count each time they are seen."
     if "original" in run.models:
-        back = [own for own in (until_back(run, name) for name in run.oracles) if own is not None]
-        span = dict.fromkeys(f"{own:,}" for own in (min(back), max(back))) if back else ()
+        back = [images for images in (until_back(run, name) for name in run.oracles) if images is not None]
+        span = dict.fromkeys(f"{images:,}" for images in (min(back), max(back))) if back else ()
         beside = f"; retrained models after {' to '.join(span)}" if back else ""
-        own = until_back(run, "unlearned")
-        after = "not within this training" if own is None else f"after {own:,} images"
+        images = until_back(run, "unlearned")
+        after = "not within this training" if images is None else f"after {images:,} images"
         text += f" The unlearned model is back at 95 % of the original's accuracy {after}{beside}."
     return Plot("relearning", "Relearning", text, plots.relearning(curves, oracles=run.oracles))
 
@@ -96,7 +96,7 @@ def _confusion(run: RunFolder) -> Plot:
 def _classes(run: RunFolder) -> Plot:
     before, after = (run.result[name]["accuracy"]["per_class"] for name in ("original", "unlearned"))
     oracles = [_numbers(block["accuracy"]["per_class"]) for block in run.result.get("oracles", {}).values()]
-    mean = {name: statistics.fmean(own[name] for own in oracles) for name in before} if oracles else {}
+    mean = {name: statistics.fmean(shares[name] for shares in oracles) for name in before} if oracles else {}
     # A class without test images is one of which nothing is known.
     kept = [name for k, name in enumerate(before) if k not in run.result["forget"] and before[name] is not None]
     now, past = _numbers(after), _numbers(before)
@@ -120,8 +120,8 @@ def _work(run: RunFolder) -> Plot:
     result = run.result
     spent, r = result["cost"]["unlearn"]["client_flops"], result["unlearned"]["validation"]["retain"]
     found = retraining(result)
-    there = sorted(own["client_flops"] for own in found if own["reached"])
-    late = sorted(own["curve"][-1][0] for own in found if not own["reached"])
+    there = sorted(oracle["client_flops"] for oracle in found if oracle["reached"])
+    late = sorted(oracle["curve"][-1][0] for oracle in found if not oracle["reached"])
     beside = []
     if there:
         beside.append(f"Retraining first got there after {_from_to(there)}")
@@ -134,7 +134,7 @@ def _work(run: RunFolder) -> Plot:
         f"Unlearning ends at R {percent(r)} % on the clients' validation images after {_flops(spent)}. "
         f"{'. '.join(beside)}. On "
         f"test images R is {percent(result['audits']['retain']['figure'])} %.",
-        plots.work([own["curve"] for own in found], {"unlearned": [(spent, r)]}),
+        plots.work([oracle["curve"] for oracle in found], {"unlearned": [(spent, r)]}),
     )
 
 
@@ -155,11 +155,11 @@ def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:
 def _of_this_request(run: RunFolder, pruned: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Return the removed channels as the scores number them: the plan has those of before too."""
     before = read_weights(run.path / "original.safetensors").plan.kept
-    own = {}
+    removed = {}
     for layer, gone in pruned.items():
         staying = before.get(f"{layer}.weight", {}).get(0)
-        own[layer] = gone if staying is None else [place for place, c in enumerate(staying) if c in gone]
-    return own
+        removed[layer] = gone if staying is None else [place for place, c in enumerate(staying) if c in gone]
+    return removed
 
 
 def _channels(run: RunFolder) -> list[Plot]:
@@ -170,7 +170,7 @@ def _channels(run: RunFolder) -> list[Plot]:
         scores = safetensors.numpy.load_file(file)
         pruned = _of_this_request(run, json.loads((run.path / "plan.json").read_text("utf-8"))["pruned"])
         gone = sum(len(channels) for channels in pruned.values())
-        total = sum(len(own) for own in scores.values())
+        total = sum(len(layer) for layer in scores.values())
         drawn.append(
             Plot(
                 "scores",
@@ -182,16 +182,17 @@ def _channels(run: RunFolder) -> list[Plot]:
         )
     file = run.path / "maps.safetensors"
     if file.exists():
-        own = FeatureMaps.load(file)
-        half = len(own.columns) // 2
-        titles = [f"{'high' if place < half else 'low'} {channel}" for place, channel in enumerate(own.columns)]
+        maps = FeatureMaps.load(file)
+        half = len(maps.columns) // 2
+        titles = [f"{'high' if place < half else 'low'} {channel}" for place, channel in enumerate(maps.columns)]
         drawn.append(
             Plot(
                 "maps",
                 "What channels saw",
-                f"Test images, and feature maps of the original in {own.layer}: the forgotten class in the upper rows; "
-                f"the {half} channels ranked highest, then the {half} ranked lowest. Bright: the channel reacts there.",
-                plots.feature_maps(own.pictures, own.maps, own.rows, titles),
+                f"Test images, and feature maps of the original in {maps.layer}: the forgotten class in the upper "
+                f"rows; the {half} channels ranked highest, then the {half} ranked lowest. Bright: the channel reacts "
+                "there.",
+                plots.feature_maps(maps.pictures, maps.maps, maps.rows, titles),
             )
         )
     return drawn

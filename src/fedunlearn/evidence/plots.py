@@ -72,8 +72,8 @@ def compared(rows: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any], fi
                 panel.plot(at, 100 * middle, "o", color=colour, markersize=4)
                 place = (at, 100 * middle)
                 panel.annotate(str(row["number"]), place, (3, 3), textcoords="offset points", fontsize=7.5)
-        for own in retrained.values():
-            value = own["retain"] if name == "retain" else own["figures"].get(name)
+        for oracle in retrained.values():
+            value = oracle["retain"] if name == "retain" else oracle["figures"].get(name)
             if value is not None:
                 panel.axhline(100 * value, color=_GREEN, linewidth=0.8)
         panel.set(xscale="log", ylabel=text)
@@ -129,14 +129,14 @@ def relearning(curves: Mapping[str, Mapping[str, Sequence[float]]], *, oracles: 
     colours = {"original": _GREY, "head_only": _GREEN, "unlearned": _BLUE}
     lines = {"original": "--", "head_only": ":", "unlearned": "-"}
     for place, name in enumerate(oracles):
-        own = curves[name]
+        curve = curves[name]
         label = "retrained" if place == 0 else None
-        axes.plot(_positions(own), _percent(own["forget"]), color=_ORANGE, linewidth=0.9, label=label)
+        axes.plot(_positions(curve), _percent(curve["forget"]), color=_ORANGE, linewidth=0.9, label=label)
     for name, colour in colours.items():
         if name in curves:
-            own = curves[name]
+            curve = curves[name]
             text = name.replace("_", " ")
-            axes.plot(_positions(own), _percent(own["forget"]), lines[name], color=colour, linewidth=2, label=text)
+            axes.plot(_positions(curve), _percent(curve["forget"]), lines[name], color=colour, linewidth=2, label=text)
     samples = curves["unlearned"]["samples"]
     axes.set_xticks(range(len(samples)), [f"{int(sample):,}" for sample in samples])
     axes.set(xlabel="training images seen", ylabel="U, %", ylim=(-3, 103))
@@ -159,12 +159,12 @@ def work(
         label = "retraining" if place == 0 else None
         spent, accuracy = zip(*curve)
         axes.plot(spent, _percent(accuracy), color=_ORANGE, linewidth=0.9, label=label)
-    for place, (name, own) in enumerate(points.items()):
+    for place, (name, pairs) in enumerate(points.items()):
         colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place // len(_COLOURS) % len(_MARKERS)]
-        spent, accuracy = zip(*own)
+        spent, accuracy = zip(*pairs)
         axes.plot(spent, _percent(accuracy), marker, color=colour, markersize=5, label=name)
     axes.set_xscale("log")
-    drawn = [flops for own in (*retraining, *points.values()) for flops, _ in own]
+    drawn = [flops for pairs in (*retraining, *points.values()) for flops, _ in pairs]
     unit, name = (1e12, "TFLOP") if max(drawn) > 1e13 else (1e9, "GFLOP")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) < 100 * min(drawn) else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops / unit:,g}"))
@@ -190,8 +190,8 @@ def bands(
             low, high = clipped(audit["band"], name)
             axes.barh(place, 100 * (high - low), 0.62, left=100 * low, color=_ORANGE, alpha=0.25, linewidth=0)
         axes.plot(
-            [100 * own[name] for own in oracles if name in own],
-            [place] * sum(name in own for own in oracles),
+            [100 * figures[name] for figures in oracles if name in figures],
+            [place] * sum(name in figures for figures in oracles),
             "|",
             color=_ORANGE,
             markersize=9,
@@ -215,14 +215,14 @@ def bands(
 @mpl.rc_context(_STYLE)
 def scores(layers: Mapping[str, NDArray[np.float64]], pruned: Mapping[str, Sequence[int]]) -> str:
     """Return a row per layer, a cell per channel from the highest score to the lowest; pruned ones in orange."""
-    widest = max(len(own) for own in layers.values())
+    widest = max(len(values) for values in layers.values())
     image = np.zeros((len(layers), widest, 4))
-    for row, (layer, own) in enumerate(layers.items()):
-        order = np.argsort(-own, kind="stable")
-        spread = float(own.max() - own.min()) or 1.0
-        depth = (own[order] - own.min()) / spread
+    for row, (layer, values) in enumerate(layers.items()):
+        order = np.argsort(-values, kind="stable")
+        spread = float(values.max() - values.min()) or 1.0
+        depth = (values[order] - values.min()) / spread
         gone = np.isin(order, list(pruned.get(layer, ())))
-        image[row, : len(own)] = np.where(gone[:, None], _GONE(depth), _KEPT(depth))
+        image[row, : len(values)] = np.where(gone[:, None], _GONE(depth), _KEPT(depth))
     figure, axes = _figure(0.2 * len(layers) + 1.1)
     axes.imshow(image, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(layers)), [_short(layer, 26) for layer in layers], size=7.5)
@@ -249,7 +249,7 @@ def feature_maps(
     # One picture of all cells: an axes for each of them takes seconds to lay out.
     board = np.zeros((count * (side + gap), (channels + 1) * (side + gap), 4), dtype=np.uint8)
     for row in range(count):
-        for column, cell in enumerate([pictures[row], *(own[None] for own in maps[row])]):
+        for column, cell in enumerate([pictures[row], *(feature_map[None] for feature_map in maps[row])]):
             top, left = row * (side + gap), column * (side + gap)
             board[top : top + side, left : left + side, :3] = _resized(cell, side)
             board[top : top + side, left : left + side, 3] = 255
@@ -292,8 +292,8 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     # Hashes of unrounded floats, whose last bits differ between processors.
     hashed = dict.fromkeys(re.findall(r'\bid="([a-z]+[0-9a-f]{10})"', text))
-    for number, own in enumerate(hashed, 1):
-        text = text.replace(own, f"mark-{number}")
+    for number, mark in enumerate(hashed, 1):
+        text = text.replace(mark, f"mark-{number}")
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace(_INK, "currentColor")
 

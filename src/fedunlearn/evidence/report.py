@@ -203,8 +203,8 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
 
 def _own(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the block of a model on the way to the candidate, which an audit of a file has as ``model``."""
-    own: Mapping[str, Any] = result.get("model" if name == "unlearned" and "model" in result else name, {})
-    return own
+    block: Mapping[str, Any] = result.get("model" if name == "unlearned" and "model" in result else name, {})
+    return block
 
 
 def _short(block: Mapping[str, Any]) -> str:
@@ -212,18 +212,18 @@ def _short(block: Mapping[str, Any]) -> str:
 
 
 def _mean_of_oracles(run: RunFolder, name: str) -> float | None:
-    own = [run.figures(oracle)[name] for oracle in run.oracles if name in run.figures(oracle)]
-    return statistics.fmean(own) if own else None
+    values = [run.figures(oracle)[name] for oracle in run.oracles if name in run.figures(oracle)]
+    return statistics.fmean(values) if values else None
 
 
 def _mean_representation(run: RunFolder) -> dict[str, dict[str, float]]:
     """Return, per layer, how far retrained models are from each other."""
-    own = [run.models[name]["details"]["representation"] for name in run.oracles if len(run.oracles) > 1]
-    if not own:
+    measured = [run.models[name]["details"]["representation"] for name in run.oracles if len(run.oracles) > 1]
+    if not measured:
         return {}
     return {
-        layer: {kind: statistics.fmean(details[layer][kind] for details in own) for kind in ("cka", "procrustes")}
-        for layer in own[0]
+        layer: {kind: statistics.fmean(details[layer][kind] for details in measured) for kind in ("cka", "procrustes")}
+        for layer in measured[0]
     }
 
 

@@ -61,10 +61,10 @@ def to_equal_r(result: Mapping[str, Any]) -> Speedup | None:
     if "speedup" not in result:
         return None
     found = retraining(result)
-    ratios = [own["speedup"] for own in found]
-    late = sum(not own["reached"] for own in found)
+    ratios = [oracle["speedup"] for oracle in found]
+    late = sum(not oracle["reached"] for oracle in found)
     spent = result["cost"]["unlearn"]["client_flops"]
-    whole = [own["curve"][-1][0] / spent for own in found]  # the last round is looked at
+    whole = [oracle["curve"][-1][0] / spent for oracle in found]  # the last round is looked at
     return Speedup(fmean(ratios), min(ratios), max(ratios), len(ratios), late, fmean(whole))
 
 
@@ -74,6 +74,6 @@ def retraining(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if isinstance(found, Mapping):
         return list(found.values())
     # A result of schema 1 has the first model alone, and in the beginning no curve.
-    own = {key: result["cost"]["retrain"][key] for key in ("client_flops", "reached")}
+    cost = {key: result["cost"]["retrain"][key] for key in ("client_flops", "reached")}
     curve = found or [[result["cost"]["retrain_whole"]["client_flops"], 0.0]]
-    return [own | {"curve": curve, "speedup": result["speedup"]["client_flops"]}]
+    return [cost | {"curve": curve, "speedup": result["speedup"]["client_flops"]}]

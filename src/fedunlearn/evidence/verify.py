@@ -178,10 +178,10 @@ def _files(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_shown(name)} is a link or device, not a file"
     for name in sorted(found - set(listed) - {DOSSIER, SIGNATURE}):
         yield f"{_shown(name)} is not in the dossier: {_why_added(name)}"
-    for name, own in sorted(listed.items()):
+    for name, entry in sorted(listed.items()):
         if name not in found:
             yield f"{_shown(name)} is missing"
-        elif _hash(folder / name) != own["sha256"]:
+        elif _hash(folder / name) != entry["sha256"]:
             yield f"{_shown(name)} was changed{f': {_OF_THE_SYSTEM}' if _is_of_the_system(name) else ''}"
 
 
@@ -255,7 +255,7 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     expected = {
         "scope": scope(result),
         "models": models(result, files),
-        "clients": {key: own for key, own in result["engine"].items() if key != "name"},
+        "clients": {key: entry for key, entry in result["engine"].items() if key != "name"},
         "request": result["recipe"]["evidence"]["request"],
         "thresholds": _json(folder / "thresholds.json") if "verdict" in result else None,
         "data": header["data"],
@@ -324,7 +324,7 @@ def _told(folder: Path, dossier: Mapping[str, Any], seen: Mapping[str, tuple[int
     if len(places) < len(order) or places != sorted(places):
         yield f"events.jsonl: expected, in this order, {', '.join(order)}"
         return
-    facts = {name: own for name, (_, own) in seen.items()}
+    facts = {name: event for name, (_, event) in seen.items()}
     if "operator named" in facts and facts["operator named"]["key"] != dossier["key"]:
         yield "events.jsonl names another key than the one that signed, which the report shows"
     spoken = {"result.json": facts["result written"]["sha256"]}
@@ -334,7 +334,7 @@ def _told(folder: Path, dossier: Mapping[str, Any], seen: Mapping[str, tuple[int
         spoken["original.safetensors"] = facts["original ready"]["sha256"]
         spoken["model.safetensors"], spoken["plan.json"] = facts["unlearned"]["sha256"], facts["unlearned"]["plan"]
     oracles = facts["retrained models ready"]["sha256"] if forgot and audited else {}
-    spoken |= {f"oracles/{name}.safetensors": own for name, own in oracles.items()}
+    spoken |= {f"oracles/{name}.safetensors": sha256 for name, sha256 in oracles.items()}
     for name, digest in spoken.items():
         if dossier["files"].get(name, {}).get("sha256") != digest:
             yield f"events.jsonl tells of another {_shown(name)}"
@@ -348,7 +348,7 @@ def _told(folder: Path, dossier: Mapping[str, Any], seen: Mapping[str, tuple[int
 
 def acknowledged(events: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the clients that, by the event log, confirmed to have deleted their images of the forgotten classes."""
-    return sorted(own["event"].removeprefix(CONFIRMED) for own in events if own["event"].startswith(CONFIRMED))
+    return sorted(event["event"].removeprefix(CONFIRMED) for event in events if event["event"].startswith(CONFIRMED))
 
 
 def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -373,7 +373,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         )
         return
     bands = _bands(list(oracles.values()) if len(oracles) >= _FEWEST else [])
-    written = {name: tuple(own[key] for key in ("mean", "sd", "low", "high")) for name, own in fixed.items()}
+    written = {name: tuple(band[key] for key in ("mean", "sd", "low", "high")) for name, band in fixed.items()}
     if bands.keys() != written.keys() or any(not _near(bands[name], written[name]) for name in bands):
         yield "thresholds.json does not follow from the figures of the retrained models"
     if missing := _missing(written, candidate, elsewhere=_rowless(result)):
@@ -396,13 +396,13 @@ def _unmeasured(
     first = recipe["federation"]["seed"] + 1
     if list(oracles) != [f"retrained-{first + k}" for k in range(recipe["audit"]["oracles"])]:
         yield "result.json has not the retrained models that its recipe asks for"
-    for name, own in {**oracles, "unlearned": candidate}.items():
+    for name, figures in {**oracles, "unlearned": candidate}.items():
         needed = _KINDS.keys() - {"artefacts"}
         if len(oracles) == (name in oracles):  # beside no other
             needed -= _BESIDE
         elif _json(folder / "audits" / f"{name}.json")["details"]["membership"]["duplicates_left_out"]:
             needed -= {"membership"}  # perhaps all of them
-        if missing := needed - own.keys():
+        if missing := needed - figures.keys():
             yield f"audits/{_shown(name)}.json lacks {', '.join(sorted(missing))}, which every run measures"
     if "artefacts" not in candidate and not _was_cut(folder / "original.safetensors"):
         yield "audits/unlearned.json lacks artefacts, which every run measures whose original was not cut before"
@@ -418,7 +418,7 @@ def _was_cut(path: Path) -> bool:
 def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figures]) -> Iterator[str]:
     """Hold figures and accuracies of each model against the counts and curves beside them."""
     classes, images = len(result["classes"]), set()
-    for name, own in models.items():
+    for name, figures in models.items():
         file, details = f"audits/{_shown(name)}.json", _json(folder / "audits" / f"{name}.json")["details"]
         counts = details["confusion"]
         if [len(row) for row in counts] != [classes] * classes:
@@ -427,27 +427,27 @@ def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figu
         images.add(tuple(map(sum, counts)))
         kept = [label for label in range(classes) if label not in result["forget"]]
         right, shown = sum(counts[label][label] for label in kept), sum(sum(counts[label]) for label in kept)
-        if not _near((own["retain"][0] * shown,), (right,)):
+        if not _near((figures["retain"][0] * shown,), (right,)):
             yield f"{file}: R does not follow from the confusion"
-        if not _near((own["relearn"][0],), (statistics.fmean(details["relearn"]["forget"][1:]),)):
+        if not _near((figures["relearn"][0],), (statistics.fmean(details["relearn"]["forget"][1:]),)):
             yield f"{file}: relearning does not follow from its curve"
-        if "membership" in own and own["membership"][0] != details["membership"]["forget"]["auc"]:
+        if "membership" in figures and figures["membership"][0] != details["membership"]["forget"]["auc"]:
             yield f"{file}: membership does not follow from its details"
-        if problem := _accuracy(result, name, own, counts):
+        if problem := _accuracy(result, name, figures, counts):
             yield problem
     if len(images) > 1:
         yield "the audits of the models were not made on the same test images"
     if "original" in result:
-        one, other = (own["accuracy"].copy() for own in (result["original"], result["controls"]["original"]))
-        u, again = (own.pop("forget_row_kept") for own in (one, other))  # of passes over other batches
-        same = max([_SAME, *(2 / max(1, _rarest(own, result["forget"])) for own in images)])
+        one, other = (block["accuracy"].copy() for block in (result["original"], result["controls"]["original"]))
+        u, again = (accuracy.pop("forget_row_kept") for accuracy in (one, other))  # of passes over other batches
+        same = max([_SAME, *(2 / max(1, _rarest(block, result["forget"])) for block in images)])
         if one != other or ((u is None) != (again is None)) or (u is not None and abs(u - again) > same):
             yield "result.json tells two accuracies of the original"
 
 
 def _shown_by(controls: Mapping[str, _Figures], candidate: _Figures) -> dict[str, _Figures]:
     """Return controls by the figures that the candidate has: a control could fail by what the candidate lacks."""
-    return {name: {key: own[key] for key in own if key in candidate} for name, own in controls.items()}
+    return {name: {key: figures[key] for key in figures if key in candidate} for name, figures in controls.items()}
 
 
 def _verdicts(
@@ -455,8 +455,8 @@ def _verdicts(
 ) -> Iterator[str]:
     """Judge the controls and the candidate."""
     controls, count = _shown_by(whole, candidate), len(result["oracles"])
-    for name, own in controls.items():
-        found, by, sides = _judged(own, bands, count, chance)
+    for name, figures in controls.items():
+        found, by, sides = _judged(figures, bands, count, chance)
         said = result["controls"][name]
         if found != said["verdict"]:
             yield f"the verdict on {name} does not follow from the figures: they give {found!r}"
@@ -496,28 +496,28 @@ def _reason(verdict: str, decided: Sequence[str], sides: Mapping[str, str | None
 def _places(result: Mapping[str, Any], candidate: _Figures, bands: _Bands) -> Iterator[str]:
     """Hold each figure of the candidate, and where it lies, against its file and its band."""
     for name in sorted(candidate.keys() | result["audits"].keys()):
-        own, figure = result["audits"].get(name, {}), candidate.get(name, (math.nan, math.nan))
+        judged, figure = result["audits"].get(name, {}), candidate.get(name, (math.nan, math.nan))
         band = bands.get(name)
         side = None if band is None else _side(figure[0], *band[2:])
-        told = tuple(own.get(key) for key in ("figure", "error", "band", "verdict"))
+        told = tuple(judged.get(key) for key in ("figure", "error", "band", "verdict"))
         if told != (*figure, None if band is None else list(band[2:]), side):
             yield f"result.json: the audit {name} does not follow from audits/unlearned.json"
-        elif band is not None and not _near((own["distance"],), ((figure[0] - band[0]) / band[1],)):
+        elif band is not None and not _near((judged["distance"],), ((figure[0] - band[0]) / band[1],)):
             yield f"result.json: the distance of {name} does not follow from its band"
 
 
 def _accuracy(result: Mapping[str, Any], name: str, figures: _Figures, counts: Sequence[Sequence[int]]) -> str:
     """Return what is wrong with U and R in the block of a model: they are told there and among its figures."""
-    own = result["controls"].get(name) or result["oracles"].get(name) or result.get("unlearned") or result["model"]
+    block = result["controls"].get(name) or result["oracles"].get(name) or result.get("unlearned") or result["model"]
     shown = [sum(row) for row in counts]
     stay = sum(number for label, number in enumerate(shown) if label not in result["forget"])
     images = {"forget": _rarest(shown, result["forget"]), "retain": stay}
     for place, (label, row) in enumerate(zip(result["classes"], counts)):
-        told, number = own.get("accuracy", {}).get("per_class", {}).get(label), sum(row)
+        told, number = block.get("accuracy", {}).get("per_class", {}).get(label), sum(row)
         if told is not None and (not number or abs(told - row[place] / number) > max(_SAME, 2 / number)):
             return f"result.json: the accuracy of {_shown(name)} on {_shown(label)} is not that of its confusion"
     for key, figure in (("retain", "retain"), ("forget_row_kept", "forget")):
-        told, audited = own.get("accuracy", {}).get(key), figures.get(figure)
+        told, audited = block.get("accuracy", {}).get(key), figures.get(figure)
         same = max(_SAME, 2 / max(1, images[figure]))  # two images may fall the other way
         if told is not None and audited is not None and abs(told - audited[0]) > same:
             return f"result.json: the accuracy of {_shown(name)} is not that of audits/{_shown(name)}.json"
@@ -545,7 +545,7 @@ def _held_out(oracles: Mapping[str, _Figures], controls: Mapping[str, _Figures],
     models: dict[str, Any] = {}
     figures = outside = 0
     for name, held in oracles.items() if len(oracles) >= _FEWEST else ():
-        bands = _bands([own for other, own in oracles.items() if other != name])
+        bands = _bands([measured for other, measured in oracles.items() if other != name])
         verdict, _, sides = _judged(held, bands, _FEWEST, chance)
         beyond = [figure for figure, side in sides.items() if side in ("above", "below")]
         figures += sum(side is not None for side in sides.values())
@@ -553,7 +553,9 @@ def _held_out(oracles: Mapping[str, _Figures], controls: Mapping[str, _Figures],
         models[name] = {
             "verdict": verdict,
             "outside": beyond,
-            "controls": {control: _judged(own, bands, _FEWEST, chance)[0] for control, own in controls.items()},
+            "controls": {
+                control: _judged(measured, bands, _FEWEST, chance)[0] for control, measured in controls.items()
+            },
         }
     return {"models": models, "figures": figures, "false_positives": outside}
 
@@ -592,7 +594,7 @@ def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, 
         return units | {"bytes": cost["bytes_up"] + cost["bytes_down"]}
 
     below, above = counted(unlearn), counted(retrain)
-    return {unit: above[unit] / own for unit, own in below.items() if own}
+    return {unit: above[unit] / number for unit, number in below.items() if number}
 
 
 def _retraining(
@@ -606,16 +608,16 @@ def _retraining(
     for name in names:
         yield from _trained(name, kept[name], steps, cached=result["oracles"][name]["cached"])
     unlearn, wanted = dossier["cost"]["unlearn"], result["unlearned"]["validation"]["retain"]
-    for name, own in found.items():
+    for name, cost in found.items():
         rounds = _until(kept[name], wanted)
         spent = _spent(kept[name][:rounds])
-        if own["curve"] != _curve(kept[name]):
+        if cost["curve"] != _curve(kept[name]):
             yield f"the curve of retraining of {_shown(name)} does not follow from retraining.json"
-        if own["reached"] != (rounds is not None):
+        if cost["reached"] != (rounds is not None):
             yield f"whether {_shown(name)} was ever as good does not follow from retraining.json"
-        if any(own[unit] != spent[unit] for unit in ("client_samples", "client_flops")):
+        if any(cost[unit] != spent[unit] for unit in ("client_samples", "client_flops")):
             yield f"the cost of retraining of {_shown(name)} does not follow from retraining.json"
-        if not _near((own["speedup"],), (spent["client_flops"] / unlearn["client_flops"],)):
+        if not _near((cost["speedup"],), (spent["client_flops"] / unlearn["client_flops"],)):
             yield f"the speed-up beside {_shown(name)} does not follow from the costs"
     first = kept[names[0]]
     until = _until(first, wanted)
@@ -623,11 +625,11 @@ def _retraining(
         yield "whether the first retrained model was ever as good does not follow from retraining.json"
     for ratio, key in _RATIOS.items():
         retrain, counted = dossier["cost"][key], first[:until] if key == "retrain" else first
-        if any(retrain[unit] != own for unit, own in _spent(counted).items()):
+        if any(retrain[unit] != number for unit, number in _spent(counted).items()):
             yield f"the cost of retraining, {key}, does not follow from retraining.json"
         told, expected = dossier[ratio], _ratio(unlearn, retrain)
         if told.keys() - {"client_seconds"} != expected.keys() or not all(
-            _near((told[unit],), (own,)) for unit, own in expected.items()
+            _near((told[unit],), (quotient,)) for unit, quotient in expected.items()
         ):
             yield "the speed-up does not follow from the costs"
 
@@ -692,19 +694,21 @@ def _bands(oracles: Sequence[_Figures]) -> dict[str, tuple[float, ...]]:
     ``t`` of Student's t and ``z`` of the normal distribution leave 5 % outside of all these bands together.
     """
     n = len(oracles)
-    measured = {name: [own[name] for own in oracles if name in own] for name in _KINDS if name not in _FIXED}
+    measured = {
+        name: [figures[name] for figures in oracles if name in figures] for name in _KINDS if name not in _FIXED
+    }
     usable = {
-        name: own
-        for name, own in measured.items()
-        if 2 <= len(own) == n and all(math.isfinite(number) for pair in own for number in pair)
+        name: pairs
+        for name, pairs in measured.items()
+        if 2 <= len(pairs) == n and all(math.isfinite(number) for pair in pairs for number in pair)
     }
     bands: dict[str, tuple[float, ...]] = dict(_FIXED)
-    for name, own in usable.items():
-        mean = statistics.fmean(value for value, _ in own)
+    for name, pairs in usable.items():
+        mean = statistics.fmean(value for value, _ in pairs)
         outside = (1 - _LEVEL) / len(usable)
         t, z = _t(n - 1, outside), statistics.NormalDist().inv_cdf(1 - outside / 2)
-        error = max(error for _, error in own)
-        sd = max(statistics.stdev(value for value, _ in own), error * z / t, 0.001)
+        error = max(error for _, error in pairs)
+        sd = max(statistics.stdev(value for value, _ in pairs), error * z / t, 0.001)
         half = t * (1 + 1 / n) ** 0.5 * sd
         bands[name] = (mean, sd, mean - half, mean + half)
     return bands
@@ -754,8 +758,8 @@ def _judged(
 
 def _controlled(controls: Mapping[str, _Figures], bands: _Bands, oracles: int, chance: float) -> bool:
     """Return whether a pass counts: models that must fail are there, and do by the figures that the candidate has."""
-    beside = [own for name, own in controls.items() if name in _MUST_FAIL]
-    return bool(beside) and all(_judged(own, bands, oracles, chance)[0] in _FAILED for own in beside)
+    beside = [figures for name, figures in controls.items() if name in _MUST_FAIL]
+    return bool(beside) and all(_judged(figures, bands, oracles, chance)[0] in _FAILED for figures in beside)
 
 
 def _side(value: float, low: float, high: float) -> str:
@@ -765,7 +769,7 @@ def _side(value: float, low: float, high: float) -> str:
 
 def _own_figures(folder: Path, name: str) -> dict[str, tuple[float, float]]:
     figures = _json(folder / "audits" / f"{name}.json")["figures"]
-    return {figure: (float(own["value"]), float(own["error"])) for figure, own in figures.items()}
+    return {figure: (float(entry["value"]), float(entry["error"])) for figure, entry in figures.items()}
 
 
 def _near(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -778,7 +782,9 @@ def _json(path: Path) -> Any:
 
 def _shown(name: str) -> str:
     """Return a name without characters that could write a line of their own."""
-    return "".join(own if own.isprintable() else own.encode("unicode_escape").decode() for own in name)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
 
 
 def _hash(path: Path) -> str:

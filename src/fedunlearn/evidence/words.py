@@ -86,7 +86,7 @@ _GONE = 0.01  # U below which a class is said not to be answered
 def sent_to(counts: Sequence[int], classes: Sequence[str], label: int) -> str:
     """Return what the images of a class are named now, the three most frequent answers, of a row of the confusion."""
     total = sum(counts)
-    ranked = sorted(((count, k) for k, count in enumerate(counts) if count), key=lambda own: (-own[0], own[1]))[:3]
+    ranked = sorted(((count, k) for k, count in enumerate(counts) if count), key=lambda pair: (-pair[0], pair[1]))[:3]
     answers = ", ".join(f"“{classes[k]}” ({100 * count / total:.0f} %)" for count, k in ranked)
     return f"Test images of “{classes[label]}” are now named {answers}." if total else ""
 
@@ -178,7 +178,7 @@ def outside(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> list[
             [],
         ),
     ]
-    return [(text, figures) for own, text, figures in groups if own]
+    return [(text, figures) for there, text, figures in groups if there]
 
 
 def apart(audits: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -243,7 +243,7 @@ def certainty(result: Mapping[str, Any]) -> str:
     held = result.get("calibration", {}).get("models", {})
     if result["verdict"] == NO_VERDICT or not held:
         return ""
-    passed = sum(own["verdict"] == INDISTINGUISHABLE for own in held.values())
+    passed = sum(judged["verdict"] == INDISTINGUISHABLE for judged in held.values())
     erased = (
         "a truly retrained model would be failed by mistake at most once in 20 times, as the bands are computed; of "
         f"the {len(held)} here {passed} passed when the others judged them"
@@ -291,8 +291,8 @@ def _number(count: int, noun: str) -> str:
 def chosen(fraction: Mapping[str, Any]) -> str:
     """Return which cut was chosen, and by what, of the block ``fraction``."""
     tried = [
-        f"{_share(own['fraction'])} ({_share(own['probability'])}, U {_share(own['forget'])})"
-        for own in fraction["attempts"]
+        f"{_share(attempt['fraction'])} ({_share(attempt['probability'])}, U {_share(attempt['forget'])})"
+        for attempt in fraction["attempts"]
     ]
     removed = fraction.get("removed", fraction["chosen"])  # older results do not tell
     went = f"{_share(removed)} of the channels went, by a cut of {_share(fraction['chosen'])}"

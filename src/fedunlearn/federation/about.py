@@ -32,9 +32,9 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of tensors with their names, types and shapes."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
-        own = tensor.detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(own.dtype), list(own.shape)]).encode())
-        digest.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+        values = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
 
 
@@ -51,24 +51,24 @@ def _plain(value: Any) -> Any:
         return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        enclosed = [_plain(own) for own in cells if own is not value]
+        enclosed = [_plain(content) for content in cells if content is not value]
         defaults = _plain([value.__defaults__, value.__kwdefaults__])
         return [value.__module__, value.__qualname__, _code(value.__code__), enclosed, defaults]
     if is_dataclass(value):
-        return [type(value).__name__, {own.name: _plain(getattr(value, own.name)) for own in fields(value)}]
+        return [type(value).__name__, {field.name: _plain(getattr(value, field.name)) for field in fields(value)}]
     if isinstance(value, Mapping):
-        return {str(key): _plain(own) for key, own in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(repr(own) for own in value)  # their order changes with the process
+        return sorted(repr(item) for item in value)  # their order changes with the process
     if isinstance(value, Tensor):
         return weights_digest({"": value})
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(own) for own in value]
+        return [_plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _code(code: CodeType) -> list[Any]:
-    constants = [_code(own) if isinstance(own, CodeType) else _plain(own) for own in code.co_consts]
+    constants = [_code(constant) if isinstance(constant, CodeType) else _plain(constant) for constant in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), constants]

@@ -157,7 +157,7 @@ def flops_per_image(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int,
 
 
 def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int, int]) -> tuple[int, int]:
-    frozen = [name for name, own in model.named_parameters() if not own.requires_grad]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     layout = (shape, *frozen, *(tensor.shape for tensor in state.values()))
     known = _counted.get(model)
     if known is None or known[0] != layout:
@@ -166,14 +166,14 @@ def _flops(model: nn.Module, state: Mapping[str, Tensor], shape: tuple[int, int,
 
 
 def _count_flops(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
-    own, images = copied(model).cpu(), torch.zeros((2, *shape))
+    counted, images = copied(model).cpu(), torch.zeros((2, *shape))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whoever asks has draws and a mode of their own
         torch.default_generator.manual_seed(0)  # not that of a GPU, which nothing here puts back
         # With gradients: torch fuses attention where none are asked for, and has no formula for what comes of it.
         with _Counter() as counter:
-            with_gradients(copied(own)).eval()(images)
+            with_gradients(copied(counted)).eval()(images)
         forward = counter.flops
-        most = max(_count_step(own.train(), images) for _ in range(_PASSES))
+        most = max(_count_step(counted.train(), images) for _ in range(_PASSES))
     return forward // 2, most // 2
 
 

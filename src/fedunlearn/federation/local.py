@@ -131,10 +131,10 @@ class LocalEngine:
         values = Values.of(job.model.module)
 
         def answer(name: str) -> Reply:
-            with self._copies.filled(values) as own:
-                reply = handle(job, own.model, self._data[name], self._rules, self._compute)
+            with self._copies.filled(values) as copy:
+                reply = handle(job, copy.model, self._data[name], self._rules, self._compute)
                 if reply.error is None and reply.samples == 0:  # nothing has passed through it
-                    own.holds = values
+                    copy.holds = values
                 return reply
 
         workers = min(self._compute.workers, len(names)) or 1
@@ -201,27 +201,27 @@ class Copies:
     @contextmanager
     def filled(self, values: Values) -> Iterator[_Copy]:
         """Give a copy with ``values``; who leaves it unchanged may set ``holds``, and it is not filled again."""
-        own = self._idle_of(values) or _Copy(
+        copy = self._idle_of(values) or _Copy(
             self._compute.placed(copied(values.model), self._device), weakref.ref(values.model)
         )
-        if own.holds is not values:
+        if copy.holds is not values:
             # Several times faster than load_state_dict, which a round of many small clients would mostly consist of.
             with torch.no_grad():
-                for mine, tensor in zip(_tensors(own.model), values.tensors, strict=True):
+                for mine, tensor in zip(_tensors(copy.model), values.tensors, strict=True):
                     mine.copy_(tensor)
-        own.holds = None
-        yield own
-        self._idle.append(own)
+        copy.holds = None
+        yield copy
+        self._idle.append(copy)
 
     def _idle_of(self, values: Values) -> _Copy | None:
         """Return a copy that nobody uses, None where there is none; those of other models are dropped."""
         while True:
             try:
-                own = self._idle.pop()
+                copy = self._idle.pop()
             except IndexError:
                 return None
-            if own.source() is values.model and _layout(_tensors(own.model)) == _layout(values.tensors):
-                return own
+            if copy.source() is values.model and _layout(_tensors(copy.model)) == _layout(values.tensors):
+                return copy
 
 
 @dataclass

@@ -99,7 +99,7 @@ def measure(
                 )
             if not reply.members:
                 held[reply.client] = reply.tensors["held"]
-            yield ChannelStats.from_tensors({name: own for name, own in reply.tensors.items() if name != "held"})
+            yield ChannelStats.from_tensors({name: tensor for name, tensor in reply.tensors.items() if name != "held"})
 
     fed.journal.report(phase, 0, 1)
     job = replace(fed.job(task, model, phase=phase), clients=None)

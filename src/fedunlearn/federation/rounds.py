@@ -244,7 +244,7 @@ def _too_small(fed: Federation, steps: Sequence[Step], tasks: Sequence[Train]) -
     left_out = asked(exclude=fed.exclude)["exclude"]
     said = [step for step in fed.journal.steps("reestimate") if step.about.get("exclude") == left_out]
     said += [step for step, task in zip(steps, tasks) if not _of_forgotten_alone(task.training.objective)]
-    refused = [own for step in said for entry in step.entries for own in entry.refused.items()]
+    refused = [refusal for step in said for entry in step.entries for refusal in entry.refused.items()]
     return {name for name, why in refused if BY_RULES in why}
 
 

@@ -66,11 +66,15 @@ class Gradients:
     def layout(self, model: Classifier) -> Layout:
         """Return the layout of the model's parameters; whole numbers have no gradient."""
         parameters = model.module.named_parameters()
-        return {name: (tuple(own.shape), torch.float64) for name, own in parameters if own.is_floating_point()}
+        return {
+            name: (tuple(parameter.shape), torch.float64)
+            for name, parameter in parameters
+            if parameter.is_floating_point()
+        }
 
     def operations(self, model: Classifier, forward: int, training: int) -> int:
         """Return those of a pass forth and back, to the weights that are frozen in training too."""
-        if all(own.requires_grad for own in model.module.parameters()):
+        if all(parameter.requires_grad for parameter in model.module.parameters()):
             return training
         return flops_per_image(with_gradients(copied(model.module)), model.shape)[1]
 

@@ -235,7 +235,7 @@ class Train:
         least, each = max(1, rules.min_images), 0
         if 0 < objective.share < 1:
             size, limit = self.training.batch_size, self._images(images)
-            mixed = tuple(own for own in map(data.train.only, zip(self.exclude)) if len(own) >= least)
+            mixed = tuple(part for part in map(data.train.only, zip(self.exclude)) if len(part) >= least)
             each = each_of(size, objective.share, max(1, len(mixed)))
             held = [*map(len, mixed)]
             if not mixed or fewest(len(images), held, size, each, limit) < least:
@@ -314,11 +314,11 @@ class Evaluate:
         counts = reply.tensors["counts"]
         if int(counts) != reply.images:
             return f"it counts {int(counts)} images and reports {reply.images}"
-        for name, own in reply.tensors.items():
-            if bool(own < 0):
+        for name, number in reply.tensors.items():
+            if bool(number < 0):
                 return f"{name} has negative values"
-            if bool(own > counts + _ROUNDED):
-                return f"{name} is {float(own):g} of {int(counts)} images"
+            if bool(number > counts + _ROUNDED):
+                return f"{name} is {float(number):g} of {int(counts)} images"
         return None
 
 

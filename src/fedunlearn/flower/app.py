@@ -86,12 +86,12 @@ def recipe_rules(context: Context) -> Privacy:
     The recipe comes from whoever submits the run; ``min-count``, ``clip`` and ``noise`` of the node configuration are
     the site's own, and the stricter of both counts. A site that says nothing has ``DEFAULT_RULES``.
     """
-    asked, own = recipe_of(context).rules(), context.node_config
-    clips = [clip for clip in (asked.clip, float(own.get("clip", 0.0))) if clip]
+    asked, config = recipe_of(context).rules(), context.node_config
+    clips = [clip for clip in (asked.clip, float(config.get("clip", 0.0))) if clip]
     return Privacy(
-        max(asked.min_count, int(own.get("min-count", DEFAULT_RULES.min_count))),
+        max(asked.min_count, int(config.get("min-count", DEFAULT_RULES.min_count))),
         min(clips, default=0.0),
-        max(asked.noise, float(own.get("noise", 0.0))),
+        max(asked.noise, float(config.get("noise", 0.0))),
         DEFAULT_RULES.min_images,
     )
 

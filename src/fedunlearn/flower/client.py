@@ -170,7 +170,7 @@ def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple
 
 def _answer(message: Message, context: Context, site: _Site, train: TrainFunction | None = None) -> Message:
     """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
-    own, rules = message.content.config_records[OWN], site.rules(context)
+    record, rules = message.content.config_records[OWN], site.rules(context)
     context.state.config_records.pop(MASKING, None)  # a secure sum that another message follows is over
     try:
         data = site.load_images(context)
@@ -180,7 +180,7 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
     except Exception as error:
         why = f"its images cannot be read: {type(error).__name__}: {error}"
         return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
-    if "hello" in own:
+    if "hello" in record:
         try:
             check_noise(rules)  # now, not after the training
         except FedUnlearnError as error:
@@ -229,8 +229,8 @@ def _handled(
     """Return the reply of this client's own model with the weights that came."""
     model = rebuild(received, tensors, Classifier(site.build_model(context), data.train.shape))
     with one_torch_thread():
-        own = site.compute.placed(model.module)
-        return handle(received.job(model), own, data, site.rules(context), site.compute)
+        module = site.compute.placed(model.module)
+        return handle(received.job(model), module, data, site.rules(context), site.compute)
 
 
 def _trained(
@@ -248,7 +248,9 @@ def _trained(
     if answer.has_error():
         return Reply(data.client, error=f"its train function failed: {answer.error.reason}")
     records = list(answer.content.array_records.values())
-    counts = [own["num-examples"] for own in answer.content.metric_records.values() if "num-examples" in own]
+    counts = [
+        metrics["num-examples"] for metrics in answer.content.metric_records.values() if "num-examples" in metrics
+    ]
     if len(records) != 1 or len(counts) != 1:
         raise FederationError(
             "the train function must answer with one ArrayRecord and one metric num-examples, got "

@@ -189,7 +189,7 @@ class FlowerEngine:
         freed = {node for node, first in self._twins.items() if first not in connected}
         self._twins = {node: first for node, first in self._twins.items() if node in connected - freed}
         self._refused = {node: why for node, why in self._refused.items() if node in connected - freed}
-        self._slow = {node: own for node, own in self._slow.items() if node in connected}
+        self._slow = {node: rounds for node, rounds in self._slow.items() if node in connected}
         now = time.monotonic()
         not_yet = {node for node, (_, again) in self._slow.items() if now < again}
         new = connected - set(self._nodes.values()) - self._refused.keys() - not_yet
@@ -209,12 +209,12 @@ class FlowerEngine:
     def _introduce(self, node: int, message: Message, connected: set[int]) -> str | None:
         """Take ``node`` on under the name it gives, or return why not."""
         try:
-            own = _own_record(message)
-            if "error" in own:
-                return one_line(str(own["error"]))
-            name, shape = str(own["client"]), tuple(_integers(own["shape"]))
-            classes = tuple(str(label) for label in own["classes"])
-            mean, std = (tuple(float(value) for value in own[key]) for key in ("mean", "std"))
+            record = _own_record(message)
+            if "error" in record:
+                return one_line(str(record["error"]))
+            name, shape = str(record["client"]), tuple(_integers(record["shape"]))
+            classes = tuple(str(label) for label in record["classes"])
+            mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))
             if len(shape) != 3:
                 return f"it holds images of shape {shape}, expected colours, height and width"
             meaning = Meaning((shape[0], shape[1], shape[2]), classes, mean, std)
@@ -261,11 +261,11 @@ def _replies(names: Sequence[str], asked: Mapping[str, int], came: Exchanged, di
 
 def _read_reply(message: Message, client: str, digest: str) -> Reply:
     try:
-        own = _own_record(message)
-        if "error" in own:
-            return Reply(client, error=one_line(str(own["error"])))
+        record = _own_record(message)
+        if "error" in record:
+            return Reply(client, error=one_line(str(record["error"])))
         tensors = to_tensors(message.content.array_records[ARRAYS])
-        return decode_reply(tensors, str(own["reply"]), client=client, digest=digest)
+        return decode_reply(tensors, str(record["reply"]), client=client, digest=digest)
     except Exception as error:  # another process wrote this, anything may be in it
         return Reply(client, error=one_line(f"it sent no reply that can be read ({type(error).__name__}: {error})"))
 

@@ -132,8 +132,8 @@ def sent_job(message: Message) -> tuple[dict[str, Tensor], str]:
         FederationError: the message holds none.
     """
     try:
-        own = message.content.config_records[OWN]
-        return to_tensors(message.content.array_records[ARRAYS]), str(own["job"])
+        record = message.content.config_records[OWN]
+        return to_tensors(message.content.array_records[ARRAYS]), str(record["job"])
     except Exception as error:  # another process wrote this, anything may be in it
         why = f"the message holds no job that can be read ({type(error).__name__}: {error})"
         raise FederationError(one_line(why)) from error
@@ -190,13 +190,13 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
 
 def _missing(value: Any, sent: Mapping[str, Any]) -> str | None:
     """Return the first field of the dataclass ``value``, or of one in it, that was not sent; None where all were."""
-    for own in fields(value):
-        if own.name not in sent:
-            return own.name
-        inner = getattr(value, own.name)
-        missing = _missing(inner, sent[own.name]) if is_dataclass(inner) else None
+    for field in fields(value):
+        if field.name not in sent:
+            return field.name
+        inner = getattr(value, field.name)
+        missing = _missing(inner, sent[field.name]) if is_dataclass(inner) else None
         if missing is not None:
-            return f"{own.name}.{missing}"
+            return f"{field.name}.{missing}"
     return None
 
 
@@ -205,14 +205,14 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rebuild(received: Received, tensors: Mapping[str, Tensor], own: Classifier) -> Classifier:
+def rebuild(received: Received, tensors: Mapping[str, Tensor], classifier: Classifier) -> Classifier:
     """Return the client's ``own`` architecture, pruned by the plan, with the weights that came.
 
     Raises:
         PlanError: the plan is for another architecture.
         FederationError: the weights are.
     """
-    model = own.cut(received.plan)
+    model = classifier.cut(received.plan)
     try:
         model.module.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:

@@ -93,10 +93,10 @@ def secure_mod(message: Message, context: Context, call_next: Handler) -> Messag
         raise FederationError("this client reports statistics under secure aggregation only")
     _check(terms, context.state.config_records.get(MASKING, ConfigRecord()))
 
-    def masked(inner: Message, own: Context) -> Message:
+    def masked(inner: Message, context: Context) -> Message:
         inner.metadata.message_type = MESSAGE
         del inner.content.config_records[_CONFIGS]
-        sums = to_tensors(call_next(inner, own).content.array_records[_SUMS])
+        sums = to_tensors(call_next(inner, context).content.array_records[_SUMS])
         inner.metadata.message_type = "train"
         limbs = [limb for _, tensor in sorted(sums.items()) for limb in encode(tensor.numpy())]
         # What the older interface wants; nothing but the arrays, which the mod masks and clears, tells of the client.
@@ -133,7 +133,7 @@ def _check(terms: ConfigRecord, kept: ConfigRecord) -> None:
         terms: what the server asks in this stage.
         kept: what this client keeps from the stages before.
     """
-    own = {"target_range": _TARGET, "clipping_range": _CLIP, "mod_range": _MODULUS, "max_weight": 1.0}
+    expected = {"target_range": _TARGET, "clipping_range": _CLIP, "mod_range": _MODULUS, "max_weight": 1.0}
     if terms.get("stage") == "setup":
         clients, shares, threshold = (int(str(terms[name])) for name in ("sample_num", "share_num", "threshold"))
         most = _MODULUS // _TARGET - 1
@@ -142,9 +142,9 @@ def _check(terms: ConfigRecord, kept: ConfigRecord) -> None:
                 f"secure aggregation of {clients} clients with threshold {threshold} is refused: "
                 f"expected {_LEAST} to {most} clients and a threshold of {_threshold(clients)} or more"
             )
-        if any(terms[name] != value for name, value in own.items()):
+        if any(terms[name] != value for name, value in expected.items()):
             raise FederationError(
-                f"secure aggregation is refused: expected the terms {own}; use one version everywhere"
+                f"secure aggregation is refused: expected the terms {expected}; use one version everywhere"
             )
     if terms.get("stage") == "collect_masked_vectors":
         sources = [*_numbers(terms["srcs"])]
@@ -237,7 +237,7 @@ def secure_sum(
             f"secure aggregation gave {len(limbs)} arrays, expected {len(names)}: build the same model at all clients"
         )
     lost = {name: measuring.failed.get(node, _SILENT) for name, node in clients.items() if node not in strategy.nodes}
-    sums = {name: torch.from_numpy(decode(own, len(strategy.nodes))) for name, own in zip(sorted(names), limbs)}
+    sums = {name: torch.from_numpy(decode(limb, len(strategy.nodes))) for name, limb in zip(sorted(names), limbs)}
     return sums, lost
 
 
@@ -312,10 +312,10 @@ class _Workflow(SecAggPlusWorkflow):
 def _masks(seed: bytes, num_range: int, dimensions: Sequence[tuple[int, ...]]) -> list[np.ndarray[Any, Any]]:
     """Return uniform numbers below ``num_range``, a power of two, in the shapes asked for."""
     assert num_range & (num_range - 1) == 0
-    sizes = [int(np.prod(own)) for own in dimensions]
+    sizes = [int(np.prod(shape)) for shape in dimensions]
     stream = hashlib.shake_256(b"fedunlearn secure sum" + seed).digest(8 * sum(sizes))
     numbers = np.frombuffer(stream, "<i8") & (num_range - 1)
-    return [part.reshape(own) for part, own in zip(np.split(numbers, np.cumsum(sizes)[:-1]), dimensions)]
+    return [part.reshape(shape) for part, shape in zip(np.split(numbers, np.cumsum(sizes)[:-1]), dimensions)]
 
 
 class _Strong(threading.local):

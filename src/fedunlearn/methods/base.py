@@ -170,7 +170,7 @@ def resolved(settings: Any, request: Request, fed: Federation) -> dict[str, Any]
         recipe["epochs"] = passes(settings, request, fed)
         if settings.epochs is None and request.spent is not None:
             del used["epochs"]
-    return {key: recipe.get(key) if own is None else own for key, own in used.items()}
+    return {key: recipe.get(key) if value is None else value for key, value in used.items()}
 
 
 def prunes(request: Request) -> bool:

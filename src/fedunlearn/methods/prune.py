@@ -82,8 +82,8 @@ def and_erase(model: Classifier, fed: Federation, request: Request, settings: Pr
 def _ranked(request: Request, criterion: Criterion, objective: Objective | None) -> Request:
     """Return the request with another criterion and another objective in the repair."""
     training = replace(request.repair.training, objective=objective)
-    own = request.rank.criterion
-    same = getattr(own, "func", own) is criterion  # with the options that the recipe gives it
+    chosen = request.rank.criterion
+    same = getattr(chosen, "func", chosen) is criterion  # with the options that the recipe gives it
     rank = request.rank if same else replace(request.rank, criterion=criterion)
     return replace(request, rank=rank, repair=replace(request.repair, training=training))
 

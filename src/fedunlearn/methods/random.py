@@ -33,11 +33,11 @@ def _as_much(request: Request) -> Cut:
     cut, done = request.cut, request.unlearned
     if not isinstance(done, Unlearned):
         return cut
-    speak = [int((own > 0).sum()) for own in done.scores.values()]
-    widths = [len(own) for own in done.scores.values()]
+    speak = [int((scores > 0).sum()) for scores in done.scores.values()]
+    widths = [len(scores) for scores in done.scores.values()]
     if cut.scope == "global":
         speak, widths = [sum(speak)], [sum(widths)]
-    if cut.end == "lowest" or all(own >= quota(cut.fraction, width) for own, width in zip(speak, widths)):
+    if cut.end == "lowest" or all(positive >= quota(cut.fraction, width) for positive, width in zip(speak, widths)):
         return cut
     went = round(done.removed() * sum(widths))
 

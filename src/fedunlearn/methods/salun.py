@@ -54,12 +54,12 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
 
 def largest(sums: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Return masks of the ``share`` of all values, over all tensors, that are largest by absolute value."""
-    sizes = torch.cat([own.abs().flatten() for own in sums.values()])
+    sizes = torch.cat([gradient.abs().flatten() for gradient in sums.values()])
     count = max(1, round(share * len(sizes)))
     chosen = torch.zeros(len(sizes), dtype=torch.bool)
     chosen[sizes.argsort(descending=True, stable=True)[:count]] = True
-    parts = torch.split(chosen, [own.numel() for own in sums.values()])
-    return {name: part.reshape(own.shape) for (name, own), part in zip(sums.items(), parts)}
+    parts = torch.split(chosen, [gradient.numel() for gradient in sums.values()])
+    return {name: part.reshape(gradient.shape) for (name, gradient), part in zip(sums.items(), parts)}
 
 
 SALUN = Method(

@@ -31,7 +31,7 @@ def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> 
     """Damp the weights whose Fisher diagonal is larger on the forgotten classes than on all images."""
     stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
     sample = request.rank.sample
-    own, count = summed(
+    squares, count = summed(
         model,
         fed.keeping(exclude=(), clients=request.holders),
         Gradients(squared=True, exclude=stay, sample=sample),
@@ -40,7 +40,7 @@ def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> 
     all_sums, images = summed(model, fed, Gradients(squared=True, sample=sample), phase="ssd-all")
     damped = model.copy()
     factors = dampening(
-        {name: value / count for name, value in own.items()},
+        {name: value / count for name, value in squares.items()},
         {name: value / images for name, value in all_sums.items()},
         settings,
     )
@@ -50,16 +50,16 @@ def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> 
     return Outcome(delivered(damped, request), fed.cost("ssd"))
 
 
-def dampening(own: Mapping[str, Tensor], everything: Mapping[str, Tensor], settings: Ssd) -> dict[str, Tensor]:
+def dampening(forgotten: Mapping[str, Tensor], everything: Mapping[str, Tensor], settings: Ssd) -> dict[str, Tensor]:
     """Return the factor of each weight: ``min(l F / F_f, 1)`` where ``F_f > a F``, 1 elsewhere.
 
     Args:
-        own: ``F_f``, the mean squared gradient on images of the forgotten classes.
+        forgotten: ``F_f``, the mean squared gradient on images of the forgotten classes.
         everything: ``F``, that on all images.
         settings: ``a`` and ``l``.
     """
     factors = {}
-    for name, f in own.items():
+    for name, f in forgotten.items():
         factor = (settings.damping * everything[name] / f).clamp_max(1)
         factors[name] = torch.where(f > settings.above * everything[name], factor, torch.ones_like(f))
     return factors

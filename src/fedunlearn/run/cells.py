@@ -105,13 +105,13 @@ class Cells:
         steps = [oracle.steps for oracle in self._oracles.values()]
         if not all(map(training_curve, steps)):
             return {"cost": cost}
-        until = [cost_until(own, reached) for own in steps]
-        ratios = [own["client_flops"] / cost["client_flops"] for own in until]
+        until = [cost_until(trained, reached) for trained in steps]
+        ratios = [spent["client_flops"] / cost["client_flops"] for spent in until]
         return {
             "cost": cost,
             "speedup": fmean(ratios),
             "speedup_range": [min(ratios), max(ratios)],
-            "speedup_reached": all(own["reached"] for own in until),
+            "speedup_reached": all(spent["reached"] for spent in until),
             "speedup_whole": whole_cost(steps[0])["client_flops"] / cost["client_flops"],
         }
 

@@ -179,8 +179,8 @@ def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages, tuple[int, ...]
         return model, test, forget
     earlier = set(range(len(test.classes))) - set(model.labels) - set(forget)
     left = [label for label in range(len(test.classes)) if label not in earlier]
-    own = replace(model, labels=tuple(left.index(label) for label in model.labels))
-    return own, test.narrowed(earlier), tuple(left.index(label) for label in forget)
+    narrowed = replace(model, labels=tuple(left.index(label) for label in model.labels))
+    return narrowed, test.narrowed(earlier), tuple(left.index(label) for label in forget)
 
 
 def _audited(

@@ -119,7 +119,7 @@ def request(
         experiment.repair(),
         experiment.recipe.unlearn.jointly,
         tuple(clients),
-        tuple(name for name, own in zip(experiment.clients, holds) if own),
+        tuple(name for name, held in zip(experiment.clients, holds) if held),
         float(kept) * fed.keeping(exclude=forget, clients=clients).share(),
         spent,
     )

@@ -188,7 +188,7 @@ class _Bench:
     def bands(self) -> Calibrated:
         """The bands, fixed before the first candidate is there."""
         forget = self._work.experiment.forget
-        subjects = {name: Subject.without_rows(own.model, forget) for name, own in self.oracles.items()}
+        subjects = {name: Subject.without_rows(oracle.model, forget) for name, oracle in self.oracles.items()}
         events, report = self._work.events, self._work.fed.journal.report
         record = Record(self._work.out, lambda digest: events.once("thresholds fixed", sha256=digest), report)
         return calibration(self._work.experiment.audit_images(), subjects, record, planned=len(subjects))
@@ -213,7 +213,7 @@ class _Bench:
         methods: dict[str, Any] = {}
         self._last = monotonic()
         erasing = experiment.recipe.erase.erasing()
-        for method in [replace(own, settings=settings_by(own, erasing)) for own in self._plan.chosen]:
+        for method in [replace(chosen, settings=settings_by(chosen, erasing)) for chosen in self._plan.chosen]:
             methods[method.name] = _about(method)
             cells |= self._cells(method, method.name, method.settings)
             if self._plan.tune and method.space:
@@ -236,7 +236,7 @@ class _Bench:
             "validation_unseen": validation_unseen(experiment),
             "original": evaluate(original, test, forget=forget)["accuracy"]
             | {"figures": figures_of(self.bands.models[ORIGINAL])},
-            "retrained": {name: self._of_oracle(name, own) for name, own in self.oracles.items()},
+            "retrained": {name: self._of_oracle(name, oracle) for name, oracle in self.oracles.items()},
             "bands": {name: [band.low, band.high] for name, band in self.bands.bands.items()},
             "controls": {name: self.bands.judged(name)["verdict"] for name in (ORIGINAL, HEAD_ONLY.name)},
             "calibration": self.bands.held_out((ORIGINAL, HEAD_ONLY.name)),
@@ -247,7 +247,9 @@ class _Bench:
 
     def _check_looked_at(self) -> None:
         """Refuse to tune towards an accuracy that no retrained model was measured for."""
-        blank = [name for name, own in self.oracles.items() if not own.steps or own.steps[-1].validation is None]
+        blank = [
+            name for name, oracle in self.oracles.items() if not oracle.steps or oracle.steps[-1].validation is None
+        ]
         if self._plan.tune and blank:
             raise RecipeError(
                 f"--tune needs the R of retrained models on validation images, and that of {blank[0]} was not "
@@ -293,7 +295,7 @@ class _Bench:
 
         None is the best where no trial came to an end.
         """
-        wanted = mean(own.steps[-1].validation or 0.0 for own in self.oracles.values())
+        wanted = mean(oracle.steps[-1].validation or 0.0 for oracle in self.oracles.values())
         trials: list[dict[str, Any]] = []
         for number, settings in enumerate(tried(method, self._plan.tune)):
             name = f"{method.name}-trial{number}"
@@ -301,8 +303,8 @@ class _Bench:
             try:
                 u, r = self._one.tried(method, name, made(method, settings), self._seeds[0])
                 trials.append({"settings": values, "u": u, "r": r, "score": score(u, r, wanted)})
-                changed = {key: own for key, own in values.items() if own != trials[0]["settings"][key]}
-                shown = ", ".join(f"{key} {own}" for key, own in changed.items()) or "its own settings"
+                changed = {key: value for key, value in values.items() if value != trials[0]["settings"][key]}
+                shown = ", ".join(f"{key} {value}" for key, value in changed.items()) or "its own settings"
                 self._step(f"{name} ({shown}): U {percent(u)}, R {percent(r)} on validation images")
             except Exception as error:  # as in a cell
                 trials.append({"settings": values, "failed": _why(error)})

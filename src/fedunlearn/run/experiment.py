@@ -85,9 +85,9 @@ class Experiment:
             return images
         digest = hashlib.sha256(images.encode())
         for part in (self.clients, self.validation):
-            for name, own in part.items():
-                digest.update(json.dumps([name, *own.images.shape]).encode())
-                digest.update(own.images.contiguous().numpy().tobytes())
+            for name, data in part.items():
+                digest.update(json.dumps([name, *data.images.shape]).encode())
+                digest.update(data.images.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def audit_images(self) -> AuditImages:

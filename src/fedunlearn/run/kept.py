@@ -144,7 +144,7 @@ def _code_digest() -> str:
 
 def write_rounds(out: Path, steps: Mapping[str, Sequence[Step]]) -> None:
     """Write the rounds of a run's retrained models, by which another run can take them: ``--models``, the folder."""
-    write_text(out / RETRAINING, json.dumps({name: _values(own) for name, own in steps.items()}) + "\n")
+    write_text(out / RETRAINING, json.dumps({name: _values(rounds) for name, rounds in steps.items()}) + "\n")
 
 
 def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[Step]:
@@ -229,8 +229,8 @@ def validation_unseen(experiment: Experiment) -> bool:
 
 def most_named(model: Classifier, test: LabelledImages, forget: Sequence[int]) -> float:
     """Return the share of its test images that ``model`` names, of that class to forget where it is largest."""
-    own = test.take(torch.isin(test.labels, torch.tensor(forget)).nonzero().flatten())
-    counted = count_correct(model.module, own, labels=model.labels)
+    images = test.take(torch.isin(test.labels, torch.tensor(forget)).nonzero().flatten())
+    counted = count_correct(model.module, images, labels=model.labels)
     return max(float(counted.correct[label]) / max(1, int(counted.counts[label])) for label in forget)
 
 

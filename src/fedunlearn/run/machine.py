@@ -63,7 +63,10 @@ def _probed(experiment: Experiment) -> tuple[ComputeTable, dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError):
         best, tried = probe(experiment.model.module, shape, batch_size=batch_size)
     table = ComputeTable.model_validate({key: getattr(best, key) for key in ComputeTable.model_fields})
-    rates = {f"{own.precision}, {own.memory_format}, {own.workers} workers": round(rate, 1) for own, rate in tried}
+    rates = {
+        f"{choice.precision}, {choice.memory_format}, {choice.workers} workers": round(rate, 1)
+        for choice, rate in tried
+    }
     with suppress(OSError):  # a cache that cannot be written costs the next run a probe
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps({"compute": table.model_dump(), "images_per_second": rates}) + "\n")

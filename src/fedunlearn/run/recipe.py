@@ -155,10 +155,10 @@ def check(recipe: Recipe) -> None:
     if recipe.unlearn.fraction == "auto":
         _check_auto(recipe)
     if recipe.erase.erasing() is None and recipe.erase != EraseTable():
-        own = recipe.unlearn.method != PRUNE and METHODS[recipe.unlearn.method].erases
+        erases = recipe.unlearn.method != PRUNE and METHODS[recipe.unlearn.method].erases
         raise RecipeError(
             "[erase] has no weight, so that nothing is erased: set erase.complement or erase.separation"
-            + (f", or what {recipe.unlearn.method} has of its own by unlearn.settings={{every = 2}}" if own else "")
+            + (f", or what {recipe.unlearn.method} has of its own by unlearn.settings={{every = 2}}" if erases else "")
         )
     _check_method(recipe)
     recipe.rules()
@@ -201,7 +201,7 @@ def _check_auto(recipe: Recipe) -> None:
 
 def _check_method(recipe: Recipe) -> None:
     table = recipe.unlearn
-    known = [] if table.method == PRUNE else [own.name for own in fields(METHODS[table.method].settings)]
+    known = [] if table.method == PRUNE else [field.name for field in fields(METHODS[table.method].settings)]
     for name in table.settings:
         if name not in known:
             has = (

@@ -313,8 +313,9 @@ def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, tor
     part = max(1, -(-len(images) // cores()))
     parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
     with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        counted = list(pool.map(lambda own: count_correct(copied(model.module), own, labels=model.labels), parts))
-    return torch.stack([own.correct for own in counted]).sum(0), torch.stack([own.counts for own in counted]).sum(0)
+        counted = list(pool.map(lambda share: count_correct(copied(model.module), share, labels=model.labels), parts))
+    correct, counts = zip(*((count.correct, count.counts) for count in counted))
+    return torch.stack(correct).sum(0), torch.stack(counts).sum(0)
 
 
 def _share(correct: torch.Tensor, counts: torch.Tensor) -> float | None:

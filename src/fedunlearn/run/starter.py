@@ -78,7 +78,7 @@ def _choice(images: LabelledImages, forget: Sequence[int], clients: int) -> tupl
     """Return the share held out for validation and the fraction: with few images, one by which a cut can be chosen."""
     shares = partition(images, by="iid", clients=clients, seed=0)
     for validation in (0.1, 0.2, 0.3):
-        if any(int(own.counts()[list(forget)].sum()) for own in hold_out(shares, validation, seed=0)[1].values()):
+        if any(int(held.counts()[list(forget)].sum()) for held in hold_out(shares, validation, seed=0)[1].values()):
             return validation, _AUTO
     return 0.1, _NUMBER
 

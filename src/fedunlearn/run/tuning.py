@@ -37,5 +37,5 @@ def score(u: float, r: float, wanted: float) -> float:
 
 def _others(method: Method) -> list[dict[str, Any]]:
     published = asdict(method.settings)
-    combined = [published | dict(zip(method.space, own)) for own in itertools.product(*method.space.values())]
+    combined = [published | dict(zip(method.space, choice)) for choice in itertools.product(*method.space.values())]
     return [values for values in combined if values != published]

@@ -79,7 +79,7 @@ def _keep(seen: list[tuple[Tensor, Tensor]]) -> Callable[[_Norm, tuple[Tensor, .
 
 def _statistics(layer: _Norm) -> tuple[Tensor, Tensor]:
     assert layer.running_mean is not None and layer.running_var is not None  # batch_norm_layers chose it so
-    mean, variance = (own.to("cpu", torch.float64, copy=True) for own in (layer.running_mean, layer.running_var))
+    mean, variance = (tensor.to("cpu", torch.float64, copy=True) for tensor in (layer.running_mean, layer.running_var))
     return mean, variance
 
 

@@ -54,8 +54,8 @@ def count_correct(
         for batch, own_classes in in_order(images, model, compute):
             logits, truth = finite(model(batch)).cpu(), own_classes.cpu()
             correct += torch.bincount(truth[named[logits.argmax(1)] == truth], minlength=classes)
-            own = logits.double().softmax(1) * (named == truth[:, None])
-            given.index_add_(0, truth, own.sum(1))
+            probability = logits.double().softmax(1) * (named == truth[:, None])
+            given.index_add_(0, truth, probability.sum(1))
     return Counted(correct, counts, given)
 
 

@@ -36,7 +36,7 @@ def each_of(size: int, share: float, classes: int = 1) -> int:
 
 def again_and_again(drawn: Drawn, forgotten: Sequence[LabelledImages], each: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield about ``each`` images of every set in ``forgotten``, without end; of a set each once before any again."""
-    streams = [_endless(drawn, own, each) for own in forgotten]
+    streams = [_endless(drawn, part, each) for part in forgotten]
     while True:
         images, labels = zip(*(next(stream) for stream in streams))
         yield torch.cat(images), torch.cat(labels)
@@ -115,7 +115,7 @@ def fewest_by_turns(
         >>> fewest_by_turns(1000, [100], 64, 16, 128, first)  # a step of 16, a step of 48
         16
     """
-    streams = [_rounds_of(sizes(own, each)) for own in forgotten]
+    streams = [_rounds_of(sizes(count, each)) for count in forgotten]
     away: dict[int, list[Counter[int]]] = {}
     done, earlier, most = 0, None, 0
     while done < limit:

@@ -43,8 +43,8 @@ def _gradients(model: nn.Module, images: LabelledImages, compute: Compute, *, sq
 
 
 def _summed(model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool) -> dict[str, Tensor]:
-    parameters = {name: own for name, own in model.named_parameters() if own.requires_grad}
-    sums = {name: torch.zeros(own.shape, dtype=torch.float64) for name, own in parameters.items()}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     for batch, labels in in_order(images, model, compute):
         size = 1 if squared else len(labels)
         for part, truth in zip(torch.split(batch, size), torch.split(labels, size)):
@@ -52,8 +52,8 @@ def _summed(model: nn.Module, images: LabelledImages, compute: Compute, *, squar
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, found):
                 if gradient is not None:
-                    own = gradient.detach().cpu().double()
-                    sums[name] += own.square() if squared else own
+                    value = gradient.detach().cpu().double()
+                    sums[name] += value.square() if squared else value
     return sums
 
 
@@ -97,11 +97,11 @@ def input_moments(
         for batch, _ in in_order(images, model, compute):
             with reading(model, {name: Tap(name, "input", 0, 0) for name in told}, moment) as read:
                 model(batch)
-            for name, own in read.items():
-                sums[name] += own
-    for name, own in sums.items():
-        if hide and rows[name] < _ROWS * len(own):
-            own.zero_()
+            for name, tensor in read.items():
+                sums[name] += tensor
+    for name, tensor in sums.items():
+        if hide and rows[name] < _ROWS * len(tensor):
+            tensor.zero_()
     return sums
 
 
@@ -123,10 +123,10 @@ def moment_operations(model: nn.Module, shape: tuple[int, int, int]) -> int:
         model: the model, which is not changed.
         shape: of an image.
     """
-    own = copied(model).cpu().eval()
-    layers = moment_layers(own)
-    with torch.no_grad(), reading(own, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
-        own(torch.zeros(1, *shape))
+    net = copied(model).cpu().eval()
+    layers = moment_layers(net)
+    with torch.no_grad(), reading(net, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
+        net(torch.zeros(1, *shape))
     return sum(2 * len(patches(read[name], layer)) * patch_width(layer) ** 2 for name, layer in layers.items())
 
 

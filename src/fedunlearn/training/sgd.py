@@ -296,14 +296,14 @@ def _by_function(
             "Compute(train=...) is a function that knows its own loss alone, it cannot do the objective of this job: "
             "leave the objective out of Training, or give Compute(optimiser=...) instead"
         )
-    own = copied(model).train()  # what it freezes, hooks or leaves behind must not reach the next client
-    seen = train(own, as_dataset(images), lr)
+    net = copied(model).train()  # what it freezes, hooks or leaves behind must not reach the next client
+    seen = train(net, as_dataset(images), lr)
     if not is_whole(seen, 1) or int(seen) > MOST_IMAGES:
         raise FederationError(
             f"Compute(train=...) returned {seen!r}, expected how many images it saw, repeats counted, from 1 to "
             f"{MOST_IMAGES:,}"
         )
-    state = own.state_dict()
+    state = net.state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != shapes:
         raise FederationError(

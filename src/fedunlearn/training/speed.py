@@ -78,7 +78,7 @@ def _noise(shape: tuple[int, int, int], number: int) -> LabelledImages:
 
 
 def _fastest(tried: Sequence[tuple[Compute, float]]) -> Compute:
-    first, best = tried[0], max(tried, key=lambda own: own[1])
+    first, best = tried[0], max(tried, key=lambda choice: choice[1])
     return best[0] if best[1] > _MARGIN * first[1] else first[0]
 
 
