@@ -126,6 +126,17 @@ def test_fine_tuning_stops_at_what_pruning_cost_with_the_same_seed(compared):
         assert tuned["client_flops"] == pytest.approx(pruned["client_flops"], rel=0.1)
 
 
+@pytest.mark.parametrize("criterion", ["contrast", "tf_idf"])
+def test_the_random_control_loses_as_much_as_the_pruning_it_stands_beside(tmp_path, criterion):
+    """Where few channels speak for the class, fewer go than the cut asks for."""
+    settings = [*SETTINGS, "unlearn.fraction=0.8", f"unlearn.criterion={criterion}", "audit.oracles=0"]
+    value = compare(load_recipe(str(write_set(tmp_path)), settings), tmp_path / "out", Plan((criterion, "random"), 1))
+    ours, control = (value["cells"][f"{name}-seed0"] for name in (criterion, "random"))
+    assert control["parameters"] == ours["parameters"]
+    assert control["prunes"] == ours["gone"]
+    assert (ours["gone"] < 0.8) == (criterion == "contrast")
+
+
 def test_nothing_of_a_day_or_a_machine_is_in_the_file(compared):
     folder, _, _ = compared
     text = (folder / "out" / "compare.json").read_text()
@@ -299,6 +310,17 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
             Plan(("relabel",), tune=1),
             "--tune needs validation images: set data.validation",
         ),
+        (
+            ["unlearn.forget=[3]", "data.validation=0.02"],
+            Plan(("relabel",), tune=3),
+            "--tune chooses by validation images of the classes to forget, and the clients hold none of one of them "
+            "(data.validation is 0.02): raise it",
+        ),
+        (
+            ['unlearn.method="scrub"', "unlearn.settings={lr=0.02}"],
+            Plan(("scrub",)),
+            "unlearn.settings is of unlearn.method, and a comparison takes the settings of each method: leave it out",
+        ),
         (["audit.oracles=0"], Plan(("relabel",), tune=1), "--tune needs retrained models, whose R it is to reach"),
         (
             ["privacy.noise=2", "privacy.clip=1", "unlearn.sample=0"],
@@ -307,8 +329,8 @@ def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_pat
         ),
         (
             ["privacy.secure=true", "federation.engine=flower-simulation"],
-            Plan(("contrast", "ssd", "head_only")),
-            "privacy.secure protects what clients measure, and other numbers are asked for by ssd",
+            Plan(("contrast", "finetune", "salun", "ssd", "random", "head_only")),
+            "privacy.secure protects what clients measure, and other numbers are asked for by salun, ssd: leave",
         ),
         (
             ["unlearn.target=0.5"],

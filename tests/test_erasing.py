@@ -295,6 +295,12 @@ def test_erasing_ends_after_its_share_of_the_rounds():
     assert thrifty.of_round(0, 2).objective is not None
 
 
+def test_the_pull_of_l1_sparse_goes_to_nothing_in_a_straight_line():
+    training = Training(0.1, objective=Sparse(0.8, until=0.4))
+    of_rounds = [training.of_round(k, 10).objective for k in range(10)]
+    assert [own and own.penalty for own in of_rounds] == pytest.approx([0.8, 0.6, 0.4, 0.2, *[None] * 6])
+
+
 def test_erasing_comes_again_in_every_so_many_th_round_until_its_share_of_them_is_over():
     training = Training(0.1, objective=Erasing(until=0.6, every=3))
     assert [k for k in range(12) if training.of_round(k, 12).objective is not None] == [0, 3, 6]

@@ -227,6 +227,71 @@ def test_a_claim_of_images_does_not_make_the_model_that_of_one_client(net, caplo
     assert "client-1 claims 1000000000 images, the others 40 together: it weighs as much" in caplog.text
 
 
+class Claiming(LocalEngine):
+    """Client 1 claims a billion images, and answers as if it had them."""
+
+    def run(self, job):
+        for reply in super().run(job):
+            times = 10**9 // max(1, reply.images)
+            many = {name: tensor * times for name, tensor in reply.tensors.items()}
+            if "correct" in many:
+                many["correct"] = many["counts"]
+            images = reply.images * times
+            yield replace(reply, tensors=many, images=images) if reply.client == "client-1" else reply
+
+
+def test_a_claim_of_images_does_not_make_validation_or_normalisation_that_of_one_client(net, caplog):
+    shares = partition(make_images(90), by="dirichlet", alpha=1.0, clients=3)
+    clients, validation = hold_out(shares, 0.4)
+    honest, claimed = (Federation(kind(clients, validation=validation)) for kind in (LocalEngine, Claiming))
+    with torch.no_grad():
+        net[8].weight.zero_()
+        net[8].bias.copy_(torch.tensor([0.0, 0.0, 1.0]))  # all images are of class 2
+    own = {name: images.counts() for name, images in validation.items()}
+    others = sum(counts for name, counts in own.items() if name != "client-1")
+    accuracy, _ = validation_accuracy(classifier(net), claimed, phase="train")
+    assert accuracy == pytest.approx((float(others[2] / others.sum()) + 1) / 2)
+    assert "client-1 claims" in caplog.text
+    assert validation_accuracy(classifier(net), honest, phase="train")[0] < accuracy
+
+    def mean_of(names):
+        return reestimate(classifier(net), Federation(LocalEngine(clients), clients=names)).module[1].running_mean
+
+    halves = [mean_of(names) for names in (("client-1",), ("client-0", "client-2"))]
+    fitted = reestimate(classifier(net), claimed).module[1].running_mean
+    torch.testing.assert_close(fitted, sum(halves) / 2)
+
+
+def test_a_measurement_that_no_activations_add_up_to_is_refused_by_name(net):
+    """Of finite numbers, whose means would not be: the step would stand in the journal, and end the run for good."""
+
+    class Boundless(LocalEngine):
+        def run(self, job):
+            for reply in super().run(job):
+                wild = {
+                    name: torch.where(tensor > 0, torch.tensor(1.7e308, dtype=torch.float64), 0.0)
+                    if name.startswith("sums.")
+                    else tensor
+                    for name, tensor in reply.tensors.items()
+                }
+                yield replace(reply, tensors=wild) if reply.client == "client-1" else reply
+
+    fed = Federation(Boundless(partition(make_images(), by="iid", clients=3)))
+    stats, _ = measure(classifier(net), fed)
+    (step,) = fed.journal.steps("measure")
+    why = step.entries[0].refused["client-1"]
+    assert why.startswith("sums.")
+    assert "has values beyond what 20 images can add up to" in why
+    assert all(torch.isfinite(stats.means(layer)).all() for layer in stats.sums)
+
+
+@pytest.mark.parametrize("part", ["clients", "holders"])
+def test_a_client_is_named_once(part):
+    engine = make_engine(make_images(), clients=2)
+    with pytest.raises(FederationError, match=rf"Federation\({part}=\.\.\.\) must name each client once, got"):
+        Federation(engine, **{part: ("client-0", "client-0")})
+
+
 def test_fedavg_weighs_by_images_and_keeps_integers():
     updates = [
         ({"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(3)}, 1),
@@ -263,7 +328,7 @@ def test_local_epochs_may_be_a_fraction(net, images):
 def test_a_loss_that_is_not_finite_stops_the_client(net, images):
     with torch.no_grad():
         net[8].weight.fill_(float("inf"))
-    with pytest.raises(FederationError, match=r"the loss became .* after 0 images: lower the learning rate"):
+    with pytest.raises(FederationError, match="the loss became NaN or infinite: lower the learning rate"):
         train_locally(net, images, Training(lr=1.0), lr=1.0, draw=torch.Generator())
 
 

@@ -437,6 +437,33 @@ def test_a_node_that_was_slow_to_introduce_itself_is_asked_again():
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("how", ["fails", "cannot read its images"])
+def test_a_node_that_failed_once_takes_part_later_under_the_same_number(how, caplog):
+    """Of a process that ended, or a disk that was not mounted yet."""
+    calls = []
+
+    def unread(context):
+        if len(calls) < 3:
+            raise OSError("not mounted")
+        return load_images(context)
+
+    app = client_app(build_model, unread if how != "fails" else load_images)
+
+    def mended(message, context):
+        calls.append(message)
+        if how == "fails" and len(calls) < 3:
+            raise MemoryError
+        return app(message, context)
+
+    chosen = engine(Loopback(nodes(count=3) | {700: (mended, 3)}), clients=tuple(CLIENTS), hello=0.1)
+    end = time.monotonic() + 20
+    while refused := collected(chosen, train_job())[1].refused:
+        assert list(refused) == ["client-3"]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert caplog.text.count("node 700 is not asked") == 1  # the same is said once
+
+
 def test_a_node_that_never_introduces_itself_costs_later_jobs_ever_less():
     asked = []
     hung = {700: (lambda message, context: asked.append(time.monotonic()), 3)}

@@ -20,7 +20,7 @@ from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.methods.base import LocalSettings, Request, resolved
+from fedunlearn.methods.base import LocalSettings, Request, as_many, resolved
 from fedunlearn.methods.erase_only import by_recipe
 from fedunlearn.methods.negate import negate
 from fedunlearn.methods.salun import SalUn, largest, salun
@@ -239,7 +239,8 @@ def test_the_random_control_loses_as_many_channels_as_spoke_for_the_class(known,
     ours = unlearn(known, federation(), forget=[2], cut=request.cut, repair=REPAIR, rank=request.rank)
     gone = {row["layer"]: row["removed"] for row in ours.table()}
     beside = METHODS | COMPARED
-    control = beside["random"].run(known, federation(), replace(request, unlearned=ours), None)
+    equal = replace(request, cut=replace(request.cut, fraction=as_many(ours)))
+    control = beside["random"].run(known, federation(), equal, None)
     lost = {layer: len(own) for layer, own in control.subject.model.plan.pruned.items()}
     assert set(gone.values()) == {2}
     assert sum(lost.values()) == sum(gone.values())
@@ -267,7 +268,7 @@ def test_the_random_control_is_cut_as_the_run_where_enough_channels_speak_for_th
 
         cut = Cut(0.6, end=end)
         ours = unlearn(net, federation(), forget=[2], cut=cut, repair=REPAIR, rank=Ranking(alike))
-        request = replace(REQUEST, rank=Ranking(alike), cut=cut, unlearned=ours)
+        request = replace(REQUEST, rank=Ranking(alike), cut=replace(cut, fraction=as_many(ours)))
         control = COMPARED["random"].run(classifier(net), federation(), request, None)
         lost, gone = (
             {name: len(own) for name, own in model.plan.pruned.items()} for model in (control.subject.model, ours.model)
@@ -290,7 +291,11 @@ def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own()
 
 def test_settings_are_resolved_to_what_is_done():
     used = resolved(COMPARED["l1_sparse"].settings, REQUEST, federation())
-    assert used == {"lr": 0.01, "epochs": 10.0, "penalty": 5e-4, "until": 0.4}
+    assert used == {"lr": 0.01, "epochs": 10.0, "penalty": 5e-4, "until": 0.5}  # one of two rounds
+    longer = replace(REQUEST, repair=replace(REPAIR, rounds=222))
+    assert resolved(COMPARED["l1_sparse"].settings, longer, federation())["until"] == 0.401
+    once = replace(REQUEST, repair=replace(REPAIR, rounds=1))
+    assert resolved(COMPARED["l1_sparse"].settings, once, federation())["until"] == 1.0
     assert resolved(COMPARED["relabel"].settings, REQUEST, federation()) == {"lr": 0.05, "epochs": 2.0}
     assert resolved(COMPARED["contrast"].settings, REQUEST, federation()) == {"fraction": 0.3, "lr": 0.05}
     assert resolved(COMPARED["head_only"].settings, REQUEST, federation()) is None

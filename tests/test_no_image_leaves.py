@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -238,10 +238,63 @@ def test_turns_cannot_be_timed_so_that_one_image_alone_is_trained_on(away):
     assert float(torch.cdist(rows[rows.isfinite().all(1)], shown).min()) > 1
 
 
+@pytest.mark.parametrize("kind", ["train", "gradients", "evaluate"])
+def test_an_error_does_not_tell_where_a_label_or_an_answer_has_no_row(kind):
+    """Of a model that lacks a row, clients that hold the class and those that do not say the same."""
+    whole = make_net(seed=2)
+    cut = copy.deepcopy(whole)
+    cut[-1] = nn.Linear(cut[-1].in_features, 2)
+    task = {
+        "train": Train(training=Training(0.1, 8), lr=0.1),
+        "gradients": Gradients(),
+        "evaluate": Evaluate(labels=(0,)),
+    }[kind]
+    asked = job(task, cut)
+    told = set()
+    for held in (HELD, HELD.without([2]), HELD.only([0])):
+        data = ClientData("a", held, held)
+        told.add(handle(asked, copy.deepcopy(cut), data, DEFAULT_RULES).error)
+    (text,) = told
+    assert text.startswith("ModelError: the model has 2 output rows")
+
+
+def test_an_error_does_not_tell_at_which_image_a_loss_overflows():
+    """Weights whose output overflows for a bright image alone: when it is reached would tell which it is."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([3e36, 0.0, 0.0])[:, None].expand(3, 64))
+        net[1].bias.zero_()
+    asked = job(Train(training=Training(1e-30, 1, momentum=0.0, weight_decay=0.0), lr=1e-30), net)
+    told = set()
+    for bright in range(len(HELD)):
+        pixels = torch.zeros_like(HELD.images)
+        pixels[bright] = 255
+        reply = handle(asked, copy.deepcopy(net), ClientData("a", replace(HELD, images=pixels)), DEFAULT_RULES)
+        told.add((reply.error, reply.seconds, reply.samples))
+    assert told == {("FederationError: the loss became NaN or infinite: lower the learning rate", 0.0, 0)}
+
+
+def test_of_what_the_code_does_not_foresee_a_client_that_hides_images_tells_the_kind_alone(caplog):
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise ValueError(f"the image is {x.flatten()[:3].tolist()}")
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+    asked = job(Evaluate(), make_net())
+    reply = handle(asked, Broken(), DATA, DEFAULT_RULES)
+    assert reply.error == "ValueError, told in the log of the client alone"
+    assert "the image is" in caplog.text
+    open_to_all = handle(asked, Broken(), DATA, Privacy(min_images=1))
+    assert open_to_all.error.startswith("ValueError: the image is")
+
+
 def test_answers_are_not_counted_by_rows_that_stand_for_one_class():
     asked = job(Evaluate(labels=(0, 0, 0)), make_net())
     reply = handle(asked, copy.deepcopy(asked.model.module), DATA)
-    assert reply.error == "FederationError: two output rows stand for one class: the labels are [0, 0, 0]"
+    assert reply.error == "ModelError: two output rows are labelled as class 0: give each row a class of its own"
 
 
 @pytest.mark.parametrize("exclude", [(1, 2), (0, 2), (0, 1), (0, 1, 2)])

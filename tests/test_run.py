@@ -847,6 +847,28 @@ def test_that_the_original_never_knew_the_class_is_said_and_gives_no_speed_up(si
     assert "THE ORIGINAL NEVER KNEW IT: it names 25 % of the class, no more than by chance." in notes(result)
 
 
+def test_u_of_several_classes_on_validation_images_is_the_mean_over_them(tmp_path):
+    """As on test images: a rare class does not vanish among the images of a frequent one."""
+    experiment = prepare(load_recipe(str(write_set(tmp_path)), ["unlearn.forget=[2, 3]", "data.validation=0.2"]))
+    few = {
+        name: images.take(((images.labels != 3) | (torch.arange(len(images)) % 3 == 0)).nonzero().flatten())
+        for name, images in experiment.validation.items()
+    }
+    engine = LocalEngine(experiment.clients, validation=few, rules=experiment.recipe.rules())
+    experiment = replace(experiment, validation=few, engine=engine)
+    held = joined(few.values())
+    counts = held.counts()
+    assert 0 < counts[3] < counts[2]
+    model = experiment.model.copy()
+    head = [layer for layer in model.module.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.eye(4)[3])  # everything is of class 3
+    assert validation_block(experiment, model, model)["forget_row_kept"] == 0.5
+    without = validation_block(experiment, model, None)
+    assert without == {"forget_row_kept": None, "retain": 0.0}
+
+
 def test_what_settings_are_chosen_by_is_counted_on_validation_images_alone(tmp_path):
     experiment = prepare(load_recipe(str(write_set(tmp_path))))
     model = experiment.model  # fresh: it names some images right and others wrong
@@ -990,6 +1012,10 @@ def test_a_folder_of_models_gives_what_that_of_a_run_gives(signed, tmp_path):
         KeptModel(tmp_path / "retrained-1.safetensors").store(model.module, steps)
     (steps, state), (same_steps, same_state) = found
     assert len(steps) == 3
+    # A version that counted otherwise made no network cost more.
+    old = [replace(step, entries=tuple(replace(own, flops=4 * own.flops) for own in step.entries)) for step in steps]
+    KeptModel(tmp_path / "retrained-1.safetensors").store(model.module, old)
+    assert cost_until(fill_kept(model, experiment, seed=1), 2.0) == cost_until(steps, 2.0)
     assert steps == same_steps
     assert all(tensor.equal(same_state[key]) for key, tensor in state.items())
     # The retrained models are handed out: nothing in them tells of the clients.

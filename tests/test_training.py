@@ -114,6 +114,24 @@ def test_steps_are_those_of_torchs_sgd_to_the_bit(settings):
             assert ours.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
 
 
+def test_a_layer_that_is_skipped_at_first_takes_the_steps_of_torchs_sgd():
+    """Layers are dropped at random in training, those of the first steps too."""
+    ours, theirs = make_net(seed=1), make_net(seed=1)
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    mine, other = Sgd(ours.parameters(), fused=True, **settings), torch.optim.SGD(theirs.parameters(), **settings)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(4):
+        images, labels = torch.randn(8, 1, 8, 8, generator=draw), torch.randint(0, 3, (8,), generator=draw)
+        for net, optimiser in ((ours, mine), (theirs, other)):
+            optimiser.zero_grad()
+            F.cross_entropy(net.train()(images), labels).backward()
+            if step in (0, 2):
+                net[3].weight.grad = net[3].bias.grad = None
+            optimiser.step()
+        for name, tensor in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], tensor)
+
+
 def test_the_digits_are_those_of_scikit_learn():
     theirs, mine = load_digits(), read_digits()
     images = np.round(theirs.images * (255 / 16)).astype(np.uint8)

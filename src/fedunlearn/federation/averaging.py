@@ -91,11 +91,22 @@ def averaged(replies: Iterable[Reply]) -> dict[str, Tensor]:
             yield reply.tensors, reply.images
 
     state = fedavg(updates())
+    outweighing(claims)
+    return state
+
+
+def outweighing(claims: Mapping[str, int]) -> tuple[str, float] | None:
+    """Return who claims more images than all others together, and say so; and the factor by which it weighs as they do.
+
+    A number of images is a client's own claim. None where there is no such client, or of fewer than three.
+    """
+    total = sum(claims.values())
     for client, images in claims.items():
-        others = sum(claims.values()) - images
+        others = total - images
         if len(claims) >= _CROWD and images > others:
             _logger.warning("%s claims %d images, the others %d together: it weighs as much", client, images, others)
-    return state
+            return client, others / images
+    return None
 
 
 def fedavg(updates: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:

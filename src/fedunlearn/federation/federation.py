@@ -73,6 +73,8 @@ class Federation:
         for part, names in (("clients", self.clients), ("holders", self.holders)):
             if names is not None and not _several(names, lambda name: isinstance(name, str)):
                 raise FederationError(f"Federation({part}=...) must be names in a tuple, or None, got {names!r}")
+            if names is not None and len(set(names)) < len(names):
+                raise FederationError(f"Federation({part}=...) must name each client once, got {names!r}")
         if not _several(self.exclude, lambda label: is_whole(label, 0)):
             raise FederationError(
                 f"Federation(exclude=...) must be numbers of classes in a tuple, got {self.exclude!r}"

@@ -20,6 +20,7 @@ from fedunlearn.federation.jobs import (
     Layout,
     Reply,
     Sample,
+    check_rows,
     enough,
     kept_images,
     no_image,
@@ -59,6 +60,7 @@ class Gradients:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
+        check_rows(job.model, None, data)
         images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
         found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
         return Answer(found, len(images), len(images))

@@ -26,6 +26,7 @@ from fedunlearn.federation.jobs import (
     Layout,
     Reply,
     Sample,
+    check_rows,
     enough,
     kept_images,
     no_image,
@@ -105,8 +106,12 @@ class Measure:
         if bool((counts > held).any()) or int(counts.sum()) > reply.images:
             return f"it counts {int(counts.sum())} images of {int(held.sum())} that it holds"
         for name, sums in reply.tensors.items():
-            if name.startswith("sums.") and bool((sums[absent] != 0).any()):
+            if not name.startswith("sums."):
+                continue
+            if bool((sums[absent] != 0).any()):
                 return f"{name} has values for classes of which it counts no image"
+            if bool((sums > counts[:, None].double() * _BEYOND).any()):
+                return f"{name} has values beyond what {int(counts.sum())} images can add up to"
         return None
 
 
@@ -183,6 +188,7 @@ class Train:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
+        check_rows(job.model, None, data)
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
         images = data.train.only(self.exclude) if alone else kept_images(data, self.exclude, rules)
@@ -289,9 +295,8 @@ class Evaluate:
         images = data.train.take(slice(0, 0)) if data.validation is None else data.validation.without(self.exclude)
         if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
             images = images.take(slice(0, 0))
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            # Of rows that all stand for one class, the right answers are the images of that class.
-            raise FederationError(f"two output rows stand for one class: the labels are {list(self.labels)}")
+        # Of rows that all stand for one class, say, the right answers are the images of that class.
+        check_rows(job.model, self.labels, data)
         counted = count_correct(model, images, labels=self.labels, compute=compute)
         sums = {"correct": counted.correct.sum(), "counts": counted.counts.sum()}
         if self.probability:

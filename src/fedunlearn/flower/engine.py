@@ -84,7 +84,7 @@ class FlowerEngine:
         self._nodes: dict[str, int] = {}  # client to the node that gave its name
         self._refused: dict[int, str] = {}  # node to why it is not asked
         self._twins: dict[int, int] = {}  # of these, a node to the one that gave its name before
-        self._slow: dict[int, tuple[int, float]] = {}  # node to how often it was too slow, and when it is asked again
+        self._later: dict[int, tuple[int, float]] = {}  # node to how often it was put off, and when it is asked again
         self._meaning = meaning
         self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
@@ -189,22 +189,27 @@ class FlowerEngine:
         freed = {node for node, first in self._twins.items() if first not in connected}
         self._twins = {node: first for node, first in self._twins.items() if node in connected - freed}
         self._refused = {node: why for node, why in self._refused.items() if node in connected - freed}
-        self._slow = {node: rounds for node, rounds in self._slow.items() if node in connected}
+        self._later = {node: turn for node, turn in self._later.items() if node in connected - freed}
         now = time.monotonic()
-        not_yet = {node for node, (_, again) in self._slow.items() if now < again}
-        new = connected - set(self._nodes.values()) - self._refused.keys() - not_yet
+        not_yet = {node for node, (_, again) in self._later.items() if now < again}
+        new = connected - set(self._nodes.values()) - not_yet
         if not new:
             return
         content = RecordDict({OWN: ConfigRecord({"hello": 1})})
         came = self._exchange(content, sorted(new), "hello", hello)
-        for node in came.late - came.unsent:  # who is only slow is asked again, ever later: each job waits for it
-            times = self._slow.get(node, (0, 0.0))[0] + 1
-            self._slow[node] = times, time.monotonic() + 2 ** (times - 1) * hello
+        refused = {}
         for node in sorted(new - came.late):
             why = came.failed[node] if node in came.failed else self._introduce(node, came.answers[node], connected)
             if why is not None:
-                self._refused[node] = why
-                _logger.warning("node %d is not asked: %s", node, why)
+                refused[node] = why
+                if self._refused.get(node) != why:
+                    _logger.warning("node %d is not asked: %s", node, why)
+        self._refused = {node: why for node, why in self._refused.items() if node not in new} | refused
+        # Who is slow, or failed, may be mended and keep its number: it is asked again, ever later, as each job waits.
+        for node in (came.late - came.unsent) | refused.keys():
+            times = self._later.get(node, (0, 0.0))[0] + 1
+            wait = min(hello, _LATE) if node in refused else hello
+            self._later[node] = times, time.monotonic() + 2 ** (times - 1) * wait
 
     def _introduce(self, node: int, message: Message, connected: set[int]) -> str | None:
         """Take ``node`` on under the name it gives, or return why not."""

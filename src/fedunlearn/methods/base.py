@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedunlearn.audits.base import Subject
-from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.channels.plan import Classifier, Cut, quota
 from fedunlearn.channels.scores import Ranking
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
-from fedunlearn.training.objectives.base import in_range, is_positive, or_none
+from fedunlearn.training.objectives.base import first_rounds, in_range, is_positive, or_none
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Forgotten, Unlearned
@@ -56,10 +56,12 @@ class Outcome:
     Attributes:
         subject: the model as it would be delivered.
         cost: what it cost the clients; None where that is nothing beyond what unlearning did.
+        gone: the share of random channels that are as many as it pruned, see ``as_many``; None where it pruned none.
     """
 
     subject: Subject
     cost: Cost | None = None
+    gone: float | None = None
 
 
 _STEP = ("complement", "separation", "share", "until", "every")
@@ -83,7 +85,8 @@ class Method:
         sums: whether the clients' replies are only added up.
         measures: whether all that clients say before they train is ``Measure``, which noise and secure aggregation
             protect.
-        matched: whether it stops at what pruning cost, where that is known.
+        other_sums: whether clients are asked for sums other than those of ``Measure``, in the clear.
+        matched: whether it is of equal cost where that of pruning is known: it stops there, or prunes as many channels.
         erases: whether it takes the erase step of a recipe for its own, see ``settings_by``.
     """
 
@@ -97,6 +100,7 @@ class Method:
     source: str = ""
     sums: bool = False
     measures: bool = False
+    other_sums: bool = False
     matched: bool = False
     erases: bool = False
 
@@ -160,6 +164,7 @@ def _taking_part(fed: Federation, request: Request) -> Federation:
 def resolved(settings: Any, request: Request, fed: Federation) -> dict[str, Any] | None:
     """Return the values that a method uses, those of the recipe in the place of None; None for a method without any.
 
+    A share of the rounds is what whole rounds make of it.
     Epochs are left out of a method that goes on until it has cost as much as another.
     """
     if settings is None:
@@ -170,7 +175,32 @@ def resolved(settings: Any, request: Request, fed: Federation) -> dict[str, Any]
         recipe["epochs"] = passes(settings, request, fed)
         if settings.epochs is None and request.spent is not None:
             del used["epochs"]
+    if "until" in used:
+        rounds = max(1, request.repair.rounds)
+        recipe["until"] = round(first_rounds(used.pop("until"), rounds) / rounds, 3)
+        used["until"] = None
     return {key: recipe.get(key) if value is None else value for key, value in used.items()}
+
+
+def as_many(done: Unlearned) -> float:
+    """Return the share of channels by which as many go at random as ``done`` lost, or one more.
+
+    That of its cut; where too few channels spoke for the class, the smallest by which as many go.
+    """
+    cut = done.cut
+    speak = [int((scores > 0).sum()) for scores in done.scores.values()]
+    widths = [len(scores) for scores in done.scores.values()]
+    if cut.scope == "global":
+        speak, widths = [sum(speak)], [sum(widths)]
+    if cut.end == "lowest" or all(positive >= quota(cut.fraction, width) for positive, width in zip(speak, widths)):
+        return cut.fraction
+    went = round(done.removed() * sum(widths))
+
+    def goes(fraction: float) -> int:
+        return sum(quota(fraction, width) for width in widths)
+
+    shares = {count / width for width in widths for count in range(width)}
+    return min(share for share in shares if goes(share) >= went)
 
 
 def prunes(request: Request) -> bool:

@@ -13,7 +13,7 @@ from fedunlearn.training.objectives.sparse import Sparse
 
 @dataclass(frozen=True)
 class L1Sparse(LocalSettings):
-    """Settings: ``penalty`` times the L1 norm of all weights, in the share ``until`` of the rounds.
+    """Settings: ``penalty`` times the L1 norm of all weights, in the share ``until`` of the rounds, going to 0.
 
     Published: penalties of 1e-4 to 1e-1, 4 of 10 epochs.
     """
@@ -33,7 +33,7 @@ class L1Sparse(LocalSettings):
 
 
 def l1_sparse(model: Classifier, fed: Federation, request: Request, settings: L1Sparse) -> Outcome:
-    """Minimise ``CE(kept) + penalty * |w|_1``, then ``CE(kept)``."""
+    """Minimise ``CE(kept) + penalty * |w|_1`` with less and less of the penalty, then ``CE(kept)``."""
     sparse = trained(model, fed, request, settings, phase="l1_sparse")
     return Outcome(delivered(sparse, request), fed.cost("l1_sparse"))
 

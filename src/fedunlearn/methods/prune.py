@@ -8,7 +8,7 @@ from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Criterion, contrast, tf_idf
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Method, Outcome, Request
+from fedunlearn.methods.base import Method, Outcome, Request, as_many
 from fedunlearn.methods.erase_only import ERASE_SPACE
 from fedunlearn.training.objectives.base import in_range, is_positive, is_weight, or_none
 from fedunlearn.training.objectives.erase import Erasing
@@ -61,7 +61,7 @@ def prune(model: Classifier, fed: Federation, request: Request, settings: Prune)
         rank=request.rank,
         jointly=request.jointly,
     )
-    return Outcome(Subject(done.model, done.repaired), done.cost)
+    return Outcome(Subject(done.model, done.repaired), done.cost, as_many(done))
 
 
 def by_tf_idf(model: Classifier, fed: Federation, request: Request, settings: Prune) -> Outcome:

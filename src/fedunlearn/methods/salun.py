@@ -70,4 +70,5 @@ SALUN = Method(
     settings=SalUn(),
     space={"lr": (0.005, 0.013, 0.03), "epochs": (None, 10.0), "salient": (0.3, 0.5, 0.8)},
     source="Fan et al., ICLR 2024",
+    other_sums=True,
 )

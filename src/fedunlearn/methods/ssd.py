@@ -73,5 +73,6 @@ SSD = Method(
     settings=Ssd(),
     space={"above": (1.5, 2.0, 4.0, 10.0), "damping": (0.3, 1.0)},
     source="Foster et al., AAAI 2024",
+    other_sums=True,
     sums=True,
 )

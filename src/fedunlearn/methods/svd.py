@@ -68,5 +68,6 @@ SVD = Method(
     settings=Svd(),
     space={"kept": (3.0, 10.0, 30.0, 100.0, 1000.0), "forgotten": (3.0, 10.0, 30.0, 100.0)},
     source="Kodge et al., TMLR 2024",
+    other_sums=True,
     sums=True,
 )

@@ -83,6 +83,7 @@ class Cells:
                 "figures": figures_of(found),
                 **judged(judgement),
                 "outside": outside(judgement),
+                **({} if outcome.gone is None else {"gone": outcome.gone}),
                 **self._costs(outcome, validation["retain"]),
             }
             write_text(self._file(cell), json.dumps(value, indent=1) + "\n")
@@ -121,24 +122,26 @@ class Cells:
     def _request(self, method: Method, fed: Federation, seed: int) -> Request:
         """Return what a method is asked for; the erase step of the recipe is a setting of those that take one."""
         experiment = self._work.experiment
-        spent = self._spent(seed) if method.matched else None
-        asked = request(experiment, fed, cut=experiment.cut(), clients=experiment.keepers(), spent=spent)
+        cut, spent = experiment.cut(), None
+        if method.matched and (pruned := self._pruned(seed)) is not None:
+            cut, spent = replace(cut, fraction=pruned.get("gone", cut.fraction)), Cost(**pruned["cost"])
+        asked = request(experiment, fed, cut=cut, clients=experiment.keepers(), spent=spent)
         return replace(asked, repair=replace(asked.repair, training=replace(asked.repair.training, objective=None)))
 
-    def _spent(self, seed: int) -> Cost | None:
-        """Return what the recipe's own pruning cost with this seed, where it is among the cells."""
+    def _pruned(self, seed: int) -> dict[str, Any] | None:
+        """Return the cell of the recipe's own pruning with this seed, where it is among the cells."""
         name = self._work.experiment.recipe.unlearn.criterion
         if name not in self._chosen or COMPARED[name] not in (TF_IDF, CONTRAST):  # random is a control, done later
             return None
-        kept = self._kept(f"{name}-seed{seed}", COMPARED[name], COMPARED[name].settings, seed)
-        return None if kept is None else Cost(**kept["cost"])
+        return self._kept(f"{name}-seed{seed}", COMPARED[name], COMPARED[name].settings, seed)
 
     def _about(self, method: Method, settings: Any, seed: int) -> dict[str, Any]:
-        """Return what else a cell depends on: its settings, and the operations at which it stops."""
-        spent = self._spent(seed) if method.matched else None
+        """Return what else a cell depends on: its settings, and operations and channels of the pruning beside it."""
+        pruned = self._pruned(seed) if method.matched else None
         return {
             "settings": None if settings is None else asdict(settings),
-            "stops_at": None if spent is None else spent.client_flops,
+            "stops_at": None if pruned is None else pruned["cost"]["client_flops"],
+            "prunes": None if pruned is None else pruned.get("gone"),
         }
 
     def tried(self, method: Method, name: str, settings: Any, seed: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from fedunlearn.federation.about import weights_digest
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
-from fedunlearn.methods.base import Method, Outcome, Request, resolved, settings_by
+from fedunlearn.methods.base import Method, Outcome, Request, as_many, resolved, settings_by
 from fedunlearn.methods.erase_only import ERASE_ONLY
 from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
@@ -83,7 +83,9 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
         unlearned: what the controls stand beside.
         fed: the clients and the record of the run.
     """
-    cut = unlearned.cut if isinstance(unlearned, Unlearned) else experiment.cut()
+    cut = experiment.cut()
+    if isinstance(unlearned, Unlearned):
+        cut = replace(unlearned.cut, fraction=as_many(unlearned))
     asked = request(experiment, fed, cut=cut, clients=unlearned.clients, spent=unlearned.cost)
     asked = replace(asked, unlearned=unlearned)
     return {

@@ -20,11 +20,11 @@ from fedunlearn.evidence.folder import check_folder, sha256
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, settings_by
-from fedunlearn.methods.head_only import HEAD_ONLY, head_only
+from fedunlearn.methods.head_only import HEAD_ONLY
 from fedunlearn.methods.table import COMPARED
 from fedunlearn.run.cells import Cells, figures_of
 from fedunlearn.run.compare import Oracle, check_kept, retrained_models
-from fedunlearn.run.experiment import Experiment, original_model, prepare, save_model
+from fedunlearn.run.experiment import Experiment, holds_validation, original_model, prepare, save_model
 from fedunlearn.run.kept import validation_unseen
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
@@ -133,8 +133,17 @@ def _check(experiment: Experiment, plan: Plan) -> None:
     recipe = experiment.recipe
     experiment.audit_images()
     experiment.cut()  # one for all methods
+    if recipe.unlearn.settings:
+        raise RecipeError(
+            "unlearn.settings is of unlearn.method, and a comparison takes the settings of each method: leave it out"
+        )
     if plan.tune and recipe.data.validation == 0:
         raise RecipeError("--tune needs validation images: set data.validation above 0")
+    if plan.tune and not holds_validation(experiment):
+        raise RecipeError(
+            "--tune chooses by validation images of the classes to forget, and the clients hold none of one of them "
+            f"(data.validation is {recipe.data.validation:g}): raise it, or take fewer clients"
+        )
     if plan.tune and recipe.audit.oracles == 0:
         raise RecipeError("--tune needs retrained models, whose R it is to reach: set audit.oracles above 0")
     erase = [method.name for method in plan.chosen if method.erases]
@@ -148,7 +157,7 @@ def _check(experiment: Experiment, plan: Plan) -> None:
             "privacy.noise protects one request, and a comparison measures the clients for each method, seed and "
             "trial, which no epsilon here accounts for: compare without it, and set it for the run"
         )
-    bare = [method.name for method in plan.chosen if method.run is not head_only and not method.measures]
+    bare = [method.name for method in plan.chosen if method.other_sums]
     if bare and recipe.privacy.secure:
         raise RecipeError(
             "privacy.secure protects what clients measure, and other numbers are asked for by "

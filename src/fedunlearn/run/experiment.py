@@ -206,6 +206,12 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
 
 
+def holds_validation(experiment: Experiment) -> bool:
+    """Return whether some client holds out a validation image of each of the classes to forget."""
+    held = [images.counts()[list(experiment.forget)] for images in experiment.validation.values()]
+    return bool(held) and bool((torch.stack(held).sum(0) > 0).all())
+
+
 def check_choice(experiment: Experiment) -> None:
     """Refuse to leave the fraction to validation images that no client has.
 

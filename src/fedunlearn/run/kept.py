@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
 from fedunlearn.evidence.folder import RESULT, RunFolder
 from fedunlearn.federation.journal import Step, header_of
+from fedunlearn.federation.ledger import Entry, flops_per_image
 from fedunlearn.files import cache_folder, write_tensors, write_text
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
@@ -42,6 +43,7 @@ _TRAINED_BY = (
     "federation/averaging.py",
     "federation/federation.py",
     "federation/jobs.py",
+    "federation/ledger.py",
     "federation/local.py",
     "federation/privacy.py",
     "federation/rounds.py",
@@ -160,7 +162,9 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
     else:
         path = folder / f"{name}.safetensors"
         steps = KeptModel(path).restore(fresh.module)
-    if steps is None:
+    if steps is not None:
+        steps = _recounted(steps, fresh)
+    else:
         raise RunError(
             f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
             "(audit.oracles), or leave audit.models out to retrain"
@@ -172,6 +176,16 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
             "without it: give models of this request (audit.models), or leave audit.models out to retrain"
         )
     return steps
+
+
+def _recounted(steps: Sequence[Step], model: Classifier) -> list[Step]:
+    """Return rounds of training with their operations counted as they are now, not by the version that made them."""
+    _, per_image = flops_per_image(model.module, model.shape)
+
+    def counted(entry: Entry) -> Entry:
+        return replace(entry, flops=entry.samples * per_image) if entry.job == "train" else entry
+
+    return [replace(step, entries=tuple(map(counted, step.entries))) for step in steps]
 
 
 def check_folder_of_models(experiment: Experiment, *, data: str) -> None:

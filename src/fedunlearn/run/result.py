@@ -164,16 +164,22 @@ def cost_blocks(experiment: Experiment, oracles: Mapping[str, Oracle], result: M
 def validation_block(experiment: Experiment, model: Classifier, row_kept: Classifier | None) -> dict[str, float | None]:
     """Return U, its row in place, and R on the clients' validation images: what settings are chosen by.
 
-    None of both where the recipe gives them none: no client is asked.
+    U of several classes is the mean over those that have images, as on test images; where the clients hide how many
+    images of a class they hold, that over all images. None of both where they have none by the recipe: nobody is asked.
     """
     if experiment.recipe.data.validation == 0:
         return {"forget_row_kept": None, "retain": None}
     fed = experiment.federation(Journal())
     forget = experiment.forget
-    stay = [label for label in range(fed.engine.classes) if label not in forget]
-    u = None if row_kept is None else validation_accuracy(row_kept, fed.keeping(exclude=stay), phase="compare")[0]
     r, _ = validation_accuracy(model, fed.keeping(exclude=forget), phase="compare")
-    return {"forget_row_kept": u, "retain": r}
+    if row_kept is None:
+        return {"forget_row_kept": None, "retain": r}
+    privacy = experiment.recipe.privacy
+    hidden = privacy.secure or privacy.min_count or privacy.noise or experiment.recipe.federation.engine == "flower"
+    others = [sorted({*range(fed.engine.classes)} - {*only}) for only in ([forget] if hidden else zip(forget))]
+    shares = [validation_accuracy(row_kept, fed.keeping(exclude=gone), phase="compare")[0] for gone in others]
+    known = [share for share in shares if share is not None]
+    return {"forget_row_kept": fmean(known) if known else None, "retain": r}
 
 
 def engine_block(experiment: Experiment) -> dict[str, Any]:

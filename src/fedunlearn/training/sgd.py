@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
 from fedunlearn.training.mixing import again_and_again, is_forgotten, mixed
-from fedunlearn.training.objectives.base import Seen
+from fedunlearn.training.objectives.base import Fading, Seen, first_rounds
 from fedunlearn.training.objectives.table import OBJECTIVES, Objective
 
 _WARM_UP = 0.2
@@ -108,9 +108,12 @@ class Training:
     def of_round(self, round: int, rounds: int) -> Training:
         """Return these settings for ``round`` of ``rounds``: without objective where it is not its turn."""
         objective = self.objective
-        if objective is None or (round < max(1, int(objective.until * rounds + 0.5)) and round % objective.every == 0):
+        if objective is None:
             return self
-        return replace(self, objective=None)
+        used = first_rounds(objective.until, rounds)
+        if round >= used or round % objective.every:
+            return replace(self, objective=None)
+        return replace(self, objective=objective.faded(round / used)) if isinstance(objective, Fading) else self
 
 
 def one_cycle(round: int, rounds: int) -> float:
@@ -167,6 +170,14 @@ class Sgd:
     def step(self) -> None:
         """Move the parameters along their gradients."""
         moved = [(i, parameter) for i, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        # Of a layer that a network skips at random the first step may come later, and one call takes those of one kind.
+        began = [self._velocities[i] is not None for i, _ in moved]
+        for of_kind in (True, False):
+            self._step([pair for pair, has_begun in zip(moved, began) if has_begun == of_kind])
+
+    def _step(self, moved: Sequence[tuple[int, nn.Parameter]]) -> None:
+        if not moved:
+            return
         velocities = [self._velocities[i] for i, _ in moved] if self._momentum else []
         with torch.no_grad():
             sgd(
@@ -274,7 +285,8 @@ def train_locally(
             if not torch.isfinite(loss):
                 if not torch.isfinite(batch).all():
                     raise FederationError("images hold values that are not finite (NaN): mend or leave them out")
-                raise FederationError(f"the loss became {loss.item()} after {seen} images: lower the learning rate")
+                # After how many images would tell a server of the one that stands there.
+                raise FederationError("the loss became NaN or infinite: lower the learning rate")
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()

@@ -111,6 +111,23 @@ class ByTurns(Protocol):
         """
 
 
+@runtime_checkable
+class Fading(Protocol):
+    """A local objective that is weaker from round to round."""
+
+    def faded(self, progress: float) -> Local:
+        """Return the objective of a round.
+
+        Args:
+            progress: share of the rounds in which it is used that are done.
+        """
+
+
+def first_rounds(until: float, rounds: int) -> int:
+    """Return how many of ``rounds`` the share ``until`` is: whole ones, and at least one."""
+    return max(1, int(until * rounds + 0.5))
+
+
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean ``T^2 KL(softmax(teacher / T), softmax(student / T))`` of logits, shape ``(images, classes)``.
 

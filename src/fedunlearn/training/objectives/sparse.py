@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,12 +13,12 @@ from fedunlearn.training.objectives.base import Seen, in_range, is_share, is_wei
 
 @dataclass(frozen=True)
 class Sparse:
-    """``CE(kept) + penalty * sum |w|``.
+    """``CE(kept) + penalty * sum |w|``, the penalty going to 0 in a straight line over the rounds that have it.
 
     J. Jia et al., *Model Sparsity Can Simplify Machine Unlearning*, NeurIPS 2023.
 
     Attributes:
-        penalty: its weight.
+        penalty: its weight, in the first of ``n`` such rounds; ``1 - r / n`` of it in round ``r``.
         until: share of the rounds with it.
 
     Raises:
@@ -34,6 +34,10 @@ class Sparse:
 
     def __post_init__(self) -> None:
         in_range(self, penalty=is_weight, until=is_share)
+
+    def faded(self, progress: float) -> Sparse:
+        """Return the objective of a round."""
+        return replace(self, penalty=self.penalty * (1 - progress))
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch."""
