@@ -529,7 +529,91 @@ def test_a_figure_that_is_no_number_in_a_retrained_model_has_no_band(value):
     assert "probe" not in bands
     found = verdict.judge(figures(probe=0.75), bands, oracles=4, chance=0.1)
     assert found["verdict"] == verdict.NO_VERDICT
-    assert found["reason"].endswith("model: probe cannot be held against a band")
+    assert found["reason"].endswith("of every retrained model too: probe cannot be held against a band")
+
+
+def test_a_model_does_not_pass_by_a_figure_that_retrained_models_lack(nets, set_of_images):
+    """Retrained models that came without the row give U no band: no model that names the class is held against one."""
+    bands = verdict.calibrate([{name: own for name, own in one.items() if name != "forget"} for one in ORACLES])
+    found = verdict.judge(figures(probe=0.75, neighbours=0.12, forget=0.567), bands, oracles=3, chance=0.1)
+    assert found["verdict"] == verdict.NO_VERDICT
+    assert "of every retrained model too: forget cannot be held against a band" in found["reason"]
+    rowless = {str(k): Subject(Classifier.of(net, (1, 8, 8)).without_rows([2])) for k, net in enumerate(nets[1][:3])}
+    before = {"original": whole_model(nets[0])}
+    done = audit(whole_model(nets[1][3]), set_of_images, oracles=rowless, controls=before)
+    assert done.verdict in (verdict.NO_VERDICT, verdict.SUPPRESSED)
+    suppressed = verdict.judge(figures(probe=1.01, forget=1.0), bands, oracles=3, chance=0.1)
+    told = {"classes": ["a", "b", "c", "d"], "forget": [2], **suppressed, "model": {}}
+    assert "no more often than" not in words.summary(told)
+    assert "The model names “c” in 100.0 % of its images, which no retrained model is held against" in words.summary(
+        told
+    )
+
+
+def test_a_model_with_some_rows_of_forgotten_classes_or_in_another_order_is_refused(nets):
+    model = Classifier.of(nets[0], (1, 8, 8))
+    for some in (model.without_rows([3]), replace(model, labels=(0, 1, 3, 2))):
+        with pytest.raises(
+            ModelError, match=r"the audit of a: its output rows are of the classes \[.*expected all of 0"
+        ):
+            Subject(some).checked("a", 4, [2, 3])
+    assert Subject(model.without_rows([2, 3])).checked("a", 4, [2, 3]).row_kept is None
+
+
+def test_relearning_does_not_start_with_a_row_that_was_left_in_place(nets, set_of_images):
+    """With its bias at -60 the row says nothing of what the features know; the original alone keeps its own."""
+    model = Classifier.of(nets[0], (1, 8, 8)).copy()
+    with torch.no_grad():
+        model.module[-1].bias[2] -= 60
+    audits = [own for own in AUDITS if own.name == "relearn"]
+
+    def relearned(subject, **options):
+        view = View(subject.checked("a", 4, [2]), set_of_images, **options)
+        return measure(audits, view).details["relearn"]["forget"]
+
+    assert relearned(Subject(model)) == relearned(Subject.without_rows(model, [2])) == relearned(delivered(nets[0]))
+    assert relearned(Subject(model), before=True)[0] == 0.0
+    assert relearned(Subject(model))[0] > 0.0
+    oracles = {str(k): delivered(net) for k, net in enumerate(nets[1][1:])}
+    found = audit(delivered(nets[1][0]), set_of_images, oracles=oracles, controls={"original": Subject(model)})
+    assert found.models["original"].details["relearn"]["forget"] == relearned(Subject(model), before=True)
+
+
+def test_relearning_draws_its_dropout_and_leaves_the_draws_of_others(nets, set_of_images):
+    net = nn.Sequential(*nets[0][:-1], nn.Dropout(0.5), nets[0][-1])
+    view = View(delivered(net).checked("a", 4, [2]), set_of_images)
+    audits, before = [own for own in AUDITS if own.name == "relearn"], torch.get_rng_state()
+    first = measure(audits, view).details["relearn"]
+    torch.rand(3)
+    assert measure(audits, view).details["relearn"] == first
+    torch.set_rng_state(before)
+    measure(audits, view)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_of_features_that_are_all_alike_no_class_is_known(set_of_images):
+    """A network that collapsed names everything as one class: the one that comes first is not known better."""
+    zeros, truth = torch.zeros(40, 5), torch.arange(40) % 4
+    for label in range(4):
+        rows = truth == label
+        shares = prototype_accuracy(
+            zeros, truth, zeros[rows], truth[rows], shots=2, draws=3, draw=torch.Generator().manual_seed(0)
+        )
+        assert shares.tolist() == [0.25] * 3
+    net = make_net(classes=4).eval()
+    with torch.no_grad():
+        net[4].weight.zero_(), net[4].bias.fill_(-1)
+    view = View(delivered(net).checked("a", 4, [2]), set_of_images)
+    assert measure([own for own in AUDITS if own.name == "linear_probe"], view).figures["probe"].value == 0.25
+
+
+def test_an_original_inside_a_wide_band_knew_the_class_all_the_same():
+    """Of few images and few models the band of U holds anything: that is no reason to say that nothing was there."""
+    oracles = [figures(probe=value, forget=u) for value, u in ((0.74, 0.0), (0.75, 0.0), (0.76, 0.2))]
+    bands = verdict.calibrate(oracles)
+    assert bands["forget"].high > 0.9
+    own = verdict.judge(figures(probe=1.5), bands, oracles=3, chance=0.1)
+    assert verdict.never_known(own, {"forget": Figure(0.9)}, bands, chance=0.1) == own
 
 
 @pytest.mark.parametrize(("u", "known"), [(0.0, False), (0.1, False), (0.11, True), (0.9, True)])
@@ -768,7 +852,9 @@ def test_the_shipped_file_is_looked_at_again_when_an_audit_goes_on(nets, set_of_
 
 def test_a_figure_without_a_band_or_that_is_no_number_does_not_pass():
     bands = verdict.calibrate(ORACLES)
-    found = verdict.judge(figures(probe=0.75, int8=0.0), bands, oracles=3, chance=0.1)
+    unheld = verdict.judge(figures(probe=0.75, int8=0.0), bands, oracles=3, chance=0.1)
+    assert (unheld["verdict"], unheld["decided_by"]) == (verdict.NO_VERDICT, [])
+    found = verdict.judge(figures(probe=0.75), bands, oracles=3, chance=0.1)
     assert (found["verdict"], found["decided_by"]) == (
         verdict.INDISTINGUISHABLE,
         ["forget", "retain", "probe", "relearn", "neighbours"],

@@ -167,6 +167,20 @@ def test_the_program_builds_a_model_of_the_user_s_own_from_the_working_directory
     assert json.loads((tmp_path / "out" / "result.json").read_text())["recipe"]["model"]["name"] == "mine:net"
 
 
+def test_a_network_that_was_edited_is_no_answer_to_the_same_command(recipe, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    command = [PROGRAM, "train", "--recipe", recipe, "--out", "out", "--set", "model.name=mine:net"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).returncode == 0
+    before = (tmp_path / "out" / "result.json").read_text()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    (tmp_path / "mine.py").write_text(MINE + "\n# another activation, of the same shapes\n")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "out holds another run (network.mine:net is '" in done.stderr
+    assert (tmp_path / "out" / "result.json").read_text() == before
+
+
 def test_a_received_folder_runs_none_of_its_files(signed, tmp_path):
     folder = tmp_path / "received"
     shutil.copytree(signed / "plain", folder)

@@ -749,6 +749,13 @@ def test_a_class_without_test_images_and_one_that_gained_are_not_said_to_have_lo
     page = (folder / "report.html").read_text()
     assert "Of the classes that stay, none lost." in page
     assert f"Farthest below the retrained models: {kept[0]}," not in page
+    for block in result["oracles"].values():
+        block["accuracy"]["per_class"] |= dict.fromkeys(kept, 0.4)
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "none lost. None lies below the retrained models." in page
+    assert "Farthest below" not in page
 
 
 def test_a_result_of_schema_1_is_shown_and_asks_for_its_own_verifier(copied, signed):

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 import struct
 import unicodedata
 import zlib
@@ -70,6 +71,26 @@ def test_hidden_and_system_folders_are_no_classes_and_are_said(tmp_path, caplog)
     assert train.labels.equal(clean.train.labels)
     assert test.images.equal(clean.test.images)
     assert "5 hidden or system entries (.git), 1 files beside the folders of the classes (readme.txt)" in caplog.text
+
+
+def test_the_test_images_of_a_class_stay_those_when_another_class_is_deleted(tmp_path):
+    """Or a model would be measured on images that it was trained on."""
+    for k, name in enumerate(("ants", "bees", "cats")):
+        for number in range(20):
+            picture(tmp_path / name / f"{number:02d}.png", 80 * k + number)
+
+    def held_out():
+        train, test = read_folder(tmp_path)
+        return {
+            name: {int(image.max()) for image in test.images[test.labels == label]}
+            for label, name in enumerate(train.classes)
+        }
+
+    before = held_out()
+    shutil.rmtree(tmp_path / "ants")
+    after = held_out()
+    assert {name: len(pictures) for name, pictures in before.items()} == {"ants": 4, "bees": 4, "cats": 4}
+    assert after == {name: before[name] for name in ("bees", "cats")}
 
 
 def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path):

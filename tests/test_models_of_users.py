@@ -224,6 +224,21 @@ def test_channels_that_are_moved_on_the_way_are_left_out_whatever_the_weights_ar
     assert "cross an operation" in channels.left_out["c1"]
 
 
+def test_channels_that_are_mixed_a_little_are_left_out():
+    """Of sums over neighbouring channels, as in AlexNet: a constant of 1e-4 is enough to make others of them."""
+    torch.manual_seed(0)
+    channels = find_channels(Mixing(nn.LocalResponseNorm(5)), EXAMPLE)
+    assert list(channels.taps) == ["c2"]
+    assert "cross an operation" in channels.left_out["c1"]
+
+
+def test_normalisation_over_several_processes_is_refused_with_what_to_do():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(make_net())
+    for call in (lambda: find_channels(net, EXAMPLE), lambda: forgotten(net)):
+        with pytest.raises(ModelError, match=r"'1' is a SyncBatchNorm.*build the network with BatchNorm2d"):
+            call()
+
+
 @pytest.mark.parametrize("start", START)
 @pytest.mark.parametrize("mix", [lambda h: h, lambda h: -h], ids=["plain", "negative"])
 def test_plain_channels_are_followed_whatever_the_weights_are(mix, start):

@@ -36,6 +36,16 @@ def test_every_shipped_recipe_is_valid_and_names_a_shipped_model(name):
     assert name.endswith(recipe.model.name) or recipe.model.name == "small-cnn"
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_name_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = '[data]\nsource = "folder"\npath = "~/pictures"\n[model]\nname = "small-cnn"\n'
+    text += "[train]\nrounds = 1\nlr = 0.1\n[unlearn]\nforget = [1]\nfraction = 0.1\n"
+    (tmp_path / "mine.toml").write_bytes(text.encode("utf-8-sig"))
+    assert load_recipe(str(tmp_path / "mine.toml")).data.path == str(tmp_path / "pictures")
+    assert load_recipe("cifar10-resnet20", ["model.weights=~/a.pt"]).model.weights == str(tmp_path / "a.pt")
+    assert load_recipe("cifar10-resnet20").model.weights == ""
+
+
 def test_overrides_are_toml_values_or_bare_words():
     recipe = load_recipe(
         "digits", ["unlearn.fraction=0.2", "unlearn.criterion=margin", "unlearn.forget=3", "train.augment=['flip']"]

@@ -164,6 +164,12 @@ def test_the_class_may_be_gone_from_the_data(first, tmp_path):
     asked = second(first, data, f"model.weights={json.dumps(str(model))}")
     assert evaluate_weights(asked)["accuracy"]["retain"] == found["unlearned"]["accuracy"]["retain"]
     export_weights(asked, tmp_path / "model.onnx")
+    # The recipe of the request before, whose class is gone from the data: nothing of it is there to measure.
+    before = second(first, data, f"model.weights={json.dumps(str(model))}", 'unlearn.forget=["dog"]')
+    accuracy = evaluate_weights(before)["accuracy"]
+    assert accuracy["forget"] is None
+    assert accuracy["retain"] is not None
+    export_weights(before, tmp_path / "same.onnx")
     given = Candidate(model=model, original=tmp_path / "two" / "original.safetensors")
     audited = audit_model(second(first, data, "audit.oracles=0"), tmp_path / "audit", given)
     assert audited["model"]["accuracy"]["retain"] == found["unlearned"]["accuracy"]["retain"]

@@ -159,7 +159,7 @@ class Calibrated:
         """
         self._record.observe("audit", len(self.models), self._planned)
         references = [view for other, view in self._views.items() if other != name]
-        seen = self._views.get(name) or View(subject, self._images)
+        seen = self._views.get(name) or View(subject, self._images, before=name == ORIGINAL)
         about = {
             "state": _state_hash(seen.subject),
             "images": self._shown,

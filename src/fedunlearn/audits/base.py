@@ -73,8 +73,8 @@ class Subject:
             forget: the forgotten classes.
 
         Raises:
-            ModelError: rows, labels and classes do not fit together, a kept class has no row, ``row_kept`` has not a
-                row for every class in order, or weights are not finite.
+            ModelError: rows, labels and classes do not fit together, a kept class has no row, some classes to forget
+                have one and others not, ``row_kept`` has not a row for every class in order, or weights are not finite.
         """
         try:
             model = self.model.checked(classes)
@@ -89,6 +89,13 @@ class Subject:
             )
         if row_kept is None and model.labels == tuple(range(classes)):
             row_kept = model  # its rows are in place, so what it names is known
+        there = sorted(set(model.labels or ()) & set(forget))
+        if row_kept is None and there:  # what it names of them would be told by no figure
+            raise ModelError(
+                f"the audit of {name}: its output rows are of the classes {list(model.labels or ())}, {there} of those "
+                f"to forget among them: expected all of 0 .. {classes - 1} in this order, or none of "
+                f"{sorted(forget)}; give them in order, or audit the classes whose rows are gone"
+            )
         if row_kept is not None and row_kept.labels != tuple(range(classes)):
             raise ModelError(
                 f"the audit of {name}: row_kept must have a row for each class 0 .. {classes - 1} in this order, its "
@@ -114,10 +121,12 @@ class View:
     Attributes:
         subject: the model.
         images: the images of the audit.
+        before: whether it is the original, which relearns with its own row: without it, it is ``head_only``.
     """
 
     subject: Subject
     images: AuditImages
+    before: bool = False
 
     @cached_property
     def test(self) -> Observed:

@@ -150,9 +150,9 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
 
     ``not forgotten``: U lies above the band and above chance. ``indistinguishable from retraining``: every figure lies
     in its band, or nearer to the retrained models than they are to each other. ``suppressed, not erased``: all else.
-    ``no verdict``: it would pass, but one of ``NEEDED`` is missing or has no band; or retrained models are too few.
-    The burden of proof is the model's: where no audit finds the class and the model yet differs from retrained ones
-    (it sends the class elsewhere, say), erasure is not shown; ``reason`` tells the two cases apart.
+    ``no verdict``: it would pass, but a figure has no band, or one of ``NEEDED`` is missing; or there are too few
+    retrained models. The burden of proof is the model's: where no audit finds the class and the model yet differs from
+    retrained ones (it sends the class elsewhere, say), erasure is not shown; ``reason`` tells the two cases apart.
 
     Args:
         figures: of the model.
@@ -181,10 +181,10 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
         verdict, decided, reason = SUPPRESSED, apart, "it knows more of the class than models retrained without it"
     elif apart:
         verdict, decided, reason = SUPPRESSED, apart, UNLIKE
-    elif missing := [name for name in NEEDED if name not in held]:
+    elif missing := [name for name in KINDS if name not in held and (name in NEEDED or name in audits)]:
         verdict, decided = NO_VERDICT, []
         reason = (
-            f"a pass needs the figures {', '.join(NEEDED)}, of the model and of every retrained model: "
+            f"a pass needs the figures {', '.join(NEEDED)}, and each that the model has, of every retrained model too: "
             f"{', '.join(missing)} cannot be held against a band"
         )
     else:
@@ -239,7 +239,7 @@ def never_known(
 ) -> dict[str, Any]:
     """Return ``judgement``, without a verdict where the original did not know the class: nothing could be forgotten.
 
-    It did not where its U is not above chance, or lies where that of a model retrained without the class does. This is
+    It did not where its U is not above chance, or not above the mean of the models retrained without the class. This is
     said where there is no verdict for another reason too, such as too few retrained models: more would not help.
 
     Args:
@@ -251,7 +251,7 @@ def never_known(
     if judgement["verdict"] == NOT_FORGOTTEN or "forget" not in original:
         return dict(judgement)
     u = original["forget"].value
-    if u > max(chance, bands["forget"].high if "forget" in bands else chance):
+    if u > max(chance, bands["forget"].mean if "forget" in bands else chance):
         return dict(judgement)
     reason = (
         f"the original itself names the class in {100 * u:.1f} % of its images, no more than a model that never saw "

@@ -145,6 +145,11 @@ def check_weights(model: nn.Module) -> None:
                 "call model.float() first"
             )
     for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ModelError(
+                f"{name!r} is a SyncBatchNorm, which is for training in several processes: build the network with "
+                "BatchNorm2d, whose weights have the same names"
+            )
         if parametrize.is_parametrized(module):
             raise ModelError(
                 f"the weights of {name!r} are computed in each pass (a parametrization): call "

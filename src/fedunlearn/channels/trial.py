@@ -46,7 +46,7 @@ def try_out(model: nn.Module, groups: Sequence[Group], shape: tuple[int, ...]) -
         shown = [group for group in open_ if moved[group] > least]
         right = shown
         for half in (0, 1):
-            right = _right(net, right, half, images, {group: tolerance * moved[group] for group in right})
+            right = _right(net, right, half, images, {group: tolerance * min(1.0, moved[group]) for group in right})
         able = [group for group in able if group in right or group not in shown]
         open_ = [group for group in open_ if group not in shown]
     reasons: dict[str, str] = {}

@@ -52,11 +52,14 @@ def both(path: Path, train: LabelledImages, test: LabelledImages) -> Splits:
 
 
 def held_out(images: Tensor, labels: Tensor, classes: tuple[str, ...], *, fifth: int = 0) -> Splits:
-    """Hold out a fifth of each class for testing, drawn once and for all (seed 0)."""
+    """Hold out a fifth of each class for testing, drawn once and for all (seed 0) by its name.
+
+    A number changes when a class before it is deleted, and images that a model was trained on would be its test.
+    """
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(classes)):
         rows = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(rows), generator=generator(0, "test", label))
+        order = torch.randperm(len(rows), generator=generator(0, "test", classes[label]))
         count = max(1, round(_TEST_SHARE * len(rows)))
         test[rows[order[fifth * count : (fifth + 1) * count]]] = True
     pixels = pixel_statistics(images[~test])

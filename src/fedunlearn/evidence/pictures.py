@@ -107,7 +107,8 @@ def _classes(run: RunFolder) -> Plot:
         text = f"Of the classes that stay, {lost} lost most: {change}."
     if oracles:
         worst = max(kept, key=lambda name: mean[name] - now[name])
-        text += f" Farthest below the retrained models: {worst}, {percent(now[worst])} % ({percent(mean[worst])} %)."
+        far = f"Farthest below the retrained models: {worst}, {percent(now[worst])} % ({percent(mean[worst])} %)."
+        text += f" {far if mean[worst] > now[worst] else 'None lies below the retrained models.'}"
     return Plot(
         "classes",
         "Accuracy per class, before and after",

@@ -464,7 +464,7 @@ def _verdicts(
             yield f"the reason of the verdict on {name} does not follow from the figures"
     verdict, decided, sides = _judged(candidate, bands, count, chance)
     known = "original" not in whole or whole["original"]["forget"][0] > max(
-        chance, bands["forget"][3] if "forget" in bands else chance
+        chance, bands["forget"][0] if "forget" in bands else chance
     )
     if not known and verdict != "not forgotten":
         verdict, decided = "no verdict", []
@@ -751,7 +751,7 @@ def _judged(
         return "not forgotten", ["forget"], sides
     if apart:
         return "suppressed, not erased", apart, sides
-    if any(sides.get(name) is None for name in _NEEDED):
+    if any(sides.get(name) is None for name in (*_NEEDED, *sides)):
         return "no verdict", [], sides
     return _PASS, [name for name, side in sides.items() if side is not None], sides
 

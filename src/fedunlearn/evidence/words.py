@@ -128,6 +128,8 @@ def _verdict_words(result: Mapping[str, Any]) -> str:
         answers = (
             f"names {names} no more often than {'by chance' if u['verdict'] == 'above' else 'retrained models may'}"
         )
+        if "forget" in result["audits"] and u["verdict"] is None:
+            answers = f"names {names} in {_tenth(u['figure'])} of its images, which no retrained model is held against"
         if u["figure"] < _GONE:
             answers = f"no longer answers {names}"
         return f"Not passed. The model {answers}, but {left}. {named}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fedunlearn.run.result import (
     engine_block,
     evaluate,
     evaluated,
+    measured,
     privacy_block,
     unlearned_blocks,
     unlearned_models,
@@ -145,8 +146,8 @@ def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used.
     """
-    model, test, forget = _loaded(recipe)
-    return evaluate(model, test, forget=forget)
+    model, test, forget = _loaded(recipe, recipe.unlearn.forget)
+    return measured(model, test, forget)
 
 
 def export_weights(recipe: Recipe, path: Path) -> float:
@@ -161,22 +162,24 @@ def export_weights(recipe: Recipe, path: Path) -> float:
             raise RunError(
                 f"{folder} holds a signed dossier, which one more file would break: write {path.name} elsewhere"
             )
-    model, test, _ = _loaded(recipe)
+    model, test, _ = _loaded(recipe, ())
     return export_onnx(path, model, images=test)
 
 
-def _loaded(recipe: Recipe) -> tuple[Classifier, LabelledImages, tuple[int, ...]]:
-    """Return the model that ``model.weights`` names, test images and the classes to forget.
+def _loaded(recipe: Recipe, forgotten: Sequence[int | str]) -> tuple[Classifier, LabelledImages, tuple[int, ...]]:
+    """Return the model that ``model.weights`` names, test images and the numbers of the classes ``forgotten``.
 
-    Classes without a row that are not to be forgotten now were forgotten before: their images are left out.
+    Classes without a row that are not to be forgotten now were forgotten before: their images are left out. Of a model
+    that tells its rows, a class to forget may be gone from the data too.
     """
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
     weights = weights.numbered(test.classes)
     model = load_weights(architecture_of(weights, recipe, test), weights)
-    forget = class_numbers(recipe.unlearn.forget, test.classes)
     if model.labels is None:
-        return model, test, forget
+        return model, test, class_numbers(forgotten, test.classes)
+    there = [label for label in forgotten if not isinstance(label, str) or label in test.classes]
+    forget = class_numbers(there, test.classes) if there else ()
     earlier = set(range(len(test.classes))) - set(model.labels) - set(forget)
     left = [label for label in range(len(test.classes)) if label not in earlier]
     narrowed = replace(model, labels=tuple(left.index(label) for label in model.labels))

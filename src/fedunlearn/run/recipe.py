@@ -124,6 +124,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     value = _read(name)
     for override in overrides:
         _override(value, override)
+    for table, key in PATHS:
+        of_table = value.get(table)
+        if isinstance(of_table, dict) and str(of_table.get(key)).startswith("~"):
+            of_table[key] = str(Path(of_table[key]).expanduser())  # no shell sees what stands in a recipe
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
@@ -277,7 +281,7 @@ def _read(name: str) -> dict[str, Any]:
             f"there is no shipped recipe {name!r}{hint} (fedunlearn recipes lists them; a file ends in .toml)"
         )
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: expected a recipe in TOML, but {error}") from error
 

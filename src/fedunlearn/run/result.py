@@ -281,8 +281,15 @@ def evaluate(
         DataError: the images are something else.
     """
     must_be(LabelledImages, images, "evaluate(images)", "LabelledImages, as the readers give", DataError)
-    shown = Classifier.of(model, images.shape).checked(len(images.classes))
     wanted = forget_classes(forget, images.classes)
+    return measured(Classifier.of(model, images.shape), images, wanted, row_kept=row_kept)
+
+
+def measured(
+    model: Classifier, images: LabelledImages, wanted: Sequence[int], *, row_kept: Classifier | None = None
+) -> dict[str, Any]:
+    """Return what ``evaluate`` does, of the classes with the numbers ``wanted``; of none where the data has none."""
+    shown = model.checked(len(images.classes))
     correct, counts = _count(shown, images)
     gone = torch.zeros(len(counts), dtype=torch.bool)
     gone[list(wanted)] = True
