@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from benchmarks import cell_tables, dial_tables, tables
 from benchmarks.method_tables import read
 
 import fedunlearn
 from conftest import make_images, make_net
+from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence.comparison import summary
 from fedunlearn.evidence.words import RETRAINED_SHARE
 from fedunlearn.federation.journal import Journal
@@ -90,15 +92,22 @@ def test_the_researcher_s_criterion_runs_beside_ours(capsys):
 
 def test_the_how_to_s_app_runs_as_it_stands_and_each_site_has_a_name_of_its_own(tmp_path, monkeypatch):
     images = make_images(90)
-    mine = SimpleNamespace(Net=make_net, my_images=lambda: (images.images, images.labels))
+    mine = SimpleNamespace(
+        Net=make_net,
+        my_images=lambda: (images.images, images.labels),
+        test_images=lambda: (images.images[:30], images.labels[:30]),
+    )
+    torch.save(make_net(seed=3).state_dict(), tmp_path / "model.pt")
     monkeypatch.setitem(sys.modules, "my_code", mine)
     text = (ROOT / "docs" / "how-to" / "flower.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(# my_app.py\n.*?)```", text, re.S)
     app: dict[str, object] = {}
-    exec(compile(code.replace("/runs/ward", str(tmp_path)).replace("rounds=20", "rounds=1"), "flower.md", "exec"), app)
+    code = code.replace("/runs/ward", str(tmp_path / "ward")).replace("/runs/", f"{tmp_path}/")
+    exec(compile(code.replace("model.pt", str(tmp_path / "model.pt")), "flower.md", "exec"), app)
     app["main"](Loopback(nodes(app["client"], 3)), None)
-    first, *_ = Journal(tmp_path).steps("train")
+    first, *_ = Journal(tmp_path / "ward").steps("repair")
     assert first.entries[0].clients == ("ward-0", "ward-1", "ward-2")
+    assert read_weights(tmp_path / "unlearned.safetensors").labels == (0, 2)
 
 
 def test_documented_commands_and_options_exist(capsys):

@@ -24,7 +24,7 @@ from fedunlearn.channels.plan import Cut, PruningPlan, prune
 from fedunlearn.channels.scores import Ranking, contrast, random_scores
 from fedunlearn.channels.stats import capped, mean_of_clients
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
-from fedunlearn.console import notes
+from fedunlearn.console import describe, notes
 from fedunlearn.data.images import joined
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import DataError, EvidenceError, ModelError, PlanError, RecipeError, RunError
@@ -42,7 +42,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.files import append_line
 from fedunlearn.models import build_model
-from fedunlearn.run.commands import run
+from fedunlearn.run.commands import evaluate_weights, run
 from fedunlearn.run.compare import Oracle, retrained_models
 from fedunlearn.run.comparison import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
@@ -845,6 +845,34 @@ def test_that_the_original_never_knew_the_class_is_said_and_gives_no_speed_up(si
     assert cost_blocks(None, result["oracles"], result) == {}
     del result["verdict"]  # as of the commands that audit nothing
     assert "THE ORIGINAL NEVER KNEW IT: it names 25 % of the class, no more than by chance." in notes(result)
+
+
+def test_weights_that_were_trained_on_other_normalisation_are_measured_by_it(tmp_path):
+    """A checkpoint of another tool says nothing of it, and by the statistics of the images here is another model."""
+    path = str(write_set(tmp_path))
+    train, test = make_images(120, 4), make_images(60, 4, seed=1)
+    plain = replace(train, mean=(0.0,), std=(1.0,))
+    fed = Federation(LocalEngine(partition(plain, by="iid", clients=3)))
+    known = train_rounds(build_model("nets:tiny", classes=4, colours=1), fed, Training(0.1, 8), rounds=6)
+    torch.save(known.module.state_dict(), tmp_path / "plain.pt")
+    settings = [f'model.weights="{tmp_path / "plain.pt"}"', "data.mean=[0]", "data.std=[1]"]
+    right = evaluate(known, replace(test, mean=(0.0,), std=(1.0,)), forget=2)["accuracy"]
+    assert evaluate_weights(load_recipe(path, settings))["accuracy"]["retain"] == right["retain"]
+    other = [settings[0], "data.mean=[1]", "data.std=[0.01]"]
+    assert right["retain"] > evaluate_weights(load_recipe(path, other))["accuracy"]["retain"]
+    said = [" ".join(describe(prepare(load_recipe(path, given))).split()) for given in (settings, settings[:1], [])]
+    assert "pixels are normalised by mean 0 and deviation 1, as data.mean and data.std say" in said[0]
+    assert "as the weights name none: where they were trained on others, set data.mean and data.std" in said[1]
+    assert ", of the training images 3 clients" in said[2]
+    with pytest.raises(RecipeError, match=r"data.mean and data.std, a number per colour of each: .*mean"):
+        prepare(load_recipe(path, ["data.mean=[0.5, 0.5]", "data.std=[1]"]))
+    save_checkpoint(tmp_path / "told.safetensors", known, images=plain, architecture={"name": "nets:tiny"})
+    told = [f'model.weights="{tmp_path / "told.safetensors"}"', "data.mean=[0.5]", "data.std=[1]"]
+    with pytest.raises(
+        RecipeError, match=r"normalised by \(0.0,\) and \(1.0,\), and data.mean and data.std are \(0.5,\)"
+    ):
+        prepare(load_recipe(path, told))
+    assert "as the file of the weights says" in describe(prepare(load_recipe(path, told[:1])))
 
 
 def test_u_of_several_classes_on_validation_images_is_the_mean_over_them(tmp_path):

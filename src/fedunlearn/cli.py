@@ -104,7 +104,8 @@ def unlearn(options: Options) -> None:
 
 @_command(
     argument("recipe", str, RECIPE),
-    *("methods", "seeds", "tune", "out", "data", "overrides", "precision", "engine", "weights", "models", *SHOWN),
+    *("methods", "seeds", "tune", "out", "data", "overrides", "precision", "weights", "models", *SHOWN),
+    option("engine", str | None, "Who runs the clients: local or flower-simulation; sets federation.engine."),
 )
 def compare(options: Options) -> None:
     """Make a model forget by many methods, on the same clients, and audit each by the same bands."""

@@ -157,13 +157,27 @@ def describe(experiment: Experiment) -> str:
     before = f"forgotten before, so without images now: {names}\n" if names else ""
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
-        f"{before}{forgotten}"
+        f"{before}{forgotten}{_normalised(experiment)}\n"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{_from_to(int(sizes[0]), int(sizes[-1]))} images per client (median {sizes[len(sizes) // 2]}), "
         f"{_from_to(int(per_class[0]), int(per_class[-1]))} per class\n"
         f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients"
         f"{'' if precision == 'auto' else f'; they compute in {precision}'}"
     )
+
+
+def _normalised(experiment: Experiment) -> str:
+    """Return what the images are normalised by, and who said so: a model that was trained on others answers wrongly."""
+    train, recipe, weights = experiment.splits.train, experiment.recipe, experiment.weights
+    mean, std = (", ".join(f"{number:.3g}" for number in numbers) for numbers in (train.mean, train.std))
+    whose = "of the training images"
+    if weights is not None and weights.mean is not None:
+        whose = "as the file of the weights says"
+    elif recipe.data.mean:
+        whose = "as data.mean and data.std say"
+    elif weights is not None:
+        whose += ", as the weights name none: where they were trained on others, set data.mean and data.std"
+    return f"pixels are normalised by mean {mean} and deviation {std}, {whose}"
 
 
 def expected(seconds: float, recipe: Recipe, command: str) -> str:

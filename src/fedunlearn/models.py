@@ -68,7 +68,7 @@ def _build_by_path(path: str, classes: int, colours: int) -> nn.Module:
     except Exception as error:  # the user's own code can fail in any way
         raise ModelError(
             f"model.name {path!r}: {error}; expected package.module:function on Python's path or in the "
-            "working directory, called with classes= and colours="
+            "working directory (run the command in the folder where it lies), called with classes= and colours="
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.name {path!r}: expected a torch.nn.Module, got {type(model).__name__}")

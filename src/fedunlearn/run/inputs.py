@@ -14,7 +14,7 @@ from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import READERS
 from fedunlearn.data.splits import Splits
-from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.errors import DataError, ModelError, PlanError, RecipeError
 from fedunlearn.federation.jobs import ClientData
 from fedunlearn.run.recipe import Recipe
 
@@ -23,19 +23,26 @@ def read_data(recipe: Recipe) -> Splits:
     """Return the images that the recipe names.
 
     Raises:
-        RecipeError: the recipe does not say where they are.
+        RecipeError: the recipe does not say where they are, or normalises them by other numbers than one per colour.
         DataError: they cannot be read.
     """
     if recipe.data.source != "digits" and not recipe.data.path:
         raise RecipeError(f"the source {recipe.data.source} is read from disk: give its place with --data")
-    return READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
+    splits = READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
+    mean, std = tuple(recipe.data.mean), tuple(recipe.data.std)
+    if not mean and not std:
+        return splits
+    try:
+        return Splits(*(replace(images, mean=mean, std=std) for images in splits))
+    except DataError as error:
+        raise RecipeError(f"data.mean and data.std, a number per colour of each: {error}") from error
 
 
 def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
     """Return the images normalised as ``weights`` were trained, where the file says how.
 
     Raises:
-        RecipeError: the file says that the weights are of another shortcut.
+        RecipeError: the file says that the weights are of another shortcut, or normalisation, than the recipe.
         ModelError: the normalisation has another number of colours than the images.
     """
     if weights.shortcut not in (None, recipe.model.shortcut):
@@ -45,6 +52,12 @@ def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
         )
     if weights.mean is None or weights.std is None:
         return splits
+    there = tuple(recipe.data.mean), tuple(recipe.data.std)
+    if there not in (((), ()), (weights.mean, weights.std)):
+        raise RecipeError(
+            f"{weights.path} was trained on images normalised by {weights.mean} and {weights.std}, and data.mean and "
+            f"data.std are {there[0]} and {there[1]}: leave them out, the file says it"
+        )
     if len(weights.mean) != splits.train.colours:
         raise ModelError(
             f"{weights.path} was trained on images of {len(weights.mean)} colours, the data has {splits.train.colours}"

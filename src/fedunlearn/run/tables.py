@@ -68,6 +68,8 @@ class DataTable(Table):
     validation: Share = 0.1
     official: bool = True
     size: Annotated[int, Field(ge=0)] = 0
+    mean: list[float] = []
+    std: list[float] = []
 
 
 class FederationTable(Table):
