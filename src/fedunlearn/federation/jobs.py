@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -14,16 +13,13 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import named_classes
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.errors import FederationError, FedUnlearnError
+from fedunlearn.errors import FederationError
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.seeding import generator
 from fedunlearn.training.compute import FLOAT32, Compute
-
-_logger = logging.getLogger(__name__)
 
 SUM = "the secure sum"
 
@@ -158,13 +154,20 @@ class Engine(Protocol):
         """
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def handle(
-    job: Job, model: nn.Module, data: ClientData, rules: Privacy = DEFAULT_RULES, compute: Compute = FLOAT32
+    job: Job,
+    model: nn.Module,
+    data: ClientData,
+    rules: Privacy = DEFAULT_RULES,
+    compute: Compute = FLOAT32,
+    *,
+    told: Callable[[Exception], str] = _told,
 ) -> Reply:
     """Do ``job`` on ``data`` with ``model``, a copy that may be changed; whatever fails becomes the reply's error.
-
-    Of what the code did not foresee a client that hides images tells the kind alone, and its log the rest: the text may
-    hold a label, or the time until it failed tell of the image at which it did.
 
     Args:
         job: what is asked.
@@ -172,18 +175,13 @@ def handle(
         data: what this client holds.
         rules: what it does to its statistics before they leave it.
         compute: precision and memory format.
+        told: what the reply says of an exception.
     """
     started = time.perf_counter()
     try:
         answer = job.task.answer(job, model, data, rules, compute)
     except Exception as error:  # one client's failure must not end the round
-        why = f"{type(error).__name__}: {error}"
-        if rules.min_images <= 1:
-            return Reply(data.client, seconds=_seconds(job, rules, started), error=why)
-        if not isinstance(error, FedUnlearnError):
-            _logger.warning("%s: %s failed: %s", data.client, job.phase, why, exc_info=error)
-            why = f"{type(error).__name__}, told in the log of the client alone"
-        return Reply(data.client, error=why)
+        return Reply(data.client, seconds=_seconds(job, rules, started), error=told(error))
     return Reply(data.client, *answer, _seconds(job, rules, started))
 
 
@@ -211,16 +209,22 @@ def no_image(reply: Reply) -> str | None:
     return f"it reports {reply.images} images" if reply.images < 1 else None
 
 
-def check_rows(model: Classifier, labels: Sequence[int] | None, data: ClientData) -> None:
+def check_rows(job: Job, model: nn.Module, labels: Sequence[int] | None, data: ClientData) -> None:
     """Refuse a model in which some class of this client, or some answer, has no place: to fail there would tell which.
+
+    Args:
+        job: what is asked.
+        model: this client's copy of its module: hooks on the module itself would go into copies that others make.
+        labels: the class of each output row, where they are not the classes in order.
+        data: what this client holds.
 
     Raises:
         ModelError: see ``named_classes``.
     """
     with _counting:
-        if model not in _rows:  # on a copy: hooks on the module itself would go into copies that other clients make
-            _rows[model] = replace(model, module=copied(model.module)).rows
-    named_classes(labels, _rows[model], len(data.train.classes))
+        if job.model not in _rows:
+            _rows[job.model] = replace(job.model, module=model).rows
+    named_classes(labels, _rows[job.model], len(data.train.classes))
 
 
 _rows: WeakKeyDictionary[Classifier, int] = WeakKeyDictionary()  # to find the last layer takes a pass

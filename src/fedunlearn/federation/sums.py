@@ -60,7 +60,7 @@ class Gradients:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        check_rows(job.model, None, data)
+        check_rows(job, model, None, data)
         images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
         found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
         return Answer(found, len(images), len(images))

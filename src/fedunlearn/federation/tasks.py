@@ -188,7 +188,7 @@ class Train:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the state after local training on the client's images of the other classes, and what it forgets."""
-        check_rows(job.model, None, data)
+        check_rows(job, model, None, data)
         objective = self.training.objective
         alone = objective is not None and objective.share == 1
         images = data.train.only(self.exclude) if alone else kept_images(data, self.exclude, rules)
@@ -296,7 +296,7 @@ class Evaluate:
         if len(images) < rules.min_images:  # of few images, the number of right answers tells what each shows
             images = images.take(slice(0, 0))
         # Of rows that all stand for one class, say, the right answers are the images of that class.
-        check_rows(job.model, self.labels, data)
+        check_rows(job, model, self.labels, data)
         counted = count_correct(model, images, labels=self.labels, compute=compute)
         sums = {"correct": counted.correct.sum(), "counts": counted.counts.sum()}
         if self.probability:

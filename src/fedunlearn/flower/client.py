@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from fedunlearn.flower.messages import (
 )
 from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread
 
+_logger = logging.getLogger(__name__)
 BuildModel = Callable[[Context], nn.Module]
 LoadImages = Callable[[Context], ClientData]
 Rules = Callable[[Context], Privacy]
@@ -230,7 +232,17 @@ def _handled(
     model = rebuild(received, tensors, Classifier(site.build_model(context), data.train.shape))
     with one_torch_thread():
         module = site.compute.placed(model.module)
-        return handle(received.job(model), module, data, site.rules(context), site.compute)
+        reply = handle(received.job(model), module, data, site.rules(context), site.compute, told=_told)
+    # The time until it failed could tell at which image.
+    return reply if reply.error is None else replace(reply, seconds=0.0)
+
+
+def _told(error: Exception) -> str:
+    """Return what the server is told of an exception: the text of one that nobody foresaw may hold a label."""
+    if isinstance(error, FedUnlearnError):
+        return f"{type(error).__name__}: {error}"
+    _logger.warning("a job failed", exc_info=error)
+    return f"{type(error).__name__}, told in the log of this client alone"
 
 
 def _trained(

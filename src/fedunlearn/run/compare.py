@@ -83,9 +83,7 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
         unlearned: what the controls stand beside.
         fed: the clients and the record of the run.
     """
-    cut = experiment.cut()
-    if isinstance(unlearned, Unlearned):
-        cut = replace(unlearned.cut, fraction=as_many(unlearned))
+    cut = replace(unlearned.cut, fraction=as_many(unlearned)) if isinstance(unlearned, Unlearned) else experiment.cut()
     asked = request(experiment, fed, cut=cut, clients=unlearned.clients, spent=unlearned.cost)
     asked = replace(asked, unlearned=unlearned)
     return {
