@@ -64,8 +64,8 @@ _OWN_LABELS = {
 def results(recipe: str, setting: str) -> list[Result]:
     """Return the results of a setting in the order of their seeds; those that are there."""
     paths = [CELLS / f"{recipe}-{setting}-seed{seed}.json" for seed in SEEDS]
-    own = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
-    return own or (_compared(recipe, setting) if setting in _BY_RECIPE else [])
+    found = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    return found or (_compared(recipe, setting) if setting in _BY_RECIPE else [])
 
 
 def _compared(recipe: str, setting: str) -> list[Result]:
@@ -75,19 +75,21 @@ def _compared(recipe: str, setting: str) -> list[Result]:
     value = read(recipe)
     shared = {"original": {"accuracy": value["original"], "figures": value["original"]["figures"]}}
     shared["original"]["verdict"] = value["controls"]["original"]
-    oracles = {name: {"accuracy": own} for name, own in value["retrained"].items()}
+    oracles = {name: {"accuracy": block} for name, block in value["retrained"].items()}
     found = []
     for seed in SEEDS:
-        own = value["cells"].get(f"{setting}-seed{seed}")
-        if own is None:
+        candidate = value["cells"].get(f"{setting}-seed{seed}")
+        if candidate is None:
             continue
         cells = {name: value["cells"].get(f"{name}-seed{seed}") for name in ("head_only", "finetune", "random")}
         controls = shared | {name: cell for name, cell in cells.items() if cell is not None}
-        measured = {name: one["figures"] for name, one in {**value["retrained"], **controls, "unlearned": own}.items()}
+        measured = {
+            name: one["figures"] for name, one in {**value["retrained"], **controls, "unlearned": candidate}.items()
+        }
         found.append(
             {
-                "unlearned": own,
-                "verdict": own["verdict"],
+                "unlearned": candidate,
+                "verdict": candidate["verdict"],
                 "oracles": oracles,
                 "controls": controls,
                 "figures": {
@@ -95,8 +97,12 @@ def _compared(recipe: str, setting: str) -> list[Result]:
                     for name, figures in measured.items()
                 },
                 "audits": {figure: {"band": band} for figure, band in value["bands"].items()},
-                "cost": {"unlearn": own["cost"], "retrain": {"reached": own.get("speedup_reached")}},
-                **{name: {"client_flops": own[name]} for name in ("speedup", "speedup_whole") if name in own},
+                "cost": {"unlearn": candidate["cost"], "retrain": {"reached": candidate.get("speedup_reached")}},
+                **{
+                    name: {"client_flops": candidate[name]}
+                    for name in ("speedup", "speedup_whole")
+                    if name in candidate
+                },
             }
         )
     return found
@@ -108,18 +114,18 @@ def headline() -> str:
     lines = [row_of(head), "|---" * len(head) + "|"]
     for recipe, (unlearned, retrained, ratio) in PAPER.items():
         runs = {setting: results(recipe, setting) for setting in HEADLINE}
-        for setting, own in runs.items():
-            some = f", {len(own)} of {len(SEEDS)} seeds" if len(own) < len(SEEDS) else ""
-            for name, blocks in _models(setting, own):
+        for setting, of_seeds in runs.items():
+            some = f", {len(of_seeds)} of {len(SEEDS)} seeds" if len(of_seeds) < len(SEEDS) else ""
+            for name, blocks in _models(setting, of_seeds):
                 if name not in (f"**{setting}**", *_EQUAL_COST):
                     continue
                 ratios = ["", "", ""]
                 if name not in _EQUAL_COST:
-                    whole = _times([one["speedup_whole"]["client_flops"] for one in own if "speedup_whole" in one])
-                    ratios = [_to_equal_r(recipe, own), whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
+                    whole = _times([one["speedup_whole"]["client_flops"] for one in of_seeds if "speedup_whole" in one])
+                    ratios = [_to_equal_r(recipe, of_seeds), whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
                 accuracies = [_spread([of(block) for block in blocks]) for of in (_u, _r)]
-                lines.append(row_of((recipe, name + some, *accuracies, _spread(_retrained(own[0])), *ratios)))
-        if missing := [setting for setting, own in runs.items() if not own]:
+                lines.append(row_of((recipe, name + some, *accuracies, _spread(_retrained(of_seeds[0])), *ratios)))
+        if missing := [setting for setting, of_seeds in runs.items() if not of_seeds]:
             lines.append(row_of((recipe, ", ".join(missing), *[NOT_RUN] * 5, "")))
     return "\n".join(lines) + "\n"
 
@@ -131,14 +137,14 @@ def several() -> str:
     for classes, (unlearned, retrained, ratio) in PAPER_CLASSES.items():
         cell = cell_of("cifar10-resnet20", classes)
         for setting in _BY_RECIPE:
-            own = results(cell, setting)
+            of_seeds = results(cell, setting)
             found = [NOT_RUN] * 4
-            if own:
+            if of_seeds:
                 found = [
-                    _spread([_u(one["unlearned"]) for one in own]),
-                    _spread([_r(one["unlearned"]) for one in own]),
-                    _spread(_retrained(own[0])),
-                    _to_equal_r(cell, own),
+                    _spread([_u(one["unlearned"]) for one in of_seeds]),
+                    _spread([_r(one["unlearned"]) for one in of_seeds]),
+                    _spread(_retrained(of_seeds[0])),
+                    _to_equal_r(cell, of_seeds),
                 ]
             paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
             lines.append(row_of((" + ".join(map(str, classes)), setting, *found, paper)))
@@ -157,8 +163,8 @@ def levels() -> str:
             found = json.loads((folder / "levels.json").read_text("utf-8"))
             original = found.pop("original", None)
             cells = ["", ""] if original is None else [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
-            retrained = _spread([100 * own["retain"] for own in found.values()])
-            used = Counter(own["precision"] for own in found.values())
+            retrained = _spread([100 * level["retain"] for level in found.values()])
+            used = Counter(level["precision"] for level in found.values())
             precision = ", ".join(f"{name} ({number})" for name, number in used.items())
             if original is not None:
                 precision = f"original {original['precision']}; {precision}"
@@ -171,8 +177,8 @@ def settings_table(recipe: str) -> str:
     head = ("model", "U, row in place", "R", "R less retrained", "speed-up to equal R", "verdict")
     lines = [row_of(head), "|---" * len(head) + "|"]
     runs = {setting: results(recipe, setting) for setting in SETTINGS}
-    for setting, own in runs.items():
-        for name, blocks in _models(setting, own):
+    for setting, of_seeds in runs.items():
+        for name, blocks in _models(setting, of_seeds):
             verdicts = Counter(block["verdict"] for block in blocks)
             lines.append(
                 row_of(
@@ -180,14 +186,14 @@ def settings_table(recipe: str) -> str:
                         name,
                         _spread([_u(block) for block in blocks]),
                         _spread([_r(block) for block in blocks]),
-                        _spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, own)], sign="+"),
-                        _to_equal_r(recipe, own) if name == f"**{setting}**" else "",
+                        _spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, of_seeds)], sign="+"),
+                        _to_equal_r(recipe, of_seeds) if name == f"**{setting}**" else "",
                         ", ".join(f"{verdict} ({count})" for verdict, count in verdicts.items()),
                     )
                 )
             )
     # Cells of other classes are made by the settings that matter.
-    missing = [setting for setting, own in runs.items() if not own and setting not in LESS_WORK]
+    missing = [setting for setting, of_seeds in runs.items() if not of_seeds and setting not in LESS_WORK]
     if missing and recipe in PAPER:
         lines.append(row_of((", ".join(missing), *[NOT_RUN] * 5)))
     return "\n".join(lines) + "\n"
@@ -195,23 +201,25 @@ def settings_table(recipe: str) -> str:
 
 def depth_table(recipe: str) -> str:
     """Return the figures of the audits: retrained models, band, controls and each setting, mean over the seeds."""
-    runs = {setting: own for setting in SETTINGS if (own := results(recipe, setting))}
+    runs = {setting: of_seeds for setting in SETTINGS if (of_seeds := results(recipe, setting))}
     if not runs:
         return f"{NOT_RUN}\n"
     first = next(iter(runs.values()))[0]
     columns: list[tuple[str, list[tuple[Any, Any]]]] = []  # the figures of a model, and the bands of its own run
-    for setting, own in runs.items():
-        shown = [name for name in _BESIDE.get(setting, ()) if all(name in one["figures"] for one in own)]
+    for setting, of_seeds in runs.items():
+        shown = [name for name in _BESIDE.get(setting, ()) if all(name in one["figures"] for one in of_seeds)]
         labels = {name: _label(setting, name) for name in shown} | {"unlearned": f"**{setting}**"}
-        columns += [(text, [(one["figures"][name], one["audits"]) for one in own]) for name, text in labels.items()]
+        columns += [
+            (text, [(one["figures"][name], one["audits"]) for one in of_seeds]) for name, text in labels.items()
+        ]
     head = ["figure", "retrained", "band", *(text for text, _ in columns)]
     lines = [row_of(head), "|---" * len(head) + "|"]
-    oracles = [own for name, own in first["figures"].items() if name.startswith("retrained")]
+    oracles = [figures for name, figures in first["figures"].items() if name.startswith("retrained")]
     for figure, audit in first["audits"].items():
         if FIGURES[figure].fixed is not None or audit["band"] is None:
             continue
         low, high = audit["band"]
-        theirs = [100 * own[figure]["value"] for own in oracles]
+        theirs = [100 * figures[figure]["value"] for figures in oracles]
         band = " to ".join(f"{100 * end:.1f}" for end in clipped((low, high), figure))
         cells = [f"{min(theirs):.1f} to {max(theirs):.1f}", band]
         for _, models in columns:
@@ -232,11 +240,11 @@ def picture(recipe: str) -> str | None:
         ]
         for setting in SETTINGS
     }
-    points = {setting: own for setting, own in points.items() if own}
+    points = {setting: pairs for setting, pairs in points.items() if pairs}
     curves = [_curve(path) for path in sorted((MODELS / recipe).glob("retrained-*.safetensors"))]
     told = [one["retraining"] for setting in points for one in results(recipe, setting) if one.get("schema", 1) > 1]
     if not curves and told:
-        curves = [[(spent, r) for spent, r in own["curve"]] for own in told[0].values()]
+        curves = [[(spent, r) for spent, r in block["curve"]] for block in told[0].values()]
     return work(curves, points) if points and curves else None
 
 
@@ -251,13 +259,13 @@ def _steps(path: Path) -> list[Step]:
         return [Step.from_dict(value) for value in json.loads(file.metadata()["steps"])]
 
 
-def _models(setting: str, own: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+def _models(setting: str, runs: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
     """Yield the models to show of a setting, a block per seed."""
-    for name in _BESIDE.get(setting, ()) if own else ():
-        if all(name in one["controls"] for one in own):
-            yield _label(setting, name), [one["controls"][name] for one in own]
-    if own:
-        yield f"**{setting}**", [one["unlearned"] | {"verdict": one["verdict"]} for one in own]
+    for name in _BESIDE.get(setting, ()) if runs else ():
+        if all(name in one["controls"] for one in runs):
+            yield _label(setting, name), [one["controls"][name] for one in runs]
+    if runs:
+        yield f"**{setting}**", [one["unlearned"] | {"verdict": one["verdict"]} for one in runs]
 
 
 def _label(setting: str, control: str) -> str:
@@ -286,10 +294,10 @@ def _spread(values: Sequence[float], *, sign: str = "") -> str:
     return texts[0] if len({*texts}) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
-def _to_equal_r(recipe: str, own: Sequence[Result]) -> str:
+def _to_equal_r(recipe: str, runs: Sequence[Result]) -> str:
     """Return the speed-up to equal R of each seed beside each retrained model: which of them is the first is chance."""
     found, reached = [], True
-    for one in own:
+    for one in runs:
         if "speedup" not in one:
             continue
         for cost, got_there in _beside(recipe, one):
@@ -304,7 +312,7 @@ def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
     Large models are not kept; results of schema 2 tell it, those before it by the models.
     """
     if one.get("schema", 1) > 1:
-        yield from ((own["client_flops"], own["reached"]) for own in one["retraining"].values())
+        yield from ((block["client_flops"], block["reached"]) for block in one["retraining"].values())
         return
     for name in one["oracles"]:
         steps = _steps(MODELS / recipe / f"{name}.safetensors")

@@ -81,8 +81,8 @@ def main() -> None:
     asked = parser.parse_args()
     settings = [f"compute.workers={asked.workers}", f'data.path="{asked.data}"']
     with one_torch_thread():
-        own = list(load_recipe(asked.recipe).unlearn.forget)
-        forget = () if sorted(asked.forget) == own else sorted({*asked.forget})
+        classes = list(load_recipe(asked.recipe).unlearn.forget)
+        forget = () if sorted(asked.forget) == classes else sorted({*asked.forget})
         settings.append(f"compute.precision={asked.precision}")
         if asked.step == "train":
             train(asked.recipe, settings, asked.work, asked.retrained, forget)
@@ -106,19 +106,19 @@ def _forgetting(forget: Sequence[int]) -> list[str]:
 def train(recipe: str, settings: Sequence[str], work: Path, retrained: int, forget: Sequence[int]) -> None:
     """Train the models of ``recipe`` that are missing: the original, and those retrained without ``forget``."""
     experiment = prepare(load_recipe(recipe, [*settings, *_forgetting(forget)]))
-    own = MODELS / cell_of(recipe, forget)
-    for folder in (MODELS / recipe, own):
+    folder_of_cell = MODELS / cell_of(recipe, forget)
+    for folder in (MODELS / recipe, folder_of_cell):
         folder.mkdir(parents=True, exist_ok=True)
         _check_recipe(experiment, folder / "recipe.json")
     _original(experiment, MODELS / recipe, work / f"{recipe}-models")
     if forget:
-        shutil.copy(MODELS / recipe / "original.safetensors", own)  # one folder holds all that a run takes
+        shutil.copy(MODELS / recipe / "original.safetensors", folder_of_cell)  # one folder holds all that a run takes
     else:  # a level is of the recipe's own classes
-        _level(experiment, own, "original")
+        _level(experiment, folder_of_cell, "original")
     data = fingerprint(experiment.splits)
     for seed in range(1, retrained + 1):
-        _retrained(experiment, own, work / f"{own.name}-models", seed=seed, data=data)
-        _level(experiment, own, f"retrained-{seed}")
+        _retrained(experiment, folder_of_cell, work / f"{folder_of_cell.name}-models", seed=seed, data=data)
+        _level(experiment, folder_of_cell, f"retrained-{seed}")
 
 
 def _check_recipe(experiment: Experiment, path: Path) -> None:
@@ -149,7 +149,7 @@ def unlearn(
             shared = [work / f"{cell}-{name}-seed{seed}" for name in SETTINGS for seed in SEEDS]
             share_figures((folder for folder in shared if (folder / RESULT).exists()), out)
             result = run(chosen, out, observe=_observer(path.stem))
-            figures = {model: own["figures"] for model, own in RunFolder.read(out).models.items()}
+            figures = {model: file["figures"] for model, file in RunFolder.read(out).models.items()}
             result["recipe"]["data"]["path"] = result["recipe"]["model"]["weights"] = ""
             result["recipe"]["audit"]["models"] = ""
             CELLS.mkdir(exist_ok=True)
@@ -169,9 +169,9 @@ def _compare(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Say how far figures are from those that are kept, and of which models none are."""
     kept = json.loads(path.read_text("utf-8"))["figures"]
     apart = {
-        f"{figure} of {model}": abs(own["value"] - kept[model][figure]["value"])
+        f"{figure} of {model}": abs(told["value"] - kept[model][figure]["value"])
         for model, theirs in figures.items()
-        for figure, own in theirs.items()
+        for figure, told in theirs.items()
         if figure in kept.get(model, {})
     }
     name, largest = max(apart.items(), key=lambda pair: pair[1])

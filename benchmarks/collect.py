@@ -18,7 +18,7 @@ def main(folder: str, name: str) -> None:
     value = {
         "version": result["version"],
         "recipe": result["recipe"],
-        "figures": {model: own["figures"] for model, own in run.models.items()},
+        "figures": {model: model_file["figures"] for model, model_file in run.models.items()},
         "speedup": result["speedup"],
     }
     value["recipe"]["data"]["path"] = ""

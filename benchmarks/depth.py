@@ -47,10 +47,10 @@ def main() -> None:
 
 def _measure(name: str, settings: Sequence[str], work: Path, epochs: float, seeds: int) -> None:
     """Compare the methods with so many epochs of client work, and write what came of it."""
-    own = load_recipe(name)
-    repair = _repair(own, epochs)
+    shipped = load_recipe(name)
+    repair = _repair(shipped, epochs)
     compared = COMPARED / f"{name}.json"
-    if repair == own.unlearn.model_dump(include=set(repair)) and compared.exists():  # the recipe's own work
+    if repair == shipped.unlearn.model_dump(include=set(repair)) and compared.exists():  # the recipe's shipped work
         value = json.loads(compared.read_text("utf-8"))
         value["cells"] = {cell: one for cell, one in value["cells"].items() if cell.rpartition("-")[0] in METHODS}
     else:

@@ -43,18 +43,22 @@ def work_table(recipe: str) -> str:
     lines = [row_of(head), "|---" * len(head) + "|"]
     for method in methods(value):
         for epochs, cells in value["epochs"].items():
-            own = [cell for cell in cells.values() if cell["method"] == method]
-            seeds = f" ({len(own)} seed)" if len(own) == 1 else ""
+            of_seeds = [cell for cell in cells.values() if cell["method"] == method]
+            seeds = f" ({len(of_seeds)} seed)" if len(of_seeds) == 1 else ""
             lines.append(
                 row_of(
                     [
                         f"`{method}`{seeds}",
                         epochs,
-                        *(_share([cell["accuracy"][key] for cell in own]) for key in ("forget_row_kept", "retain")),
-                        *(_share([cell["figures"][name] for cell in own]) for name in DEPTH),
-                        ("" if all(cell["speedup_reached"] for cell in own) else "> ") + spread(speedup(own), 1),
-                        _times([cell["speedup_whole"] for cell in own]),
-                        _counts([len(cell["outside"]) for cell in own]),
+                        *(
+                            _share([cell["accuracy"][key] for cell in of_seeds])
+                            for key in ("forget_row_kept", "retain")
+                        ),
+                        *(_share([cell["figures"][name] for cell in of_seeds]) for name in DEPTH),
+                        ("" if all(cell["speedup_reached"] for cell in of_seeds) else "> ")
+                        + spread(speedup(of_seeds), 1),
+                        _times([cell["speedup_whole"] for cell in of_seeds]),
+                        _counts([len(cell["outside"]) for cell in of_seeds]),
                     ]
                 )
             )
@@ -88,9 +92,9 @@ def _draw(panel: Axes, value: dict[str, Any], method: str) -> None:
         low, high = value["bands"][name]
         points = []
         for cells in value["epochs"].values():
-            own = [cell for cell in cells.values() if cell["method"] == method]
-            distance = fmean((cell["figures"][name] - (low + high) / 2) / ((high - low) / 2) for cell in own)
-            points.append((fmean(cell["speedup_whole"] for cell in own), distance))
+            of_seeds = [cell for cell in cells.values() if cell["method"] == method]
+            distance = fmean((cell["figures"][name] - (low + high) / 2) / ((high - low) / 2) for cell in of_seeds)
+            points.append((fmean(cell["speedup_whole"] for cell in of_seeds), distance))
         panel.plot(*zip(*points), "o-", color=colour, markersize=3, label=FIGURES[name].label)
     panel.axhspan(-1, 1, color="#2f9e6e", alpha=0.12, linewidth=0)
     for mark in _MARKS:

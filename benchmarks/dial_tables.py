@@ -50,15 +50,18 @@ def known() -> dict[str, list[Model]]:
         value = json.loads(path.read_text("utf-8"))
         if len(value["forget"]) > 1:  # beside one retrained model, which sets no band
             continue
-        figures = {model: {name: one["value"] for name, one in own.items()} for model, own in value["figures"].items()}
+        figures = {
+            model: {name: one["value"] for name, one in measured.items()}
+            for model, measured in value["figures"].items()
+        }
         bands = {name: audit["band"] for name, audit in value["audits"].items() if audit["band"]}
         sources.append((_label(value), figures, bands))
     for path in sorted(FOLDER.glob("*.json")):
         value = read(path.stem)
         blocks = {**value["retrained"], **value["cells"], "original": value["original"]}
-        sources.append((_label(value), {name: own["figures"] for name, own in blocks.items()}, value["bands"]))
+        sources.append((_label(value), {name: block["figures"] for name, block in blocks.items()}, value["bands"]))
     found: dict[str, dict[Any, Model]] = {}
-    for source in sorted(sources, key=lambda own: -_retrained(own[1])):  # those beside most retrained models first
+    for source in sorted(sources, key=lambda one: -_retrained(one[1])):  # those beside most retrained models first
         _add(found, *source)
     return {label: list(models.values()) for label, models in sorted(found.items())}
 
@@ -77,11 +80,11 @@ def _add(
     figures: Mapping[str, Mapping[str, float]],
     bands: Mapping[str, tuple[float, float]],
 ) -> None:
-    for name, own in figures.items():
-        if name != "original" and all(figure in own for figure in _TRACES):
+    for name, measured in figures.items():
+        if name != "original" and all(figure in measured for figure in _TRACES):
             # A model stands beside several settings, whose repair decides by which rate it relearns.
-            key = tuple(own[figure] for figure in _TRACES if figure != "relearn")
-            model = Model(name.startswith("retrained"), own, figures["original"], bands)
+            key = tuple(measured[figure] for figure in _TRACES if figure != "relearn")
+            model = Model(name.startswith("retrained"), measured, figures["original"], bands)
             found.setdefault(label, {}).setdefault(key, model)
 
 
@@ -91,13 +94,13 @@ def _retrained(figures: Mapping[str, Any]) -> int:
 
 def limits(models: Mapping[str, list[Model]]) -> dict[str, float]:
     """Return the dial: the most that the narrowest bands of both classes that set it allow, over the original."""
-    return {name: min(own.edge(name) for label in _SET_ON for own in models[label]) for name in DIALS}
+    return {name: min(model.edge(name) for label in _SET_ON for model in models[label]) for name in DIALS}
 
 
 def shares(models: Mapping[str, list[Model]]) -> dict[str, tuple[float, float]]:
     """Return the lowest and the highest figure of retrained models over that of their original."""
-    retrained = [own for all_of_it in models.values() for own in all_of_it if own.retrained]
-    return {name: _ends([own.share(name) for own in retrained]) for name in DIALS}
+    retrained = [model for all_of_it in models.values() for model in all_of_it if model.retrained]
+    return {name: _ends([model.share(name) for model in retrained]) for name in DIALS}
 
 
 def dial_table(name: str) -> str:
@@ -108,9 +111,9 @@ def dial_table(name: str) -> str:
     head = ("data, class", *columns, "retrained that the dial lets through", "dial and audits: no more than retrained")
     head += ("dial and audits: more", "dial: no more, audits: more", "dial: more, audits: no more")
     lines = [row_of(head), "|---" * len(head) + "|"]
-    for label, own in models.items():
-        retrained, others = ([model for model in own if model.retrained is kind] for kind in (True, False))
-        low = {id(model): all(model.share(name) <= most[name] for name in DIALS) for model in own}
+    for label, of_data in models.items():
+        retrained, others = ([model for model in of_data if model.retrained is kind] for kind in (True, False))
+        low = {id(model): all(model.share(name) <= most[name] for name in DIALS) for model in of_data}
         counts = [
             sum((low[id(model)], model.hides_it()) == both for model in others)
             for both in ((True, True), (False, False), (True, False), (False, True))

@@ -38,10 +38,10 @@ def main(engine: str, clients: int) -> None:
     """Measure and print one line."""
     settings = (f"federation.clients={clients}", "data.validation=0", "train.local_epochs=1")
     recipe = load_recipe("digits", settings)
-    own = _ENGINES[engine]
+    timed = _ENGINES[engine]
     with one_torch_thread():
         began = time.monotonic()
-        times, memory = own(recipe, clients)
+        times, memory = timed(recipe, clients)
     line = {
         "engine": engine,
         "clients": clients,
@@ -59,8 +59,8 @@ def main(engine: str, clients: int) -> None:
 
 def _local(recipe: Recipe, clients: int) -> tuple[dict[str, Any], float]:
     # Of a thousand clients each holds an image or two of the digits.
-    own = partition(read_data(recipe).train, by="iid", clients=clients, seed=0)
-    engine = LocalEngine(own, rules=Privacy(min_images=1))
+    shares = partition(read_data(recipe).train, by="iid", clients=clients, seed=0)
+    engine = LocalEngine(shares, rules=Privacy(min_images=1))
     with _memory(_below_this) as memory:
         times = time_rounds(engine, recipe, 5)
     return times, max(memory)

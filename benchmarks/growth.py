@@ -92,5 +92,5 @@ def statistics_overhead(model: nn.Module, classes: int) -> dict[str, Any]:
     clients = shares(random_images(1024, classes), cores())
     engine, bare = LocalEngine(clients, compute=compute), Bare(model, clients, compute)
     job = measure_job(model, classes)
-    own = overhead("statistics over bare passes", bare, lambda: done(engine, job), images=1024)
-    return {"statistics_vs_bare_forward": own["ratio"], "images_per_second": own["images_per_second"]["ours"]}
+    compared = overhead("statistics over bare passes", bare, lambda: done(engine, job), images=1024)
+    return {"statistics_vs_bare_forward": compared["ratio"], "images_per_second": compared["images_per_second"]["ours"]}

@@ -35,7 +35,7 @@ def method_table(name: str) -> str:
             row_of(
                 [
                     f"{row['number']} `{row['name']}`{seeds}",
-                    *(spread(own) for own in (row["u"], row["r"])),
+                    *(spread(values) for values in (row["u"], row["r"])),
                     *(spread(row["figures"].get(figure)) for figure in shown),
                     ("" if row["reached"] else "> ") + spread(row["speedup"], 1),
                     f"{len(outside)}: {', '.join(outside)}" if outside else "none",
@@ -53,14 +53,14 @@ def method_table(name: str) -> str:
         )
     )
     oracles = list(value["retrained"].values())
-    known = [[own["figures"][figure] for own in oracles] for figure in shown]
+    known = [[oracle["figures"][figure] for oracle in oracles] for figure in shown]
     lines.append(
         row_of(
             [
                 f"{len(oracles)} retrained",
-                *(_range([own[key] for own in oracles]) for key in ("forget_row_kept", "retain")),
+                *(_range([oracle[key] for oracle in oracles]) for key in ("forget_row_kept", "retain")),
             ]
-            + [_range(own) for own in known]
+            + [_range(values) for values in known]
             + ["", ""]
         )
     )
@@ -97,14 +97,14 @@ def _score(trial: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {own:.3g}" for key, own in settings.items() if own is not None) or "as the recipe"
+    return ", ".join(f"{key} {value:.3g}" for key, value in settings.items() if value is not None) or "as the recipe"
 
 
 def spread(value: tuple[float, float, float] | None, factor: float = 100) -> str:
     """Return mean, lowest and highest as text; the one value where they agree, a dash where there is none."""
     if value is None:
         return "-"
-    middle, low, high = (f"{factor * own:.1f}" for own in value)
+    middle, low, high = (f"{factor * number:.1f}" for number in value)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 

@@ -95,8 +95,8 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
     heads = {"aux_logits": False, "init_weights": False}
     made: dict[str, Callable[[], nn.Module]] = {}
     for name in TORCHVISION:
-        own = heads if name in ("googlenet", "inception_v3") else {}
-        made[f"torchvision {name}"] = partial(models.get_model, name, weights=None, num_classes=10, **own)
+        options = heads if name in ("googlenet", "inception_v3") else {}
+        made[f"torchvision {name}"] = partial(models.get_model, name, weights=None, num_classes=10, **options)
     for name in TIMM:
         made[f"timm {name}"] = partial(timm.create_model, name, pretrained=False, num_classes=10)
     return made
@@ -106,7 +106,7 @@ def tried(make: Callable[[], nn.Module], side: int) -> dict[str, Any]:
     """Return what pruning makes of a network."""
     torch.manual_seed(0)
     net, example = _spread(make()), example_images((3, side, side))
-    parameters = sum(own.numel() for own in net.parameters())
+    parameters = sum(parameter.numel() for parameter in net.parameters())
     begun = time.monotonic()
     try:
         head_layer(net, example)
@@ -123,7 +123,7 @@ def tried(make: Callable[[], nn.Module], side: int) -> dict[str, Any]:
     return {
         "layers": len(channels.taps),
         "left_out": dict(Counter(channels.left_out.values())),
-        "parameters": [parameters, sum(own.numel() for own in smaller.parameters())],
+        "parameters": [parameters, sum(parameter.numel() for parameter in smaller.parameters())],
         "apart": apart,
         "moved": float((expected - forward(net, example)).abs().max() / expected.abs().max()),
         "seconds": round(time.monotonic() - begun, 1),
@@ -133,9 +133,9 @@ def tried(make: Callable[[], nn.Module], side: int) -> dict[str, Any]:
 def _spread(net: nn.Module) -> nn.Module:
     """Return ``net`` in evaluation, with weights under which a channel in a wrong place would show."""
     with torch.no_grad():
-        for name, own in net.named_parameters():
-            if (own.ndim == 1 and not name.endswith("bias")) or "scale" in name or "gamma" in name:
-                own.uniform_(0.5, 1.5)
+        for name, parameter in net.named_parameters():
+            if (parameter.ndim == 1 and not name.endswith("bias")) or "scale" in name or "gamma" in name:
+                parameter.uniform_(0.5, 1.5)
         net.train()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -36,7 +36,7 @@ SEEDS = (0, 1, 2)
 FORGET = 9
 IMAGES = 1_000  # training images of the other classes that the correction of group normalisation sees
 _SETTINGS = (
-    *(own for own in SETTINGS if not own.startswith(("erase.", "audit."))),
+    *(setting for setting in SETTINGS if not setting.startswith(("erase.", "audit."))),
     "model.shortcut=B",
     "federation.partition=dirichlet",
     "federation.alpha=0.1",
@@ -51,7 +51,7 @@ def rescaled(pruned: Classifier, original: nn.Module, images: LabelledImages) ->
     """Return ``pruned`` with the normalisations' outputs on ``images`` as in ``original``, by channel."""
     net = copy.deepcopy(pruned.module).eval()
     batch = images.pixels(slice(None))
-    for name in [name for name, own in net.named_modules() if isinstance(own, nn.GroupNorm)]:
+    for name in [name for name, module in net.named_modules() if isinstance(module, nn.GroupNorm)]:
         kept = torch.tensor(pruned.plan.kept.get(f"{name}.weight", {}).get(0, range(_width(net, name))))
         before, after = _outputs(original, name, batch)[:, kept], _outputs(net, name, batch)
         scale = _deviation(before) / _deviation(after).clamp(min=1e-6)
@@ -98,7 +98,9 @@ def measured(norm: str, seed: int, part: Path, out: Path) -> dict[str, Any]:
         corrected = rescaled(found.pruned, original.module, kept)
     stages["corrected"] = evaluate(corrected, experiment.splits.test, forget=FORGET)["accuracy"]
     stages["repaired"] = whole["unlearned"]["accuracy"]
-    return {name: {"forget": own["forget_row_kept"], "retain": own["retain"]} for name, own in stages.items()}
+    return {
+        name: {"forget": accuracy["forget_row_kept"], "retain": accuracy["retain"]} for name, accuracy in stages.items()
+    }
 
 
 def main(data: str, out: str) -> None:

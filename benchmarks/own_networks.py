@@ -42,9 +42,9 @@ def resnet20_gn(classes: int, colours: int) -> nn.Module:
     """Return a ResNet20 with group normalisation of eight groups in the place of batch normalisation."""
     net = build_model("resnet20", classes=classes, colours=colours, shortcut="B")
     for module in list(net.modules()):
-        for name, own in module.named_children():
-            if isinstance(own, nn.BatchNorm2d):
-                setattr(module, name, nn.GroupNorm(8, own.num_features))
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(8, layer.num_features))
     return net
 
 

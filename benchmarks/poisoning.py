@@ -91,8 +91,8 @@ def main() -> None:
             original = original_model(experiment, experiment.federation(Journal()))
             for cap in (None, CAP):
                 unlearning = experiment.recipe.unlearn.model_copy(update={"influence": cap})
-                own = replace(experiment, recipe=experiment.recipe.model_copy(update={"unlearn": unlearning}))
-                honest = forgotten(own, original)
+                by_setting = replace(experiment, recipe=experiment.recipe.model_copy(update={"unlearn": unlearning}))
+                honest = forgotten(by_setting, original)
                 about = {"seed": seed, "cap": cap}
                 rows.append(about | {"attack": "none", "factor": 1.0} | figures(honest, honest, experiment.splits.test))
                 for name, attack in ATTACKS.items():
@@ -100,7 +100,7 @@ def main() -> None:
                         rules = experiment.recipe.rules()  # as the honest clients have
                         engine = Liar(experiment.clients, validation=experiment.validation, rules=rules)
                         engine.attack, engine.factor = attack, factor
-                        done = forgotten(replace(own, engine=engine), original)
+                        done = forgotten(replace(by_setting, engine=engine), original)
                         rows.append(
                             about | {"attack": name, "factor": factor} | figures(done, honest, experiment.splits.test)
                         )
@@ -116,7 +116,8 @@ def forgotten(experiment: Experiment, original: Classifier) -> Unlearned:
 def figures(done: Unlearned, honest: Unlearned, test: LabelledImages) -> dict[str, float]:
     """Return the share of the honest plan's channels that were pruned, U and R, and the victim's accuracy."""
     ours, theirs = (
-        {(layer, c) for layer, channels in own.pruned.plan.pruned.items() for c in channels} for own in (done, honest)
+        {(layer, c) for layer, channels in result.pruned.plan.pruned.items() for c in channels}
+        for result in (done, honest)
     )
     accuracy = evaluate(done.model, test, forget=(FORGET,), row_kept=done.repaired)["accuracy"]
     pruned = evaluate(done.pruned, test, forget=(FORGET,))

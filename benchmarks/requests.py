@@ -60,7 +60,7 @@ def asked(name: str, seed: int, out: Path, *overrides: str) -> dict[str, Any]:
         "before": result["original"]["accuracy"]["retain"],
         "forget_row_kept": accuracy["forget_row_kept"],
         "retain": accuracy["retain"],
-        "retrained": fmean(own["accuracy"]["retain"] for own in result["oracles"].values()),
+        "retrained": fmean(oracle["accuracy"]["retain"] for oracle in result["oracles"].values()),
         "parameters": result["unlearned"]["parameters"],
         "verdict": result["verdict"],
     }

@@ -56,7 +56,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine(),
         "compute": asdict(compute),
-        "probe": [asdict(own) | {"images_per_second": round(rate)} for own, rate in tried],
+        "probe": [asdict(choice) | {"images_per_second": round(rate)} for choice, rate in tried],
     }
     result["comparisons"] = comparisons(model, compute)
     for name in (

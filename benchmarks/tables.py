@@ -102,9 +102,9 @@ def engine_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| engine | clients | empty round, s | `Measure`, s | `Train`, s | memory, MB |", "|---" * 6 + "|"]
     for row in rows:
         cells = []
-        for own in row["seconds"].values():
-            digits = 2 if median(own) < 10 else 0
-            cells.append(f"{median(own):.{digits}f} ({min(own):.{digits}f} to {max(own):.{digits}f})")
+        for seconds in row["seconds"].values():
+            digits = 2 if median(seconds) < 10 else 0
+            cells.append(f"{median(seconds):.{digits}f} ({min(seconds):.{digits}f} to {max(seconds):.{digits}f})")
         lines.append(f"| {row['engine']} | {row['clients']} | {' | '.join(cells)} | {row['memory_mb']} |")
     return "\n".join(lines) + "\n"
 
@@ -112,9 +112,9 @@ def engine_table(rows: list[dict[str, Any]]) -> str:
 def speed_table(value: dict[str, Any]) -> str:
     """Return the ratios of ``benchmarks.speed``, median and range over the turns, and images per second."""
     lines = ["| comparison | ratio | theirs, images/s | ours, images/s |", "|---" * 4 + "|"]
-    for name, own in value["comparisons"].items():
-        rates = own["images_per_second"]
-        text = f"{own['ratio']:.2f} ({own['low']:.2f} to {own['high']:.2f})"
+    for name, compared in value["comparisons"].items():
+        rates = compared["images_per_second"]
+        text = f"{compared['ratio']:.2f} ({compared['low']:.2f} to {compared['high']:.2f})"
         lines.append(f"| `{name}` | {text} | {rates['theirs']} | {rates['ours']} |")
     return "\n".join(lines) + "\n"
 
@@ -135,11 +135,11 @@ def growth_table(value: dict[str, Any]) -> str:
 
 def peak_table(value: dict[str, Any]) -> str:
     """Return which share of the speed of large matrix products is reached."""
-    own, precision = value["peak"], value["compute"]["precision"]
+    peak, precision = value["peak"], value["compute"]["precision"]
     return (
         "| | of the peak |\n|---|---|\n"
-        f"| large matrix products in {precision}, all cores: {own['gflops']:.0f} GFLOP/s | 100 % |\n"
-        f"| statistics | {100 * own['statistics']:.0f} % |\n| training | {100 * own['train']:.0f} % |\n"
+        f"| large matrix products in {precision}, all cores: {peak['gflops']:.0f} GFLOP/s | 100 % |\n"
+        f"| statistics | {100 * peak['statistics']:.0f} % |\n| training | {100 * peak['train']:.0f} % |\n"
     )
 
 
@@ -162,10 +162,10 @@ def own_table(value: dict[str, dict[str, Any]]) -> str:
     """Return U / R, parameters and the verdict of each model of each network."""
     names = {"resnet20_gn": "ResNet20, `GroupNorm`", "mobilenet_v2": "MobileNetV2, a quarter of the width"}
     lines = ["| network | model | U | R | parameters | verdict |", "|---" * 6 + "|"]
-    for network, own in value.items():
-        shown = {name: own.get(name, {}) | own["controls"].get(name, {}) for name in MODELS}
-        shown["unlearned"] = own["unlearned"] | {"verdict": own["verdict"]}
-        shown |= {name: block | {"verdict": ""} for name, block in own["oracles"].items()}
+    for network, block_of in value.items():
+        shown = {name: block_of.get(name, {}) | block_of["controls"].get(name, {}) for name in MODELS}
+        shown["unlearned"] = block_of["unlearned"] | {"verdict": block_of["verdict"]}
+        shown |= {name: block | {"verdict": ""} for name, block in block_of["oracles"].items()}
         for name, block in shown.items():
             if block:
                 figures = block["accuracy"]
@@ -206,16 +206,17 @@ def request_table(rows: list[dict[str, Any]]) -> str:
     """Return U, R and the retrained R of each kind of request, mean and range over seeds, in percent."""
     lines = ["| request | class | R before | U | R | retrained R | parameters | verdict |", "|---" * 8 + "|"]
     for name in dict.fromkeys(row["request"] for row in rows):
-        own = [row for row in rows if row["request"] == name]
+        requests = [row for row in rows if row["request"] == name]
         cells = [
-            _spread([100 * row[key] for row in own]) for key in ("before", "forget_row_kept", "retain", "retrained")
+            _spread([100 * row[key] for row in requests])
+            for key in ("before", "forget_row_kept", "retain", "retrained")
         ]
-        verdicts = Counter(row["verdict"] for row in own)
+        verdicts = Counter(row["verdict"] for row in requests)
         told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-        sizes = sorted({row["parameters"] for row in own})
+        sizes = sorted({row["parameters"] for row in requests})
         size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        some = f" ({len(own)} of {len(SEEDS)} seeds)" if len(own) < len(SEEDS) else ""
-        lines.append(f"| {name}{some} | {', '.join(own[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
+        some = f" ({len(requests)} of {len(SEEDS)} seeds)" if len(requests) < len(SEEDS) else ""
+        lines.append(f"| {name}{some} | {', '.join(requests[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
     return "\n".join(lines) + "\n"
 
 
@@ -229,14 +230,14 @@ def network_table(value: Mapping[str, Mapping[str, Any]]) -> str:
         "| network | layers that lose channels | left out | parameters | sliced from masked |",
         "|---|---|---|---|---|",
     ]
-    for name, own in value.items():
-        if "refused" in own:
-            lines.append(f"| {name} | refused: {own['refused']} | | | |")
+    for name, found in value.items():
+        if "refused" in found:
+            lines.append(f"| {name} | refused: {found['refused']} | | | |")
             continue
-        left = "; ".join(f"{count}: {reason.partition(',')[0]}" for reason, count in own["left_out"].items())
-        before, after = own["parameters"]
+        left = "; ".join(f"{count}: {reason.partition(',')[0]}" for reason, count in found["left_out"].items())
+        before, after = found["parameters"]
         lines.append(
-            f"| {name} | {own['layers']} | {left} | {-100 * (1 - after / before):.0f} % | {own['apart']:.0e} |"
+            f"| {name} | {found['layers']} | {left} | {-100 * (1 - after / before):.0f} % | {found['apart']:.0e} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -253,10 +254,10 @@ def _by_setting(rows: list[dict[str, Any]], settings: dict[str, str], figures: d
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in settings.values()), []).append(row)
-    for setting, own in groups.items():
+    for setting, group in groups.items():
         cells = ["" if part is None else f"{part:.3g}" if isinstance(part, float) else str(part) for part in setting]
         for key in figures.values():
-            values = [100 * row[key] for row in own]
+            values = [100 * row[key] for row in group]
             cells.append(f"{min(values):.1f} to {max(values):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -282,8 +283,8 @@ def audit_table(name: str) -> str:
     for figure, band in calibrate(oracles).items():
         if FIGURES[figure].fixed is not None:
             continue
-        own = [oracle[figure].value for oracle in oracles]
-        cells = [f"{100 * min(own):.1f} to {100 * max(own):.1f}"]
+        values = [oracle[figure].value for oracle in oracles]
+        cells = [f"{100 * min(values):.1f} to {100 * max(values):.1f}"]
         low, high = clipped((band.low, band.high), figure)
         cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
         for model, _, run in columns:
@@ -300,16 +301,16 @@ def audit_table(name: str) -> str:
 def _verdict(run: Mapping[str, Any], model: str) -> str:
     """Return the verdict on a model of an audited run with ten classes."""
     oracles = _retrained(run)
-    own = _figures(run["figures"][model])
-    return str(judge(own, calibrate(oracles), oracles=len(oracles), chance=0.1)["verdict"])
+    figures = _figures(run["figures"][model])
+    return str(judge(figures, calibrate(oracles), oracles=len(oracles), chance=0.1)["verdict"])
 
 
 def _retrained(run: Mapping[str, Any]) -> list[dict[str, Figure]]:
-    return [_figures(own) for model, own in run["figures"].items() if model.startswith("retrained")]
+    return [_figures(figures) for model, figures in run["figures"].items() if model.startswith("retrained")]
 
 
 def _figures(values: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:
-    return {name: Figure(**own) for name, own in values.items()}
+    return {name: Figure(**figure) for name, figure in values.items()}
 
 
 def table(name: str) -> str:
@@ -330,10 +331,10 @@ def _row(name: str, result: dict[str, Any]) -> str:
 
 def _mean_accuracy(blocks: Mapping[str, dict[str, Any]]) -> str:
     """Return the means of U and R over several models in percent."""
-    own = [block["accuracy"] for block in blocks.values()]
-    if not own:
+    accuracies = [block["accuracy"] for block in blocks.values()]
+    if not accuracies:
         return ""
-    return " / ".join(f"{100 * fmean(each[name] for each in own):.2f}" for name in ("forget_row_kept", "retain"))
+    return " / ".join(f"{100 * fmean(each[name] for each in accuracies):.2f}" for name in ("forget_row_kept", "retain"))
 
 
 def _accuracy(block: dict[str, Any] | None) -> str:

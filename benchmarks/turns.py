@@ -14,14 +14,14 @@ def compared(
     name: str, theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS
 ) -> dict[str, Any]:
     """Return how many times faster ours is, and print it under ``name``."""
-    return _comparison(name, theirs, ours, images, repeats, lambda other, own: other / own)
+    return _comparison(name, theirs, ours, images, repeats, lambda other, ours_took: other / ours_took)
 
 
 def overhead(
     name: str, theirs: Callable[[], None], ours: Callable[[], None], *, images: int, repeats: int = REPEATS
 ) -> dict[str, Any]:
     """Return how many times the other's time ours takes, and print it under ``name``."""
-    return _comparison(name, theirs, ours, images, repeats, lambda other, own: own / other)
+    return _comparison(name, theirs, ours, images, repeats, lambda other, ours_took: ours_took / other)
 
 
 def _comparison(
@@ -35,15 +35,15 @@ def _comparison(
     seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
     for repeat in range(-1, repeats):
         for who, work in (("theirs", theirs), ("ours", ours)):
-            (own,) = timed(work, 1)
+            (took,) = timed(work, 1)
             if repeat >= 0:
-                seconds[who].append(own)
-    ratios = [ratio(other, own) for other, own in zip(seconds["theirs"], seconds["ours"])]
+                seconds[who].append(took)
+    ratios = [ratio(other, took) for other, took in zip(seconds["theirs"], seconds["ours"])]
     value: dict[str, Any] = {
         "ratio": round(median(ratios), 3),
         "low": round(min(ratios), 3),
         "high": round(max(ratios), 3),
-        "seconds": {who: [round(own, 4) for own in values] for who, values in seconds.items()},
+        "seconds": {who: [round(second, 4) for second in values] for who, values in seconds.items()},
         "images_per_second": {who: round(images / median(values)) for who, values in seconds.items()},
     }
     rates = ", ".join(f"{who} {rate} images/s" for who, rate in value["images_per_second"].items())

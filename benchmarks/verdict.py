@@ -164,18 +164,24 @@ def _failing(views: Sequence[View], retrained: Sequence[tuple[str, View]], n: in
             oracles = [other for _, other in draw.sample(retrained, n)]
             judgement, _ = _judged(view, oracles)
             failing += judgement["verdict"] != INDISTINGUISHABLE
-            outside.update(name for name, own in judgement["audits"].items() if own["verdict"] not in (None, "inside"))
+            outside.update(
+                name for name, audit in judgement["audits"].items() if audit["verdict"] not in (None, "inside")
+            )
     return {"draws": len(views) * _CONTROL_DRAWS, "failing": failing, "figures": dict(outside)}
 
 
 def _judged(view: View, oracles: Sequence[View]) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the verdict on a model, and per figure the greater of deviation and standard error."""
-    theirs = [_figures(own, [other for other in oracles if other is not own]) for own in oracles]
-    own = _figures(view, oracles)
-    judgement = judge(own, calibrate(theirs), oracles=len(oracles), chance=0.1)
+    theirs = [_figures(oracle, [other for other in oracles if other is not oracle]) for oracle in oracles]
+    figures = _figures(view, oracles)
+    judgement = judge(figures, calibrate(theirs), oracles=len(oracles), chance=0.1)
     sds = {
-        name: max(float(torch.tensor([own[name].value for own in theirs]).double().std()), theirs[0][name].error, 0.001)
-        for name in own
+        name: max(
+            float(torch.tensor([figures[name].value for figures in theirs]).double().std()),
+            theirs[0][name].error,
+            0.001,
+        )
+        for name in figures
     }
     return judgement, sds
 
@@ -184,10 +190,10 @@ def _outside_alone(judgement: Mapping[str, Any], sds: Mapping[str, float], n: in
     """Return whether a figure lies outside ``mean +- t sd sqrt(1 + 1/n)`` with the 97.5 % quantile of Student's t."""
     half = float(special.stdtrit(n - 1, 0.975)) * (1 + 1 / n) ** 0.5
     harmless = {("near", True), ("apart", False)}
-    for name, own in judgement["audits"].items():
-        if own["band"] is None:
+    for name, audit in judgement["audits"].items():
+        if audit["band"] is None:
             continue
-        apart = own["figure"] - sum(own["band"]) / 2
+        apart = audit["figure"] - sum(audit["band"]) / 2
         if abs(apart) > half * sds[name] and (FIGURES[name].kind, apart > 0) not in harmless:
             return True
     return False

@@ -29,8 +29,8 @@ def error_table(value: Mapping[str, Any]) -> str:
         "| retrained models | fail, odd seeds | fail, even seeds | fail by single bands of 95 % |",
         "|---|---|---|---|",
     ]
-    for n, own in value.items():
-        halves = [own["odd_seeds"], own["even_seeds"]]
+    for n, counts in value.items():
+        halves = [counts["odd_seeds"], counts["even_seeds"]]
         draws = sum(half["draws"] for half in halves)
         alone = sum(half["failing_by_single_bands"] for half in halves) / draws
         shares = [f"{100 * half['failing'] / half['draws']:.1f} %" for half in halves]
@@ -45,7 +45,7 @@ def power_table(value: Mapping[str, Any]) -> str:
         "|---" * (len(value) + 2) + "|",
     ]
     for name, five in value["5"]["must_fail"].items():
-        shares = [_share(own["must_fail"][name]) for own in value.values()]
+        shares = [_share(counts["must_fail"][name]) for counts in value.values()]
         often = sorted(five["figures"].items(), key=lambda item: -item[1])[:3]
         shown = ", ".join(f"{FIGURES[figure].label} {100 * count / five['draws']:.0f} %" for figure, count in often)
         shown_name = LABELS.get(name, name)
@@ -59,10 +59,10 @@ def picture() -> str:
     value = json.loads(FILE.read_text("utf-8"))
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = figure.subplots()
-    for n, own in value.items():
-        halves = [own["odd_seeds"], own["even_seeds"]]
+    for n, counts in value.items():
+        halves = [counts["odd_seeds"], counts["even_seeds"]]
         points = [(0, sum(half["failing"] for half in halves) / sum(half["draws"] for half in halves))]
-        points += [(left, _share(own["must_fail"][saw(left)])) for left in (1, 4, 16, 64)]
+        points += [(left, _share(counts["must_fail"][saw(left)])) for left in (1, 4, 16, 64)]
         axes.plot(*zip(*points), "o-", color=_COLOURS[n], markersize=4, label=f"{n} retrained models")
     axes.axhline(0.05, color="#8a8f98", linewidth=0.8, linestyle=":")
     axes.set_xscale("symlog", linthresh=1)
