@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedunlearn.checkpoint import read_weights
+from conftest import classifier, make_images
+from fedunlearn.checkpoint import read_weights, save_checkpoint
 from fedunlearn.errors import DataError, EvidenceError, ModelError
+from fedunlearn.models import build_model
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.recipe import load_recipe
 from test_cli import fedunlearn
@@ -54,6 +57,21 @@ def test_weights_of_another_tool_are_audited_with_their_row_or_without(signed, r
     found = audit_model(recipe, tmp_path / "b", Candidate(model=tmp_path / "rowless.pt", oracles=oracles[:1]))
     assert not {"forget", "int8"} & set(found["audits"])
     assert "It has no output row for the class" in (tmp_path / "b" / "report.md").read_text()
+
+
+def test_a_model_with_rows_for_some_of_the_classes_to_forget_is_refused_before_any_is_retrained(signed, tmp_path):
+    state = dict(read_weights(signed / "run" / "original.safetensors").state)
+    for name in ("linear.weight", "linear.bias"):
+        state[name] = state[name][[0, 1, 3]]
+    model = replace(classifier(build_model("nets:tiny", classes=3, colours=1)), labels=(0, 1, 3))
+    model.module.load_state_dict(state)
+    names = {"name": "nets:tiny", "shortcut": "A"}
+    images = replace(make_images(8, 4), classes=("0", "1", "2", "3"))
+    save_checkpoint(tmp_path / "some.safetensors", model, images=images, architecture=names)
+    asked = load_recipe(str(signed / "tiny.toml"), ["unlearn.forget=[2, 3]"])
+    with pytest.raises(ModelError, match=r"some.safetensors: its output rows are of the classes \[0, 1, 3\], \[3\] of"):
+        audit_model(asked, tmp_path / "out", Candidate(model=tmp_path / "some.safetensors"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_model_before_is_two_controls_that_must_fail(signed, recipe, oracles, tmp_path):

@@ -167,6 +167,18 @@ def test_the_program_builds_a_model_of_the_user_s_own_from_the_working_directory
     assert json.loads((tmp_path / "out" / "result.json").read_text())["recipe"]["model"]["name"] == "mine:net"
 
 
+def test_plain_weights_are_measured_and_exported_and_what_images_are_normalised_by_is_said(recipe, tmp_path):
+    torch.save(build_model("small-cnn", classes=4, colours=1).state_dict(), tmp_path / "plain.pt")
+    given = ("--recipe", recipe, "--weights", tmp_path / "plain.pt", "--set", "model.name=small-cnn")
+    for command in (("evaluate",), ("export", "--out", tmp_path / "plain.onnx")):
+        done = fedunlearn(command[0], *given, *command[1:])
+        assert done.returncode == 0, done.stderr
+        assert "as the weights name none: where they were trained on others, set data.mean" in " ".join(
+            done.stderr.split()
+        )
+    assert (tmp_path / "plain.onnx").exists()
+
+
 def test_a_network_that_was_edited_is_no_answer_to_the_same_command(recipe, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     command = [PROGRAM, "train", "--recipe", recipe, "--out", "out", "--set", "model.name=mine:net"]

@@ -796,7 +796,7 @@ def test_a_train_functions_number_of_images_is_one_that_a_client_can_hold(images
     )
 
 
-def test_a_train_function_that_answers_with_an_error_is_told():
+def test_a_train_function_that_answers_with_an_error_is_told(caplog):
     from flwr.app import Error
 
     app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
@@ -806,7 +806,20 @@ def test_a_train_function_that_answers_with_an_error_is_told():
         return Message(Error(7, "no GPU left"), reply_to=message)
 
     entry = collected(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
-    assert entry.refused["client-0"] == "its train function failed: no GPU left"
+    assert entry.refused["client-0"] == "its train function failed, told in the log of this client alone"
+    assert "the train function failed: no GPU left" in caplog.text
+
+
+def test_an_exception_of_a_train_function_is_told_by_its_kind_alone(caplog):
+    app = ClientApp(mods=[unlearning_mod(build_model, load_images)])
+
+    @app.train()
+    def _(message, context):
+        raise ValueError("loss is nan after 7 images")
+
+    entry = collected(engine(Loopback(nodes() | {100: (app, 0)})), train_job())[1]
+    assert entry.refused["client-0"] == "ValueError, told in the log of this client alone"
+    assert "loss is nan after 7 images" in caplog.text
 
 
 @pytest.mark.parametrize(

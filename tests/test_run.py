@@ -1072,6 +1072,18 @@ def test_whether_an_original_may_have_seen_validation_images_is_what_the_run_sai
     assert not unseen(folder / "original.safetensors")
 
 
+def test_retrained_models_of_a_network_that_was_edited_are_refused(signed, tmp_path):
+    recipe, folder = str(signed / "tiny.toml"), tmp_path / "run"
+    shutil.copytree(signed / "plain", folder)
+    lines = (folder / "rounds.jsonl").read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])
+    assert list(header["network"]) == ["nets:tiny"]
+    header["network"]["nets:tiny"] = "0" * 64  # another activation, say: the weights fit
+    (folder / "rounds.jsonl").write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    with pytest.raises(RunError, match=r"its models were retrained by another recipe \(model differ\)"):
+        run(load_recipe(recipe, [f'audit.models="{folder}"']), tmp_path / "out")
+
+
 def test_a_retrained_model_that_was_not_kept_is_asked_for_by_name(tmp_path):
     recipe = load_recipe(str(write_set(tmp_path)), [f'audit.models="{tmp_path}"', "train.rounds=1"])
     with pytest.raises(RunError, match=r"retrained-1.safetensors: expected a retrained model with its rounds"):

@@ -142,6 +142,25 @@ def test_a_killed_search_goes_on_with_the_attempts_that_ended(net, clients, tmp_
     assert (first, 0) not in phases  # its rounds were read back
 
 
+def test_one_client_does_not_choose_the_cut_by_a_claim_of_images(net):
+    """It says that of a billion images of the class none is named any more."""
+    clients = hold_out(partition(make_images(320, 4), by="iid", clients=3, seed=0), 0.3)
+
+    class Claiming(LocalEngine):
+        def run(self, job):
+            for reply in super().run(job):
+                if job.task.kind == "evaluate" and reply.client == sorted(self.clients)[0]:
+                    none = {name: torch.zeros_like(tensor) for name, tensor in reply.tensors.items()}
+                    reply = replace(reply, images=10**9, tensors=none | {"counts": torch.tensor(10**9)})
+                yield reply
+
+    honest = smallest(net, federation(clients))
+    fed = replace(federation(clients), engine=Claiming(clients[0], validation=clients[1], rules=Privacy(min_images=1)))
+    claimed = smallest(net, fed)
+    assert claimed.attempts[0].probability > 0.3 * honest.attempts[0].probability
+    assert claimed.attempts[0].forget > 0.3 * honest.attempts[0].forget
+
+
 def test_where_no_cut_passes_the_words_say_so():
     attempts = [
         {"fraction": 0.2, "probability": 0.3, "forget": 0.0},

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import (
     RunProgress,
     audit_table,
@@ -154,9 +155,9 @@ def evaluate(options: Options) -> None:
     from fedunlearn.run.commands import evaluate_weights  # slow to import
 
     recipe = options.recipe_set()
-    with _progress(options.quiet) as (_, observe):
+    with _progress(options.quiet) as (console, observe):
         observe("evaluate", 0, 1)
-        block = evaluate_weights(recipe)
+        block = evaluate_weights(recipe, tell=partial(console.print, highlight=False, markup=False))
         observe("evaluate", 1, 1)
     _show({"model": block}, options, block)
 
@@ -175,7 +176,9 @@ def export(options: Options) -> None:
     from fedunlearn.run.commands import export_weights  # slow to import
 
     assert options.out is not None  # an option that the command requires
-    apart = export_weights(options.recipe_set(), options.out)
+    with _progress(options.quiet) as (console, _):
+        tell = partial(console.print, highlight=False, markup=False)
+        apart = export_weights(options.recipe_set(), options.out, tell=tell)
     if not options.quiet:
         typer.echo(f"{options.out}: by onnxruntime its logits are those of torch to {apart:.0e} of the largest")
 
@@ -192,10 +195,11 @@ def audit(options: Options) -> None:
     assert options.model is not None  # an argument of the command
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
     recipe = options.recipe_set()
+    weights = read_weights(options.model)
     with _progress(options.quiet) as (console, observe):
 
         def described(experiment: Experiment) -> None:
-            console.print(describe(experiment), highlight=False)
+            console.print(describe(experiment, weights), highlight=False)
             made = not options.quiet and not options.oracle and not (folder / RESULT).exists()
             made = made and experiment.recipe.audit.oracles > 0 and not experiment.recipe.audit.models
             seconds = seconds_to_train(experiment, "audit") if made else None

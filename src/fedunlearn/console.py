@@ -23,12 +23,14 @@ from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import FEWEST, NO_VERDICT, unseen
+from fedunlearn.checkpoint import Weights
 from fedunlearn.evidence.comparison import summary, telling
 from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.inputs import normalised_by
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import knew
 from fedunlearn.tabular import percent
@@ -139,8 +141,13 @@ def _phase_text(phase: str) -> str:
     return text + (f" ({MODELS.get(part, part)})" if part not in ("", "method") else "")
 
 
-def describe(experiment: Experiment) -> str:
-    """Return what is about to run: images, clients and classes."""
+def describe(experiment: Experiment, weights: Weights | None = None) -> str:
+    """Return what is about to run: images, clients and classes.
+
+    Args:
+        experiment: what was set up.
+        weights: of the model that is audited; those of the experiment where None.
+    """
     sizes = experiment.table.sum(1).sort().values
     per_class = experiment.table.sum(0).sort().values
     holders = (experiment.table > 0).sum(0)
@@ -157,27 +164,13 @@ def describe(experiment: Experiment) -> str:
     before = f"forgotten before, so without images now: {names}\n" if names else ""
     return (
         f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
-        f"{before}{forgotten}{_normalised(experiment)}\n"
+        f"{before}{forgotten}{normalised_by(train, experiment.recipe, weights or experiment.weights)}\n"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{_from_to(int(sizes[0]), int(sizes[-1]))} images per client (median {sizes[len(sizes) // 2]}), "
         f"{_from_to(int(per_class[0]), int(per_class[-1]))} per class\n"
         f"each class is held by {_from_to(int(holders.min()), int(holders.max()))} clients"
         f"{'' if precision == 'auto' else f'; they compute in {precision}'}"
     )
-
-
-def _normalised(experiment: Experiment) -> str:
-    """Return what the images are normalised by, and who said so: a model that was trained on others answers wrongly."""
-    train, recipe, weights = experiment.splits.train, experiment.recipe, experiment.weights
-    mean, std = (", ".join(f"{number:.3g}" for number in numbers) for numbers in (train.mean, train.std))
-    whose = "of the training images"
-    if weights is not None and weights.mean is not None:
-        whose = "as the file of the weights says"
-    elif recipe.data.mean:
-        whose = "as data.mean and data.std say"
-    elif weights is not None:
-        whose += ", as the weights name none: where they were trained on others, set data.mean and data.std"
-    return f"pixels are normalised by mean {mean} and deviation {std}, {whose}"
 
 
 def expected(seconds: float, recipe: Recipe, command: str) -> str:

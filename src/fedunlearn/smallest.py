@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import Classes, Ranking
 from fedunlearn.errors import FederationError, PlanError
 from fedunlearn.federation.ask import ask
+from fedunlearn.federation.averaging import evened
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
@@ -161,7 +163,7 @@ def _forgotten(repaired: Classifier, fed: Federation, forget: Sequence[int]) -> 
         sums, entry = ask(fed.engine, job, _summed)
         fed.journal.finish(Step(_CHECK, 0, (entry,), about=about[0]), sums)
     sums = fed.journal.state(_CHECK)
-    if not int(sums["counts"]):
+    if not float(sums["counts"]):
         raise FederationError(
             "no client counts validation images of the classes to forget, by which a cut is chosen: set "
             "data.validation above 0, high enough for the clients' min_images, or give a fraction"
@@ -170,8 +172,7 @@ def _forgotten(repaired: Classifier, fed: Federation, forget: Sequence[int]) -> 
 
 
 def _summed(replies: Iterable[Reply]) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    for reply in replies:
-        for name, tensor in reply.tensors.items():
-            sums[name] = sums[name] + tensor if name in sums else tensor.clone()
-    return sums
+    counted = [reply for reply in replies if reply.images]
+    none = dict.fromkeys(("correct", "counts", "probability"), torch.zeros((), dtype=torch.float64))
+    parts = [{name: tensor.double() for name, tensor in part.items()} for part in evened(counted)]
+    return {name: torch.stack([zero, *(part[name] for part in parts)]).sum(0) for name, zero in none.items()}

@@ -33,6 +33,7 @@ THRESHOLDS = "thresholds.json"
 FOLDER = "audits"
 ORIGINAL = "original"
 # Figures and details come first in a file in this order, which is older than the table; all others follow.
+_RULES = 2  # of how figures are measured: those by other rules are not taken up
 _ORDER = (
     "retain",
     "forget",
@@ -181,7 +182,7 @@ class Calibrated:
     def judged_beside(self, name: str) -> dict[str, Any]:
         """Return the verdict on a candidate: none where the original did not know the class, see ``controlled``."""
         beside = {control: self.models[control].figures for control in MUST_FAIL if control in self.models}
-        judgement = never_known(self.judged(name), beside.get(ORIGINAL, {}), self.bands, chance=self._chance)
+        judgement = never_known(self.judged(name), beside.get(ORIGINAL, {}), chance=self._chance)
         return controlled(judgement, beside, self.bands, oracles=len(self._views), chance=self._chance)
 
     def held_out(self, controls: Iterable[str], *, beside: str | None = None) -> dict[str, Any]:
@@ -275,7 +276,7 @@ def _fix(folder: Path | None, text: str) -> str:
 
 
 def _state_hash(subject: Subject) -> str:
-    digest = hashlib.sha256(json.dumps(subject.labels).encode())
+    digest = hashlib.sha256(json.dumps([_RULES, subject.labels]).encode())
     for model in (subject.model, subject.row_kept):
         if model is not None:  # the same weights in other layers are another model; an address changes with the process
             digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(model.module)).encode())

@@ -179,6 +179,14 @@ def share(correct: int, total: int) -> Figure:
     return Figure(correct / total, (p * (1 - p) / (total + 4)) ** 0.5)
 
 
+def alike(features: Tensor) -> bool:
+    """Return whether all features, shape ``(images, width)``, are the same as far as rounding goes.
+
+    Whatever is named by such features is named as one class: which one, rounding or the order of the classes decides.
+    """
+    return bool((features - features[:1]).abs().max() <= 1e-5 * features.abs().max())
+
+
 def by_class(right: Tensor, truth: Tensor) -> Figure:
     """Return the mean over classes of the share of their images that are right: ``1/K sum_k p_k``.
 

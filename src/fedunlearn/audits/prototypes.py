@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, error_by_class
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, alike, by_class, error_by_class
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.seeding import generator
 
@@ -30,7 +29,7 @@ def prototype_accuracy(
     """Return, per draw, the share of test images whose nearest class prototype is that of their class: ``by_class``.
 
     With ``h' = h / |h|`` and ``p_k`` the mean of ``h'`` over ``shots`` random images of class ``k``, all classes
-    included, an image is named ``argmin_k |h' - p_k|``; of ``n`` classes that are as near, each to the share ``1 / n``.
+    included, an image is named ``argmin_k |h' - p_k|``. Of features that are all alike the share is that of chance.
 
     Args:
         features: ``h`` of the images to draw from, shape ``(images, width)``.
@@ -52,6 +51,8 @@ def prototype_accuracy(
     """
     unit, test_unit = F.normalize(features), F.normalize(test_features)
     classes = torch.tensor(sorted(set(truth.tolist())))
+    if alike(torch.cat([unit, test_unit])):
+        return torch.full((draws,), 1 / len(classes), dtype=torch.float64)
     shares = []
     for _ in range(draws):
         prototypes = []
@@ -59,11 +60,8 @@ def prototype_accuracy(
             rows = (truth == label).nonzero().flatten()
             chosen = rows[torch.randperm(len(rows), generator=draw)[:shots]]
             prototypes.append(unit[chosen].mean(0))
-        distances = torch.cdist(test_unit, torch.stack(prototypes))
-        nearest = distances == distances.min(1, keepdim=True).values
-        # Of features that are all alike each class is nearest, and none is known.
-        right = (nearest & (classes == test_truth[:, None])).sum(1) / nearest.sum(1).double()
-        shares.append(fmean(float(right[test_truth == label].mean()) for label in torch.unique(test_truth)))
+        named = classes[torch.cdist(test_unit, torch.stack(prototypes)).argmin(1)]
+        shares.append(by_class(named == test_truth, test_truth).value)
     return torch.tensor(shares, dtype=torch.float64)
 
 

@@ -234,28 +234,25 @@ def controlled(
     return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []} if reason else dict(judgement)
 
 
-def never_known(
-    judgement: Mapping[str, Any], original: Mapping[str, Figure], bands: Mapping[str, Band], *, chance: float
-) -> dict[str, Any]:
+def never_known(judgement: Mapping[str, Any], original: Mapping[str, Figure], *, chance: float) -> dict[str, Any]:
     """Return ``judgement``, without a verdict where the original did not know the class: nothing could be forgotten.
 
-    It did not where its U is not above chance, or not above the mean of the models retrained without the class. This is
-    said where there is no verdict for another reason too, such as too few retrained models: more would not help.
+    It did not where its U is not above chance; to lie in its band says nothing, that of few images holds any U. This
+    is said where there is no verdict for another reason too, such as too few retrained models: more would not help.
 
     Args:
         judgement: on the unlearned model.
         original: figures of the model before unlearning.
-        bands: of the retrained models.
         chance: U of a model that guesses.
     """
     if judgement["verdict"] == NOT_FORGOTTEN or "forget" not in original:
         return dict(judgement)
     u = original["forget"].value
-    if u > max(chance, bands["forget"].mean if "forget" in bands else chance):
+    if u > chance:
         return dict(judgement)
     reason = (
-        f"the original itself names the class in {100 * u:.1f} % of its images, no more than a model that never saw "
-        "it: there was nothing to forget; train the original for longer (train.rounds)"
+        f"the original itself names the class in {100 * u:.1f} % of its images, no more than by chance: "
+        "there was nothing to forget; train the original for longer (train.rounds)"
     )
     return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []}
 

@@ -463,9 +463,7 @@ def _verdicts(
         elif by != said["decided_by"] or _reason(found, by, sides) not in (None, said["reason"]):
             yield f"the reason of the verdict on {name} does not follow from the figures"
     verdict, decided, sides = _judged(candidate, bands, count, chance)
-    known = "original" not in whole or whole["original"]["forget"][0] > max(
-        chance, bands["forget"][0] if "forget" in bands else chance
-    )
+    known = "original" not in whole or whole["original"]["forget"][0] > chance
     if not known and verdict != "not forgotten":
         verdict, decided = "no verdict", []
     if verdict == result["verdict"] == _PASS and "model" in result and not controls:

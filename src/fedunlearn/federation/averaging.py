@@ -95,6 +95,16 @@ def averaged(replies: Iterable[Reply]) -> dict[str, Tensor]:
     return state
 
 
+def evened(replies: Iterable[Reply]) -> list[Mapping[str, Tensor]]:
+    """Return the sums of the clients; of three or more, none weighs more than all others together."""
+    found = {reply.client: reply for reply in replies}
+    heavy, factor = outweighing({client: reply.images for client, reply in found.items()}) or ("", 1.0)
+    return [
+        {name: tensor * factor for name, tensor in reply.tensors.items()} if client == heavy else reply.tensors
+        for client, reply in found.items()
+    ]
+
+
 def outweighing(claims: Mapping[str, int]) -> tuple[str, float] | None:
     """Return who claims more images than all others together, and say so; and the factor by which it weighs as they do.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.ask import ask
-from fedunlearn.federation.averaging import outweighing
+from fedunlearn.federation.averaging import evened
 from fedunlearn.federation.federation import Federation, check_somebody
 from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
@@ -146,21 +146,11 @@ def reestimate(model: Classifier, fed: Federation, *, sample: int | None = None)
     check_somebody(fed)
     fed.journal.report(phase, 0, 1)
     job = fed.job(task, model, phase=phase)
-    sums, entry = ask(fed.engine, job, _evened)
+    sums, entry = ask(fed.engine, job, evened)
     fit_batch_norm(fitted.module, sums)
     fed.journal.finish(Step(phase, 0, (entry,), about=about), fitted.module.state_dict())
     fed.journal.report(phase, 1, 1)
     return fitted
-
-
-def _evened(replies: Iterable[Reply]) -> list[Mapping[str, Tensor]]:
-    """Return the sums of the clients; of three or more, none weighs more than all others together."""
-    found = {reply.client: reply for reply in replies}
-    heavy, factor = outweighing({client: reply.images for client, reply in found.items()}) or ("", 1.0)
-    return [
-        {name: tensor * factor for name, tensor in reply.tensors.items()} if client == heavy else reply.tensors
-        for client, reply in found.items()
-    ]
 
 
 def summed(

@@ -15,7 +15,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FederationError, RecipeError
 from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
-from fedunlearn.federation.averaging import Server, averaged, outweighing
+from fedunlearn.federation.averaging import Server, averaged, evened
 from fedunlearn.federation.federation import Federation, check_somebody, whole_model
 from fedunlearn.federation.jobs import BY_RULES, Reply
 from fedunlearn.federation.journal import Step
@@ -232,11 +232,8 @@ def validation_accuracy(model: Classifier, fed: Federation, *, phase: str) -> tu
     job = replace(fed.job(Evaluate(exclude=fed.exclude, labels=model.labels), model, phase=phase), clients=None)
 
     def total(replies: Iterable[Reply]) -> tuple[float, float]:
-        found = {reply.client: (int(reply.tensors["correct"]), int(reply.tensors["counts"])) for reply in replies}
-        heavy = outweighing({client: count for client, (_, count) in found.items() if count})
-        weights = dict.fromkeys(found, 1.0) | dict([heavy] if heavy else [])
-        pairs = [(weights[client] * correct, weights[client] * count) for client, (correct, count) in found.items()]
-        return sum(correct for correct, _ in pairs), sum(count for _, count in pairs)
+        parts = evened(reply for reply in replies if reply.images)
+        return sum(float(part["correct"]) for part in parts), sum(float(part["counts"]) for part in parts)
 
     (correct, counts), entry = ask(fed.engine, job, total)
     return correct / counts if counts else None, entry

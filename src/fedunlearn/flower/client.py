@@ -218,6 +218,8 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
             reply = _handled(context, received, tensors, site, data)
     except FedUnlearnError as error:
         reply = Reply(data.client, error=str(error))
+    except Exception as error:  # Flower would send its text
+        reply = Reply(data.client, error=_told(error))
     arrays, line = encode_reply(reply, digest_of(text))
     return Message(
         RecordDict({ARRAYS: to_arrays(arrays), OWN: ConfigRecord({"reply": line})}),
@@ -258,7 +260,8 @@ def _trained(
     message.content[CONFIG] = ConfigRecord(plain_config(received.task, received.key[1]))
     answer = train(message, context)
     if answer.has_error():
-        return Reply(data.client, error=f"its train function failed: {answer.error.reason}")
+        _logger.warning("the train function failed: %s", answer.error.reason)
+        return Reply(data.client, error="its train function failed, told in the log of this client alone")
     records = list(answer.content.array_records.values())
     counts = [
         metrics["num-examples"] for metrics in answer.content.metric_records.values() if "num-examples" in metrics

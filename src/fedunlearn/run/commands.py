@@ -26,7 +26,7 @@ from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
 from fedunlearn.run.compare import Oracle, check_kept, controls, forgotten_model, method_block, retrained_models
 from fedunlearn.run.experiment import Experiment, architecture_of, check_choice, original_model, prepare, save_model
-from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
+from fedunlearn.run.inputs import class_numbers, normalised_by, normalised_for, read_data
 from fedunlearn.run.kept import write_rounds
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
@@ -140,18 +140,27 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     return result | cost_blocks(experiment, oracles, result)
 
 
-def evaluate_weights(recipe: Recipe) -> dict[str, Any]:
+def evaluate_weights(recipe: Recipe, *, tell: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Return the accuracy block of the model that ``model.weights`` names, on the test images.
+
+    Args:
+        recipe: the recipe.
+        tell: shown what the images are normalised by.
 
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used.
     """
-    model, test, forget = _loaded(recipe, recipe.unlearn.forget)
+    model, test, forget = _loaded(recipe, recipe.unlearn.forget, tell)
     return measured(model, test, forget)
 
 
-def export_weights(recipe: Recipe, path: Path) -> float:
+def export_weights(recipe: Recipe, path: Path, *, tell: Callable[[str], object] = lambda line: None) -> float:
     """Write the model that ``model.weights`` names as ONNX and return how far its logits are from torch's.
+
+    Args:
+        recipe: the recipe.
+        path: of the file.
+        tell: shown what the model takes images to be normalised by.
 
     Raises:
         FedUnlearnError: the recipe, the data or the weights cannot be used, the model cannot be exported, or the file
@@ -162,11 +171,13 @@ def export_weights(recipe: Recipe, path: Path) -> float:
             raise RunError(
                 f"{folder} holds a signed dossier, which one more file would break: write {path.name} elsewhere"
             )
-    model, test, _ = _loaded(recipe, ())
+    model, test, _ = _loaded(recipe, (), tell)
     return export_onnx(path, model, images=test)
 
 
-def _loaded(recipe: Recipe, forgotten: Sequence[int | str]) -> tuple[Classifier, LabelledImages, tuple[int, ...]]:
+def _loaded(
+    recipe: Recipe, forgotten: Sequence[int | str], tell: Callable[[str], object]
+) -> tuple[Classifier, LabelledImages, tuple[int, ...]]:
     """Return the model that ``model.weights`` names, test images and the numbers of the classes ``forgotten``.
 
     Classes without a row that are not to be forgotten now were forgotten before: their images are left out. Of a model
@@ -174,12 +185,14 @@ def _loaded(recipe: Recipe, forgotten: Sequence[int | str]) -> tuple[Classifier,
     """
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
+    tell(normalised_by(test, recipe, weights))
     weights = weights.numbered(test.classes)
     model = load_weights(architecture_of(weights, recipe, test), weights)
-    if model.labels is None:
-        return model, test, class_numbers(forgotten, test.classes)
-    there = [label for label in forgotten if not isinstance(label, str) or label in test.classes]
+    tells = model.labels is not None
+    there = [label for label in forgotten if not tells or not isinstance(label, str) or label in test.classes]
     forget = class_numbers(there, test.classes) if there else ()
+    if model.labels is None:
+        return model, test, forget
     earlier = set(range(len(test.classes))) - set(model.labels) - set(forget)
     left = [label for label in range(len(test.classes)) if label not in earlier]
     narrowed = replace(model, labels=tuple(left.index(label) for label in model.labels))

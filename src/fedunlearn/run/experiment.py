@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -204,6 +207,21 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
             raise PlanError(f"no client holds an image of class {label} ({train.classes[label]}): nothing to forget")
     about = tuple(earlier), everything.classes
     return Experiment(recipe, splits, engine, model, weights, forget, table, clients, validation, *about)
+
+
+def network_of(experiment: Experiment) -> dict[str, Any]:
+    """Return what tells a network of the user's own from one that its file held before; empty of a shipped one.
+
+    A digest of its layers and of the file of its function, not of what that imports.
+    """
+    name = experiment.recipe.model.name
+    if ":" not in name:
+        return {}
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(experiment.model.module)).encode())
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    if file is not None:
+        digest.update(Path(file).read_bytes())
+    return {"network": {name: digest.hexdigest()}}
 
 
 def holds_validation(experiment: Experiment) -> bool:

@@ -65,6 +65,19 @@ def normalised_for(splits: Splits, weights: Weights, recipe: Recipe) -> Splits:
     return Splits(*(replace(images, mean=weights.mean, std=weights.std) for images in splits))
 
 
+def normalised_by(images: LabelledImages, recipe: Recipe, weights: Weights | None) -> str:
+    """Return what images are normalised by, and who said so: a model that was trained on others answers wrongly."""
+    mean, std = (", ".join(f"{number:.3g}" for number in numbers) for numbers in (images.mean, images.std))
+    whose = "of the training images"
+    if weights is not None and weights.mean is not None:
+        whose = "as the file of the weights says"
+    elif recipe.data.mean:
+        whose = "as data.mean and data.std say"
+    elif weights is not None:
+        whose += ", as the weights name none: where they were trained on others, set data.mean and data.std"
+    return f"pixels are normalised by mean {mean} and deviation {std}, {whose}"
+
+
 def numbered(weights: Weights, classes: Sequence[str]) -> tuple[Weights, tuple[int, ...]]:
     """Return weights with the numbers that ``classes`` has for their rows, and the classes that they forgot before.
 

@@ -24,7 +24,7 @@ from fedunlearn.evidence.folder import RESULT, RunFolder
 from fedunlearn.federation.journal import Step, header_of
 from fedunlearn.federation.ledger import Entry, flops_per_image
 from fedunlearn.files import cache_folder, write_tensors, write_text
-from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.experiment import Experiment, network_of
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.training.compute import own_device
 from fedunlearn.training.evaluation import count_correct
@@ -197,7 +197,7 @@ def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
 
     Raises:
         RunError: the run is not finished, or had other images, clients, training, another network or other classes to
-            forget. The code of a network of the user's own is not looked at.
+            forget.
     """
     folder, here = Path(experiment.recipe.audit.models), experiment.recipe
     if not _is_run(folder):
@@ -215,7 +215,8 @@ def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
         other.insert(0, "data")
     if there.compute.precision != here.compute.precision:
         other.append("compute.precision")
-    if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut):
+    edited = header_of(folder).get("network") != network_of(experiment).get("network")
+    if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut) or edited:
         other.append("model")
     if forgot != [experiment.splits.test.classes[label] for label in experiment.forget]:
         other.append("unlearn.forget")

@@ -126,7 +126,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         _override(value, override)
     for table, key in PATHS:
         of_table = value.get(table)
-        if isinstance(of_table, dict) and str(of_table.get(key)).startswith("~"):
+        if isinstance(of_table, dict) and str(of_table.get(key)).startswith("~/"):
             of_table[key] = str(Path(of_table[key]).expanduser())  # no shell sees what stands in a recipe
     try:
         recipe = Recipe.model_validate(value)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +15,7 @@ from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
 from fedunlearn.files import write_text
-from fedunlearn.run.experiment import Experiment
+from fedunlearn.run.experiment import Experiment, network_of
 from fedunlearn.run.recipe import portable_recipe, run_header
 from fedunlearn.version import __version__
 
@@ -80,21 +77,9 @@ def opened(
         RunError: the folder holds another run, or something else.
     """
     data, recipe = experiment.fingerprint(), portable_recipe(experiment.recipe, out)
-    header = run_header(command, recipe, data) | _network(experiment) | dict(about)
+    header = run_header(command, recipe, data) | network_of(experiment) | dict(about)
     journal = Journal(out, header=header, observe=observe)
     return Work(out, experiment, experiment.federation(journal), EventLog(out / EVENTS), data, recipe, rates)
-
-
-def _network(experiment: Experiment) -> dict[str, Any]:
-    """Return what tells a network of the user's own from one that its file held before; empty of a shipped one."""
-    name = experiment.recipe.model.name
-    if ":" not in name:
-        return {}
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(experiment.model.module)).encode())
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    if file is not None:
-        digest.update(Path(file).read_bytes())
-    return {"network": {name: digest.hexdigest()}}
 
 
 def finished(work: Work, blocks: Callable[[], Mapping[str, Any]]) -> None:
