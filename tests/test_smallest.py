@@ -149,10 +149,9 @@ def test_one_client_does_not_choose_the_cut_by_a_claim_of_images(net):
     class Claiming(LocalEngine):
         def run(self, job):
             for reply in super().run(job):
-                if job.task.kind == "evaluate" and reply.client == sorted(self.clients)[0]:
-                    none = {name: torch.zeros_like(tensor) for name, tensor in reply.tensors.items()}
-                    reply = replace(reply, images=10**9, tensors=none | {"counts": torch.tensor(10**9)})
-                yield reply
+                none = {name: torch.zeros_like(tensor) for name, tensor in reply.tensors.items()}
+                lie = replace(reply, images=10**9, tensors=none | {"counts": torch.tensor(10**9)})
+                yield lie if (job.task.kind, reply.client) == ("evaluate", "client-0") else reply
 
     honest = smallest(net, federation(clients))
     fed = replace(federation(clients), engine=Claiming(clients[0], validation=clients[1], rules=Privacy(min_images=1)))
