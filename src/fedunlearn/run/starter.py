@@ -27,6 +27,8 @@ source = "{source}"
 path = {path}
 size = {size}
 validation = {validation:g}        # share of each client's images
+# mean = [0.485, 0.456, 0.406]  # what your weights were trained on, a number per colour: without, that of the images
+# std = [0.229, 0.224, 0.225]
 
 [federation]
 clients = {clients}            # equal shares of the images{groups}
