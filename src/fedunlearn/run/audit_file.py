@@ -83,7 +83,8 @@ def audit_model(
     if client is not None and not oracles:
         raise EvidenceError(f"{client} alone cannot retrain: give retrained models with --oracle")
     subject = _subject(weights, experiment)
-    subject.checked(model.name, len(splits.train.classes), experiment.forget)  # before models are retrained for it
+    # Before models are retrained for it.
+    subject.checked(model.name, len(experiment.splits.test.classes), experiment.forget)
     named = _retrained(oracles, experiment, besides=[model, *([candidate.original] if candidate.original else [])])
     controls = {} if candidate.original is None else _controls(candidate.original, experiment)
     _check_retrained(named, experiment)
