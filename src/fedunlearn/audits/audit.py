@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from fedunlearn.audits.verdict import (
     never_known,
     thresholds_json,
 )
-from fedunlearn.errors import EvidenceError, ModelError, RunError
+from fedunlearn.errors import EvidenceError, ModelError, RunError, without_addresses
 from fedunlearn.files import write_text
 
 THRESHOLDS = "thresholds.json"
@@ -278,8 +277,8 @@ def _fix(folder: Path | None, text: str) -> str:
 def _state_hash(subject: Subject) -> str:
     digest = hashlib.sha256(json.dumps([_RULES, subject.labels]).encode())
     for model in (subject.model, subject.row_kept):
-        if model is not None:  # the same weights in other layers are another model; an address changes with the process
-            digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(model.module)).encode())
+        if model is not None:  # the same weights in other layers are another model
+            digest.update(without_addresses(model.module).encode())
         for name, tensor in ({} if model is None else model.module.state_dict()).items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.errors import without_addresses
 
 _SHOWN = 48  # a longer text is told by its digest
 
@@ -45,8 +45,12 @@ def _short(text: str) -> str:
 def _plain(value: Any) -> Any:
     """Return ``value`` as JSON values that say all that matters of it."""
     if isinstance(value, Classifier):
-        drawn = re.sub(r" at 0x[0-9a-f]+", "", repr(value.module))  # an address changes with the process
-        return [drawn, weights_digest(value.module.state_dict()), value.plan.to_json(), value.labels]
+        return [
+            without_addresses(value.module),
+            weights_digest(value.module.state_dict()),
+            value.plan.to_json(),
+            value.labels,
+        ]
     if isinstance(value, partial):
         return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
     if isinstance(value, FunctionType):
@@ -66,7 +70,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return without_addresses(value)
 
 
 def _code(code: CodeType) -> list[Any]:

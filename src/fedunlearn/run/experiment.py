@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_chec
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table
 from fedunlearn.data.splits import Splits
-from fedunlearn.errors import ModelError, PlanError, RecipeError
+from fedunlearn.errors import ModelError, PlanError, RecipeError, without_addresses
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine
@@ -217,7 +216,7 @@ def network_of(experiment: Experiment) -> dict[str, Any]:
     name = experiment.recipe.model.name
     if ":" not in name:
         return {}
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(experiment.model.module)).encode())
+    digest = hashlib.sha256(without_addresses(experiment.model.module).encode())
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     if file is not None:
         digest.update(Path(file).read_bytes())

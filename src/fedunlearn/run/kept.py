@@ -162,9 +162,7 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
     else:
         path = folder / f"{name}.safetensors"
         steps = KeptModel(path).restore(fresh.module)
-    if steps is not None:
-        steps = _recounted(steps, fresh)
-    else:
+    if steps is None:
         raise RunError(
             f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
             "(audit.oracles), or leave audit.models out to retrain"
@@ -175,7 +173,7 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
             f"{path} names a class to forget in {100 * share:.1f} % of its test images, so it was not retrained "
             "without it: give models of this request (audit.models), or leave audit.models out to retrain"
         )
-    return steps
+    return _recounted(steps, fresh)
 
 
 def _recounted(steps: Sequence[Step], model: Classifier) -> list[Step]:
