@@ -109,6 +109,10 @@ def test_a_client_audits_with_its_own_images_alone(signed, recipe, oracles, tmp_
     assert found["client"] == "client-1"
     counts = json.loads((tmp_path / "out" / "audits" / "unlearned.json").read_text())["details"]["confusion"]
     assert sum(map(sum, counts)) == 8  # its validation images
+    for page in ("report.html", "report.md"):
+        said = (tmp_path / "out" / page).read_text("utf-8")
+        assert "Audited by client-1 alone: with its own training images, and its validation images" in said
+        assert "on test images, " not in said and "others; test images" not in said
 
 
 def test_what_a_client_cannot_do_is_said(signed, recipe, oracles, tmp_path):

@@ -29,6 +29,7 @@ from fedunlearn.audits.base import (
     Shipped,
     Subject,
     View,
+    alike,
     by_class,
     error_by_class,
     share,
@@ -610,6 +611,31 @@ def test_of_features_that_are_all_alike_no_class_is_known(seed, set_of_images):
     assert measure([own for own in AUDITS if own.name == "linear_probe"], view).figures["probe"].value == 0.25
 
 
+@pytest.mark.parametrize("constant", [0.0, 3e3, 1e6])
+@pytest.mark.parametrize("copies", [1, 3])  # a product of matrices is taken above 25 rows, and cancels
+def test_one_large_channel_does_not_hide_what_the_others_tell(constant, copies):
+    truth = torch.arange(60) % 3
+    features = torch.eye(3)[truth] + 0.01 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([features, torch.full((60, 1), constant)], 1)
+    assert not alike(features)
+    draw = torch.Generator().manual_seed(0)
+    rows = (torch.arange(12).repeat(copies), truth[:12].repeat(copies))
+    shares = prototype_accuracy(features, truth, features[rows[0]], rows[1], shots=5, draws=4, draw=draw)
+    assert shares.tolist() == [1.0] * 4
+    assert (linear_probe(features, truth, features) == truth).all()
+
+
+@pytest.mark.parametrize("forgotten", [0, 2])
+def test_which_of_two_classes_of_the_same_features_comes_first_decides_nothing(forgotten):
+    other = 2 - forgotten
+    truth = torch.tensor([forgotten] * 5 + [other] * 5 + [1] * 5)
+    features = torch.tensor([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 5)
+    rows = truth == forgotten
+    draw = torch.Generator().manual_seed(0)
+    shares = prototype_accuracy(features, truth, features[rows], truth[rows], shots=1, draws=2, draw=draw)
+    assert shares.tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(("u", "known"), [(0.0, False), (0.1, False), (0.11, True), (0.9, True)])
 def test_what_the_original_never_knew_is_no_verdict(u, known):
     bands = verdict.calibrate(ORACLES)  # U of 0 +- 2.97 x 0.01
@@ -808,7 +834,7 @@ def test_an_audit_is_one_file_and_one_row(nets, set_of_images, tmp_path, monkeyp
         of_class = torch.isin(images.test.labels, torch.tensor(images.forget))
         return Found({"doubt": Figure(float(1 - seen.test.logits[of_class].softmax(1).amax(1).mean()))}, {"doubt": 7})
 
-    made_up = Audit("doubt", {"doubt": FigureKind("doubt", "How unsure is the model of the class?", "apart")}, unsure)
+    made_up = Audit("doubt", {"doubt": FigureKind("doubt", "How unsure is the model of the class?", "class")}, unsure)
     monkeypatch.setattr(auditing, "AUDITS", (*AUDITS, made_up))  # as if the row were in the table
     monkeypatch.setitem(FIGURES, "doubt", made_up.figures["doubt"])
     monkeypatch.setitem(verdict.KINDS, "doubt", made_up.figures["doubt"].kind)
@@ -817,6 +843,9 @@ def test_an_audit_is_one_file_and_one_row(nets, set_of_images, tmp_path, monkeyp
     assert found.judgements["head_only"]["audits"]["doubt"]["verdict"] in ("inside", "above", "below")
     assert json.loads((tmp_path / "audits" / "unlearned.json").read_text())["details"]["doubt"] == 7
     assert words.clipped((-1.0, 3.0), "doubt") == (0.0, 1.0)
+    above = {"figure": 0.9, "band": [0.1, 0.3], "verdict": "above"}
+    (only,) = words.outside({"verdict": verdict.SUPPRESSED, "forget": [2], "audits": {"doubt": above}})
+    assert only[1] == ["doubt: 90.0 % (retrained models: mean 20.0 %, band to 30.0 %)"]
 
 
 def test_the_table_names_every_audit_and_every_figure_once():

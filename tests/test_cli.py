@@ -79,14 +79,14 @@ def told(tmp_path_factory):
 
 
 def test_weights_that_are_named_are_those_that_are_taken(tmp_path):
-    given = Options(recipe="digits", weights="mine.pt", models=tmp_path).recipe_set()
+    given = Options(recipe="digits", weights="mine.pt", models=tmp_path).loaded_recipe()
     assert (given.model.weights, given.audit.models) == ("mine.pt", str(tmp_path))
     with pytest.raises(RecipeError, match=r"--models .*: expected a folder with original.safetensors"):
-        Options(recipe="digits", models=tmp_path).recipe_set()
+        Options(recipe="digits", models=tmp_path).loaded_recipe()
     (tmp_path / "original.safetensors").touch()
     original = str(tmp_path / "original.safetensors")
-    assert Options(recipe="digits", models=tmp_path).recipe_set().model.weights == original
-    set_by_key = Options(recipe="digits", models=tmp_path, overrides=["model.weights=mine.pt"]).recipe_set()
+    assert Options(recipe="digits", models=tmp_path).loaded_recipe().model.weights == original
+    set_by_key = Options(recipe="digits", models=tmp_path, overrides=["model.weights=mine.pt"]).loaded_recipe()
     assert (set_by_key.model.weights, set_by_key.audit.models) == ("mine.pt", str(tmp_path))
 
 

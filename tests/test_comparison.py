@@ -460,7 +460,7 @@ def test_a_deployment_compares_nothing(tmp_path):
     from fedunlearn.engines import Order, carry_out
 
     recipe = load_recipe(str(write_set(tmp_path)), ["federation.engine=flower"])
-    order = Order(command="compare", recipe=recipe, out=tmp_path / "out", superlink="a:1", compared=Plan())
+    order = Order(recipe=recipe, out=tmp_path / "out", superlink="a:1", compared=Plan())
     with pytest.raises(RecipeError, match=r"compare runs its clients in this process, or with --engine flower-simul"):
         carry_out(order)
 

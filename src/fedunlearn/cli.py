@@ -115,12 +115,11 @@ def compare(options: Options) -> None:
 
     given = [name.strip() for name in options.methods.split(",") if name.strip()]
     plan = Plan(tuple(name for name in given if name != _ALL), options.seeds, options.tune)
-    plan, recipe = replace(plan, methods=()) if _ALL in given else plan, options.recipe_set()
+    plan, recipe = replace(plan, methods=()) if _ALL in given else plan, options.loaded_recipe()
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-compare"
     with _progress(options.quiet) as (console, observe):
         result = carry_out(
             Order(
-                command="compare",
                 recipe=recipe,
                 out=folder,
                 prepared=lambda experiment: console.print(
@@ -154,7 +153,7 @@ def evaluate(options: Options) -> None:
     """Measure a model, unlearned or not, on the test images."""
     from fedunlearn.run.commands import evaluate_weights  # slow to import
 
-    recipe = options.recipe_set()
+    recipe = options.loaded_recipe()
     with _progress(options.quiet) as (console, observe):
         observe("evaluate", 0, 1)
         block = evaluate_weights(recipe, tell=partial(console.print, highlight=False, markup=False))
@@ -178,7 +177,7 @@ def export(options: Options) -> None:
     assert options.out is not None  # an option that the command requires
     with _progress(options.quiet) as (console, _):
         tell = partial(console.print, highlight=False, markup=False)
-        apart = export_weights(options.recipe_set(), options.out, tell=tell)
+        apart = export_weights(options.loaded_recipe(), options.out, tell=tell)
     if not options.quiet:
         typer.echo(f"{options.out}: by onnxruntime its logits are those of torch to {apart:.0e} of the largest")
 
@@ -194,7 +193,7 @@ def audit(options: Options) -> None:
 
     assert options.model is not None  # an argument of the command
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-audit"
-    recipe = options.recipe_set()
+    recipe = options.loaded_recipe()
     weights = read_weights(options.model)
     with _progress(options.quiet) as (console, observe):
 
@@ -313,7 +312,7 @@ def _work(command: str, options: Options) -> None:
     from fedunlearn.engines import Order, carry_out  # slow to import
     from fedunlearn.run.estimate import seconds_to_train
 
-    recipe = options.recipe_set()
+    recipe = options.loaded_recipe()
     stem = Path(options.recipe).stem
     folder = options.out or Path("runs") / (stem if command == "run" else f"{stem}-{command}")
     with _progress(options.quiet) as (console, observe):

@@ -46,7 +46,7 @@ _SPARED = {
     "sd away": "sd away",
     "band": "band",
 }
-_FORGOTTEN = 0.1  # U with the row kept above which the reader is warned
+_STILL_NAMED = 0.1  # U with the row kept above which the reader is warned
 _PHASES = {
     "train": "training the original",
     "measure": "measuring channels",
@@ -386,7 +386,7 @@ def notes(result: Mapping[str, Any]) -> str:
             "nothing to forget: train it for longer (train.rounds)."
         )
     left = result.get("unlearned", {}).get("accuracy", {}).get("forget_row_kept") or 0.0
-    if left > _FORGOTTEN and result.get("verdict", NO_VERDICT) == NO_VERDICT:
+    if left > _STILL_NAMED and result.get("verdict", NO_VERDICT) == NO_VERDICT:
         lines.append(f"NOT FORGOTTEN: with its row kept, {100 * left:.0f} % are named. Prune more or repair longer.")
     return "\n".join(lines)
 

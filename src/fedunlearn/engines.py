@@ -21,9 +21,9 @@ class Order:
     """A command to carry out.
 
     Attributes:
-        command: ``"train"``, ``"unlearn"`` or ``"run"``.
         recipe: what to do.
         out: folder of the run.
+        command: ``"train"``, ``"unlearn"`` or ``"run"``.
         key: the operator's private key, or None.
         superlink: ``ADDRESS:PORT`` of a Flower deployment, or None.
         ca: certificate of the authority that signed the SuperLink's, or None.
@@ -33,9 +33,9 @@ class Order:
         compared: where set, compares these methods in the place of ``command``.
     """
 
-    command: str
     recipe: Recipe
     out: Path
+    command: str = "run"
     key: Path | None = None
     superlink: str | None = None
     ca: Path | None = None

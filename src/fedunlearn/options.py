@@ -42,7 +42,7 @@ class Options:
     tune: int = 0
     debug: bool = False
 
-    def recipe_set(self) -> Recipe:
+    def loaded_recipe(self) -> Recipe:
         """Return the recipe with all that options override."""
         named = {
             "data.path": self.data,

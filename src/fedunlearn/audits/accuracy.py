@@ -64,6 +64,7 @@ AUDIT = Audit(
             "U, row in place",
             "Does the model still name the class, its output row in place where it is known?",
             "class",
+            "named right",
         ),
         "retain": FigureKind("R, other classes", "Does it still name the others?", "near"),
     },

@@ -106,7 +106,7 @@ AUDIT = Audit(
     {
         "artefacts": FigureKind(
             "artefacts",
-            "Is anything of the class left in the shipped file (findings)?",
+            "Are rows, filters or labels of the class, or foreign data, left in the shipped file (findings)?",
             "class",
             largest=math.inf,
             fixed=0.0,

@@ -180,11 +180,12 @@ def share(correct: int, total: int) -> Figure:
 
 
 def alike(features: Tensor) -> bool:
-    """Return whether all features, shape ``(images, width)``, are the same as far as rounding goes.
+    """Return whether each feature, shape ``(images, width)``, is the same in all images as far as rounding goes.
 
     Whatever is named by such features is named as one class: which one, rounding or the order of the classes decides.
+    Each channel by itself: beside a large constant one, any other would pass for rounding.
     """
-    return bool((features - features[:1]).abs().max() <= 1e-5 * features.abs().max())
+    return bool(((features - features[:1]).abs().amax(0) <= 1e-5 * features.abs().amax(0)).all())
 
 
 def by_class(right: Tensor, truth: Tensor) -> Figure:
@@ -235,6 +236,7 @@ class FigureKind:
         kind: what a value above the band says. ``"class"``: the model knows more of the forgotten class than a
             retrained model does. ``"apart"``: the model is further from the retrained models than they are from each
             other. ``"near"``: the opposite of ``"apart"``.
+        plain: what it counts, for a reader who knows no audit; the label where empty.
         largest: largest value that the figure can take.
         fixed: the one value that passes, whatever the retrained models give; None where they set the band.
     """
@@ -242,6 +244,7 @@ class FigureKind:
     label: str
     question: str
     kind: Kind
+    plain: str = ""
     largest: float = 1.0
     fixed: float | None = None
 

@@ -68,7 +68,7 @@ class AuditImages:
 
     def forgotten(self, images: LabelledImages) -> LabelledImages:
         """Return the images of the forgotten classes."""
-        return images.without(self.kept)
+        return images.only(self.forget)
 
 
 def audit_images(

@@ -64,6 +64,13 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
 
 AUDIT = Audit(
     "linear_probe",
-    {"probe": FigureKind("linear probe", "Can a linear probe on the frozen features tell the class?", "class")},
+    {
+        "probe": FigureKind(
+            "linear probe",
+            "Can a linear probe on the frozen features tell the class?",
+            "class",
+            "recognised by a simple reader of the model's inside",
+        )
+    },
     _measure,
 )

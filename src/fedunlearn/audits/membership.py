@@ -164,7 +164,10 @@ AUDIT = Audit(
     "membership",
     {
         "membership": FigureKind(
-            "membership AUC", "Can its training images be told from its test images (chance: 50)?", "class"
+            "membership AUC",
+            "Can its training images be told from its test images (chance: 50)?",
+            "class",
+            "training images told from others (50 % is guessing)",
         )
     },
     _measure,

@@ -84,7 +84,7 @@ AUDIT = Audit(
     {
         "neighbours": FigureKind(
             "neighbours (TV)",
-            "Without its row, do its images go to other classes than in retrained models (0: to the same)?",
+            "Without its row, does it answer its images otherwise than retrained models do (0: as they do)?",
             "apart",
         )
     },

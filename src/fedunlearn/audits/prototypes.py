@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, alike, by_class, error_by_class
+from fedunlearn.audits.base import Audit, Figure, FigureKind, Found, Subject, View, alike, error_by_class
 from fedunlearn.audits.images import AuditImages
 from fedunlearn.seeding import generator
 
@@ -26,10 +27,11 @@ def prototype_accuracy(
     draws: int,
     draw: torch.Generator,
 ) -> Tensor:
-    """Return, per draw, the share of test images whose nearest class prototype is that of their class: ``by_class``.
+    """Return, per draw, the share of test images whose nearest class prototype is their own's, the mean over classes.
 
     With ``h' = h / |h|`` and ``p_k`` the mean of ``h'`` over ``shots`` random images of class ``k``, all classes
-    included, an image is named ``argmin_k |h' - p_k|``. Of features that are all alike the share is that of chance.
+    included, an image is named ``argmin_k |h' - p_k|``; where ``m`` prototypes are equally near, it counts ``1/m`` if
+    its own is one of them. Of features that are all alike the share is that of chance.
 
     Args:
         features: ``h`` of the images to draw from, shape ``(images, width)``.
@@ -49,7 +51,8 @@ def prototype_accuracy(
         ...                    draw=torch.Generator())
         tensor([1., 1.], dtype=torch.float64)
     """
-    unit, test_unit = F.normalize(features), F.normalize(test_features)
+    # In float64, and not as a product of matrices: a large channel would cancel what tells the images apart.
+    unit, test_unit = F.normalize(features.double()), F.normalize(test_features.double())
     classes = torch.tensor(sorted(set(truth.tolist())))
     if alike(torch.cat([unit, test_unit])):
         return torch.full((draws,), 1 / len(classes), dtype=torch.float64)
@@ -60,8 +63,10 @@ def prototype_accuracy(
             rows = (truth == label).nonzero().flatten()
             chosen = rows[torch.randperm(len(rows), generator=draw)[:shots]]
             prototypes.append(unit[chosen].mean(0))
-        named = classes[torch.cdist(test_unit, torch.stack(prototypes)).argmin(1)]
-        shares.append(by_class(named == test_truth, test_truth).value)
+        away = torch.cdist(test_unit, torch.stack(prototypes), compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = (away == away.amin(1, keepdim=True)).double()
+        right = ((classes == test_truth[:, None]) * nearest).sum(1) / nearest.sum(1)
+        shares.append(fmean(float(right[test_truth == label].mean()) for label in torch.unique(test_truth)))
     return torch.tensor(shares, dtype=torch.float64)
 
 
@@ -88,10 +93,20 @@ AUDIT = Audit(
     "prototypes",
     {
         "prototype_1": FigureKind(
-            "1-shot prototypes", "Does one image per class bring it back (nearest prototype)?", "class"
+            "1-shot prototypes",
+            "Does one image per class bring it back (nearest prototype)?",
+            "class",
+            "recognised from one sample image of each class",
         ),
-        "prototype_5": FigureKind("5-shot prototypes", "Do five images per class?", "class"),
-        "prototype_10": FigureKind("10-shot prototypes", "Do ten?", "class"),
+        "prototype_5": FigureKind(
+            "5-shot prototypes",
+            "Do five images per class?",
+            "class",
+            "recognised from five sample images of each class",
+        ),
+        "prototype_10": FigureKind(
+            "10-shot prototypes", "Do ten?", "class", "recognised from ten sample images of each class"
+        ),
     },
     _measure,
 )

@@ -51,7 +51,10 @@ AUDIT = Audit(
     "reestimation",
     {
         "reestimated": FigureKind(
-            "U, re-estimated", "Does a label-free pass over kept images bring the class back?", "class"
+            "U, re-estimated",
+            "Does a label-free pass over kept images bring the class back?",
+            "class",
+            "named right with new statistics in the layers",
         )
     },
     _measure,

@@ -147,7 +147,10 @@ AUDIT = Audit(
     "relearn",
     {
         "relearn": FigureKind(
-            "relearning", "How far does a short training bring it back (mean U along the curve)?", "class"
+            "relearning",
+            "How far does a short training bring it back (mean U along the curve)?",
+            "class",
+            "named right in the mean while the class is taught again",
         )
     },
     _measure,

@@ -51,8 +51,13 @@ def _measure(subject: Subject, images: AuditImages, seen: View, references: Sequ
 AUDIT = Audit(
     "rounding",
     {
-        "int8": FigureKind("U, 8 bits", "Does rounding the weights to 8 bits bring it back?", "class"),
-        "int4": FigureKind("U, 4 bits", "Does rounding to 4 bits?", "class"),
+        "int8": FigureKind(
+            "U, 8 bits",
+            "Does rounding the weights to 8 bits bring it back?",
+            "class",
+            "named right by a copy of 8 bits",
+        ),
+        "int4": FigureKind("U, 4 bits", "Does rounding to 4 bits?", "class", "named right by a copy of 4 bits"),
     },
     _measure,
 )

@@ -167,14 +167,13 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
     """
     audits = {name: _held(figures[name], bands.get(name)) for name in KINDS if name in figures}
     held = [name for name, audit in audits.items() if audit["verdict"] is not None]
-    outside = {name: audit["verdict"] for name, audit in audits.items() if audit["verdict"] in ("above", "below")}
     if oracles < FEWEST:
         reason = f"{oracles} retrained models, at least {FEWEST} are needed: every figure is reported without a verdict"
         if oracles == 0:
             reason += "; membership, neighbours and features, which compare with retrained models, are left out"
         return {"verdict": NO_VERDICT, "reason": reason, "decided_by": [], "audits": audits}
-    apart = [name for name, side in outside.items() if (KINDS[name], side) not in _HARMLESS]
-    shown = [name for name in apart if (KINDS[name], outside[name]) == ("class", "above")]
+    apart = speaking_against({"audits": audits})
+    shown = [name for name in apart if (KINDS[name], audits[name]["verdict"]) == ("class", "above")]
     if "forget" in shown and figures["forget"].value > chance:
         verdict, decided, reason = NOT_FORGOTTEN, ["forget"], "the model still names the class"
     elif shown:
@@ -193,7 +192,7 @@ def judge(figures: Mapping[str, Figure], bands: Mapping[str, Band], *, oracles: 
     return {"verdict": verdict, "reason": reason, "decided_by": decided, "audits": audits}
 
 
-def outside(judgement: Mapping[str, Any]) -> list[str]:
+def speaking_against(judgement: Mapping[str, Any]) -> list[str]:
     """Return the figures of a judgement that lie outside their band on a side that speaks against the model."""
     sides = {name: audit["verdict"] for name, audit in judgement["audits"].items()}
     beyond = {name: side for name, side in sides.items() if side in ("above", "below")}
@@ -265,20 +264,20 @@ def leave_one_out(
 ) -> dict[str, Any]:
     """Return what the verdict is on each retrained model, and on controls, by the bands of the other retrained models.
 
+    Fewer than three retrained models cannot be held out. The figures that compare with retrained models (membership,
+    neighbours, features) of the judging ones were measured with the held-out one among them, which favours it a little.
+
     Args:
         oracles: figures of each retrained model.
         controls: figures of models that must fail.
         chance: U of a model that guesses.
-
-    Fewer than three retrained models cannot be held out. The figures that compare with retrained models (membership,
-    neighbours, features) of the judging ones were measured with the held-out one among them, which favours it a little.
 
     Returns:
         ``models``: per held-out model its ``verdict``, the figures ``outside`` and the verdicts on ``controls``;
         ``false_positives`` of ``figures``: how many of the held-out models' figures lie outside.
     """
     models: dict[str, Any] = {}
-    figures = outside = 0
+    figures = beyond_all = 0
     for name, held in oracles.items() if len(oracles) >= FEWEST else ():
         others = [theirs for other, theirs in oracles.items() if other != name]
         bands = calibrate(others)
@@ -287,7 +286,7 @@ def leave_one_out(
         found = judge(held, bands, oracles=asked, chance=chance)
         beyond = [figure for figure, audit in found["audits"].items() if audit["verdict"] in ("above", "below")]
         figures += sum(audit["verdict"] is not None for audit in found["audits"].values())
-        outside += len(beyond)
+        beyond_all += len(beyond)
         models[name] = {
             "verdict": found["verdict"],
             "outside": beyond,
@@ -296,7 +295,7 @@ def leave_one_out(
                 for control, theirs in controls.items()
             },
         }
-    return {"models": models, "figures": figures, "false_positives": outside}
+    return {"models": models, "figures": figures, "false_positives": beyond_all}
 
 
 def thresholds_json(bands: Mapping[str, Band], *, oracles: int) -> dict[str, Any]:

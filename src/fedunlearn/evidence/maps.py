@@ -79,8 +79,7 @@ def save_feature_maps(
     classifier = Classifier.of(model, images.shape)
     module = classifier.module
     taps = {name: tap for name, tap in find_channels(module, classifier.example).taps.items() if name in scores}
-    gone = images.without([label for label in range(len(images.classes)) if label not in forget])
-    shown = [(some, row) for some in (gone, images.without(forget)) for row in _spread(some.labels)]
+    shown = [(some, row) for some in (images.only(forget), images.without(forget)) for row in _spread(some.labels)]
     picked = [some.take(torch.tensor([row])) for some, row in shown]
     rows = [image.classes[int(image.labels[0])] for image in picked]
     device = next(module.parameters()).device

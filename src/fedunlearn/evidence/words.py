@@ -6,8 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.audits.verdict import FEWEST, INDISTINGUISHABLE, NO_VERDICT, NOT_FORGOTTEN, SUPPRESSED, UNLIKE
-from fedunlearn.audits.verdict import outside as verdict_outside
+from fedunlearn.audits.verdict import (
+    FEWEST,
+    INDISTINGUISHABLE,
+    NO_VERDICT,
+    NOT_FORGOTTEN,
+    SUPPRESSED,
+    UNLIKE,
+    speaking_against,
+)
 from fedunlearn.methods.table import CONTROLS
 
 _LABELS = {control.name: control.label for control in CONTROLS}
@@ -58,9 +65,9 @@ GLOSSARY = {
     "validation images": "images that clients hold back from training: settings, and the end of retraining, are "
     "chosen by them",
     "membership AUC": "can the very images that were trained on be told from others? 50 is guessing, 100 is certain",
-    "neighbours (TV)": "the share of images of the class that goes elsewhere than in retrained models, among the other "
-    "answers; 0 is the same (total variation). Outside, the class is answered in another way, which need not mean that "
-    "the model knows it",
+    "neighbours (TV)": "how far the mean probabilities of the other answers, on images of the class, are from those "
+    "that retrained models give; 0 is the same (total variation), and a surer or less sure model differs too. Outside, "
+    "the class is answered in another way, which need not mean that the model knows it",
     "features (CKA), features (Procrustes)": "how alike what the layers compute is to retrained models. CKA: 100 is "
     "the same; Procrustes: 0 is the same. Outside, the model computes in another way, which need not mean that it "
     "knows the class",
@@ -190,7 +197,7 @@ def apart(audits: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _kinds_apart(audits: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
-    against = verdict_outside({"audits": audits})
+    against = speaking_against({"audits": audits})
     traces = [name for name in against if _shows_class(audits, name)]
     suffered = [name for name in against if name == "retain"]
     return traces, [name for name in against if name not in (*traces, *suffered)], suffered
@@ -209,31 +216,15 @@ def _against(audit: Mapping[str, Any], name: str, *, delivered: bool) -> str:
     if FIGURES[name].fixed is not None:  # counted
         return f"{FIGURES[name].label} {audit['figure']:g}"
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], name)[1]
-    plain = _PLAIN[name] if delivered else _PLAIN[name].removesuffix(_PUT_BACK)
+    plain = FIGURES[name].plain or FIGURES[name].label
+    if name == "forget" and delivered:  # without its output row
+        plain += " with the answer put back"
     return f"{plain}: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band to {_tenth(end)})"
-
-
-_PUT_BACK = " with the answer put back"  # of a model that was delivered without
 
 
 def _below(audit: Mapping[str, Any]) -> str:
     mean, end = sum(audit["band"]) / 2, clipped(audit["band"], "retain")[0]
     return f"named right: {_tenth(audit['figure'])} (retrained models: mean {_tenth(mean)}, band from {_tenth(end)})"
-
-
-# What is counted by a figure above its band.
-_PLAIN = {
-    "forget": f"named right{_PUT_BACK}",
-    "reestimated": "named right with new statistics in the layers",
-    "probe": "recognised by a simple reader of the model's inside",
-    "prototype_1": "recognised from one sample image of each class",
-    "prototype_5": "recognised from five sample images of each class",
-    "prototype_10": "recognised from ten sample images of each class",
-    "relearn": "named right in the mean while the class is taught again",
-    "int8": "named right by a copy of 8 bits",
-    "int4": "named right by a copy of 4 bits",
-    "membership": "training images told from others (50 % is guessing)",
-}
 
 
 def _tenth(share: float) -> str:

@@ -210,7 +210,7 @@ def prunes(request: Request) -> bool:
 
 def delivered(model: Classifier, request: Request) -> Subject:
     """Return ``model``, which has a row for every class, without the rows of the forgotten ones."""
-    return Subject(model.without_rows(request.forget), model)
+    return Subject.without_rows(model, request.forget)
 
 
 def trained(

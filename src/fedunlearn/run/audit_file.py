@@ -7,18 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.audit import ORIGINAL, Record, audit
+from fedunlearn.audits.audit import ORIGINAL, audit
 from fedunlearn.audits.base import Subject
 from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.channels.heads import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError, listed
-from fedunlearn.evidence.dossier import sign
-from fedunlearn.evidence.events import OPERATOR
-from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
+from fedunlearn.evidence.folder import check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
-from fedunlearn.evidence.verify import DOSSIER, fingerprint
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.federation.about import weights_digest
 from fedunlearn.run.compare import retrained_models
@@ -28,7 +25,7 @@ from fedunlearn.run.kept import KNOWS, most_named
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
-from fedunlearn.run.work import Observe, Work, finished, opened, read_result
+from fedunlearn.run.work import Observe, Work, concluded, finished, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +91,17 @@ def audit_model(
     rates: Mapping[str, float] = {}
     if not oracles:
         experiment, rates = settled(experiment, out)
-    work = opened("audit", experiment, out, about=about, rates=rates, observe=observe)
+    work = opened("audit", experiment, out, rates=rates, observe=observe, about=about)
     work.probed()
     prepared(work.experiment)
     finished(work, lambda: _blocks(work, _Audited(model, subject, named, controls, images)) | {"client": client})
-    work.events.once("result written", sha256=sha256(out / RESULT))
-    work.fed.journal.close()
+    return concluded(work, signer, pages=_page)
+
+
+def _page(out: Path) -> None:
     from fedunlearn.evidence.report import write_report  # slow to import
 
-    # Before it is signed, the page is made of the files: what lay there may be another's words.
-    if not (out / REPORT).exists() or (signer is not None and not (out / DOSSIER).exists()):
-        if signer is not None:
-            work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
-        write_report(out)
-    if signer is not None:
-        sign(out, signer)
-    work.fed.journal.leave()
-    return read_result(out)
+    write_report(out)
 
 
 @dataclass(frozen=True)
@@ -133,16 +124,9 @@ def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
         (work.out / "oracles").mkdir(exist_ok=True)
         for name, oracle in retrained.items():  # for another audit
             save_model(work.out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
-        named = {
-            name: Subject(oracle.model.without_rows(experiment.forget), oracle.model)
-            for name, oracle in retrained.items()
-        }
+        named = {name: Subject.without_rows(oracle.model, experiment.forget) for name, oracle in retrained.items()}
 
-    def fixed(digest: str) -> None:
-        work.events.once("thresholds fixed", sha256=digest)
-
-    record = Record(work.out, fixed, work.fed.journal.report)
-    findings = audit(given.subject, given.images, oracles=named, controls=given.controls, record=record)
+    findings = audit(given.subject, given.images, oracles=named, controls=given.controls, record=work.record())
     work.events.once("audited", verdict=findings.verdict)
     judgement = findings.judgements[CANDIDATE]
 
@@ -264,4 +248,4 @@ def _subject(weights: Weights, experiment: Experiment) -> Subject:
 
 
 def _without_forgotten(subject: Subject, forget: Sequence[int]) -> Subject:
-    return subject if subject.row_kept is None else Subject(subject.row_kept.without_rows(forget), subject.row_kept)
+    return subject if subject.row_kept is None else Subject.without_rows(subject.row_kept, forget)

@@ -17,7 +17,7 @@ from typing import Any
 from fedunlearn.audits.audit import FOLDER, ORIGINAL, Calibrated
 from fedunlearn.audits.base import Found
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.audits.verdict import outside
+from fedunlearn.audits.verdict import speaking_against
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.federation import Federation
@@ -82,7 +82,7 @@ class Cells:
                 "validation": validation,
                 "figures": figures_of(found),
                 **judged(judgement),
-                "outside": outside(judgement),
+                "outside": speaking_against(judgement),
                 **({} if outcome.gone is None else {"gone": outcome.gone}),
                 **self._costs(outcome, validation["retain"]),
             }

@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedunlearn.audits.audit import Record, audit
+from fedunlearn.audits.audit import audit
 from fedunlearn.audits.base import Shipped, Subject
 from fedunlearn.audits.findings import Findings
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RecipeError, RunError
-from fedunlearn.evidence.dossier import sign
-from fedunlearn.evidence.events import OPERATOR
-from fedunlearn.evidence.folder import REPORT, RESULT, check_folder, sha256
+from fedunlearn.evidence.folder import RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
-from fedunlearn.evidence.verify import DOSSIER, fingerprint
+from fedunlearn.evidence.verify import DOSSIER
 from fedunlearn.export import export_onnx
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
@@ -43,7 +41,7 @@ from fedunlearn.run.result import (
     unlearned_blocks,
     unlearned_models,
 )
-from fedunlearn.run.work import Observe, Work, finished, opened, read_result
+from fedunlearn.run.work import Observe, Work, concluded, finished, opened
 from fedunlearn.unlearn import Forgotten, Unlearned
 from fedunlearn.version import __version__
 
@@ -85,34 +83,27 @@ def run(
         check_choice(experiment)
     if command == "run" and not (out / RESULT).exists():
         check_kept(experiment)  # before the folder is that of this request
-    about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
-    work = opened(command, experiment, out, about=about, rates=rates, observe=observe)
+    work = opened(command, experiment, out, rates=rates, observe=observe)
     privacy_block(work.experiment)  # what cannot be accounted for is not measured
     prepared(work.experiment)
     if command == "run":
         work.experiment.audit_images()  # an audit that cannot be done is refused before any work
     finished(work, lambda: _blocks(command, work, engine))
-    work.events.once("result written", sha256=sha256(out / RESULT))
-    work.fed.journal.close()
-    # Before it is signed, the page is made of the files: what lay there may be another's words.
-    unsigned = signer is not None and not (out / DOSSIER).exists()
-    if command == "run" and (unsigned or not (out / REPORT).exists()):
-        from fedunlearn.evidence.report import write_card, write_report  # slow to import
+    if command == "train":  # nothing is shown that could be signed
+        signer = None
+    return concluded(work, signer, pages=_pages if command == "run" else None)
 
-        if signer is not None:
-            work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
-        write_card(out)
-        write_report(out)
-    if signer is not None and command != "train":  # again where it is signed already: for longer
-        sign(out, signer)
-    work.fed.journal.leave()
-    return read_result(out)
+
+def _pages(out: Path) -> None:
+    from fedunlearn.evidence.report import write_card, write_report  # slow to import
+
+    write_card(out)
+    write_report(out)
 
 
 def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | None) -> dict[str, Any]:
     """Do what ``command`` asks, write all files but result.json, and return its blocks."""
-    if engine is not None:
-        work = work.on(replace(work.experiment, engine=engine(work.experiment)))
+    work = work.on(engine)
     experiment, out, events = work.experiment, work.out, work.events
     events.once("run started", version=__version__, recipe=experiment.recipe.digest(), data=work.data)
     work.probed()
@@ -220,12 +211,9 @@ def _audited(
     findings = audit(
         Subject(unlearned.model, unlearned.repaired, shipped),
         experiment.audit_images(),
-        oracles={
-            name: Subject(oracle.model.without_rows(experiment.forget), oracle.model)
-            for name, oracle in oracles.items()
-        },
+        oracles={name: Subject.without_rows(oracle.model, experiment.forget) for name, oracle in oracles.items()},
         controls={name: control.subject for name, control in beside.items()},
-        record=Record(out, lambda digest: events.once("thresholds fixed", sha256=digest), work.fed.journal.report),
+        record=work.record(),
     )
     events.once("audited", verdict=findings.verdict)
     return findings

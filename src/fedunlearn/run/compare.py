@@ -12,9 +12,9 @@ from fedunlearn.federation.about import weights_digest
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.rounds import Watch, train_rounds
 from fedunlearn.methods.base import Method, Outcome, Request, as_many, resolved, settings_by
 from fedunlearn.methods.erase_only import ERASE_ONLY
-from fedunlearn.methods.retrain import retrain
 from fedunlearn.methods.table import CONTROLS, METHODS
 from fedunlearn.run.experiment import Experiment, new_model, unlearned_model
 from fedunlearn.run.kept import KeptModel, check_folder_of_models, fill_kept
@@ -180,9 +180,14 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         if restored is not None:
             return Oracle(fresh, restored, True)
     kept = fed.keeping(exclude=experiment.forget, clients=experiment.keepers())
-    validate = recipe.train.validate_every if recipe.data.validation else 0
-    model = retrain(
-        fresh, kept, recipe.training(), rounds=recipe.train.rounds, server=experiment.server(), validate=validate
+    model = train_rounds(
+        fresh,
+        kept,
+        recipe.training(),
+        rounds=recipe.train.rounds,
+        phase="retrain",
+        server=experiment.server(),
+        watch=Watch(every=recipe.train.validate_every if recipe.data.validation else 0),
     )
     steps = fed.journal.steps("retrain")
     # One that some clients had no part in, as they failed, is not what the next run would train.

@@ -11,12 +11,12 @@ from statistics import mean
 from time import monotonic
 from typing import Any
 
-from fedunlearn.audits.audit import ORIGINAL, Calibrated, Record, calibration
+from fedunlearn.audits.audit import ORIGINAL, Calibrated, calibration
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
-from fedunlearn.evidence.folder import check_folder, sha256
+from fedunlearn.evidence.folder import check_folder
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, settings_by
@@ -105,12 +105,9 @@ def compare(
     _check(experiment, plan)  # as what follows, before the folder is that of this comparison
     if not (out / COMPARISON).exists():
         check_kept(experiment)
-    about = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
-    work = opened("compare", experiment, out, about=about, rates=rates, observe=observe)
+    work = opened("compare", experiment, out, rates=rates, observe=observe)
     prepared(work.experiment)
-    if engine is not None:
-        work = work.on(replace(work.experiment, engine=engine(work.experiment)))
-    bench = _Bench(work, plan, tell)
+    bench = _Bench(work.on(engine), plan, tell)
     value = bench.value()
     write_text(out / COMPARISON, json.dumps(value, indent=1) + "\n")
     write_comparison(out)
@@ -198,9 +195,8 @@ class _Bench:
         """The bands, fixed before the first candidate is there."""
         forget = self._work.experiment.forget
         subjects = {name: Subject.without_rows(oracle.model, forget) for name, oracle in self.oracles.items()}
-        events, report = self._work.events, self._work.fed.journal.report
-        record = Record(self._work.out, lambda digest: events.once("thresholds fixed", sha256=digest), report)
-        return calibration(self._work.experiment.audit_images(), subjects, record, planned=len(subjects))
+        images, record = self._work.experiment.audit_images(), self._work.record()
+        return calibration(images, subjects, record, planned=len(subjects))
 
     @cached_property
     def _one(self) -> Cells:

@@ -48,7 +48,6 @@ _TRAINED_BY = (
     "federation/privacy.py",
     "federation/rounds.py",
     "federation/tasks.py",
-    "methods/retrain.py",
     "models.py",
     "run/compare.py",
     "run/experiment.py",
@@ -242,8 +241,7 @@ def validation_unseen(experiment: Experiment) -> bool:
 
 def most_named(model: Classifier, test: LabelledImages, forget: Sequence[int]) -> float:
     """Return the share of its test images that ``model`` names, of that class to forget where it is largest."""
-    images = test.take(torch.isin(test.labels, torch.tensor(forget)).nonzero().flatten())
-    counted = count_correct(model.module, images, labels=model.labels)
+    counted = count_correct(model.module, test.only(forget), labels=model.labels)
     return max(float(counted.correct[label]) / max(1, int(counted.counts[label])) for label in forget)
 
 

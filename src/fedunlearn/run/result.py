@@ -307,8 +307,7 @@ def measured(
                 f"row_kept has no output row for class {lacking[0]}, which was forgotten: give the model as it was "
                 "before its rows were removed, the attribute repaired of what unlearn() returns"
             )
-        only = images.take(torch.isin(images.labels, torch.tensor(wanted)).nonzero().flatten())
-        accuracy["forget_row_kept"] = _mean_share(*_count(row_kept, only))
+        accuracy["forget_row_kept"] = _mean_share(*_count(row_kept, images.only(wanted)))
     else:
         has_rows = set(wanted) <= set(shown.labels or ())
         accuracy["forget_row_kept"] = accuracy["forget"] if has_rows else None

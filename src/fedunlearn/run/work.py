@@ -1,4 +1,4 @@
-"""What every command does: open its folder, work unless that is done, write result.json, close the journal."""
+"""What every command does: open its folder, work unless that is done, write result.json and its pages, sign them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedunlearn.audits.audit import Record
 from fedunlearn.errors import EvidenceError
-from fedunlearn.evidence.events import EVENTS, EventLog
-from fedunlearn.evidence.folder import RESULT, SCHEMA, read_json, versions
-from fedunlearn.evidence.verify import DOSSIER
+from fedunlearn.evidence.dossier import sign
+from fedunlearn.evidence.events import EVENTS, OPERATOR, EventLog
+from fedunlearn.evidence.folder import REPORT, RESULT, SCHEMA, read_json, sha256, versions
+from fedunlearn.evidence.verify import DOSSIER, fingerprint
 from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import Engine
 from fedunlearn.federation.journal import Journal
 from fedunlearn.files import write_text
 from fedunlearn.run.experiment import Experiment, network_of
@@ -44,9 +49,20 @@ class Work:
     recipe: Mapping[str, Any]
     rates: Mapping[str, float]
 
-    def on(self, experiment: Experiment) -> Work:
-        """Return the same work with other clients."""
+    def on(self, engine: Callable[[Experiment], Engine] | None) -> Work:
+        """Return the same work on the engine that ``engine`` makes; on that of this process where None."""
+        if engine is None:
+            return self
+        experiment = replace(self.experiment, engine=engine(self.experiment))
         return replace(self, experiment=experiment, fed=replace(self.fed, engine=experiment.engine))
+
+    def record(self) -> Record:
+        """Return where an audit keeps what it finds."""
+
+        def fixed(digest: str) -> None:
+            self.events.once("thresholds fixed", sha256=digest)
+
+        return Record(self.out, fixed, self.fed.journal.report)
 
     def probed(self) -> None:
         """Log what a probe of the machine found, where there was one."""
@@ -59,9 +75,9 @@ def opened(
     experiment: Experiment,
     out: Path,
     *,
-    about: Mapping[str, Any],
     rates: Mapping[str, float],
     observe: Observe,
+    about: Mapping[str, Any] | None = None,
 ) -> Work:
     """Return ``command`` at work in ``out``, a new folder or that of the same run.
 
@@ -69,7 +85,7 @@ def opened(
         command: its name.
         experiment: what the recipe set up, how its clients compute settled.
         out: the folder.
-        about: what else identifies the run, beside command, version, recipe and images.
+        about: what else identifies the run, beside command, version, recipe, images and weights to start from.
         rates: what a probe of the machine found.
         observe: told of each step.
 
@@ -77,7 +93,8 @@ def opened(
         RunError: the folder holds another run, or something else.
     """
     data, recipe = experiment.fingerprint(), portable_recipe(experiment.recipe, out)
-    header = run_header(command, recipe, data) | network_of(experiment) | dict(about)
+    weights = {} if experiment.weights is None else {"weights": sha256(experiment.weights.path)}
+    header = run_header(command, recipe, data) | network_of(experiment) | weights | dict(about or {})
     journal = Journal(out, header=header, observe=observe)
     return Work(out, experiment, experiment.federation(journal), EventLog(out / EVENTS), data, recipe, rates)
 
@@ -95,6 +112,23 @@ def finished(work: Work, blocks: Callable[[], Mapping[str, Any]]) -> None:
         write_text(work.out / RESULT, json.dumps({**about, **blocks()}, indent=2) + "\n")
 
 
-def read_result(out: Path) -> dict[str, Any]:
-    """Return the content of result.json."""
+def concluded(work: Work, signer: Ed25519PrivateKey | None, *, pages: Callable[[Path], None] | None) -> dict[str, Any]:
+    """Write the pages of a command whose result is there, sign the folder, and return the content of result.json.
+
+    Args:
+        work: the command.
+        signer: the operator's key; None: nothing is signed. What is signed already is signed again, for longer.
+        pages: makes the pages of a folder; None: there are none.
+    """
+    out, signed = work.out, (work.out / DOSSIER).exists()
+    work.events.once("result written", sha256=sha256(out / RESULT))
+    work.fed.journal.close()
+    # Before it is signed, the page is made of the files: what lay there may be another's words.
+    if pages is not None and (not (out / REPORT).exists() or (signer is not None and not signed)):
+        if signer is not None:
+            work.events.once(OPERATOR, key=fingerprint(signer.public_key()))
+        pages(out)
+    if signer is not None:
+        sign(out, signer)
+    work.fed.journal.leave()
     return read_json(out / RESULT)
