@@ -14,7 +14,8 @@ from typing import Any
 import safetensors
 
 from benchmarks.cells import CELLS, LESS_WORK, MODELS, SEEDS, SETTINGS, cell_of
-from benchmarks.method_tables import FOLDER, read, row_of
+from benchmarks.markdown import head_of, row_of, spread
+from benchmarks.method_tables import FOLDER, read
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.plots import work
 from fedunlearn.evidence.words import MODELS as LABELS
@@ -111,7 +112,7 @@ def _compared(recipe: str, setting: str) -> list[Result]:
 def headline() -> str:
     """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds, with controls."""
     head = ("cell", "model", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for recipe, (unlearned, retrained, ratio) in PAPER.items():
         runs = {setting: results(recipe, setting) for setting in HEADLINE}
         for setting, of_seeds in runs.items():
@@ -121,10 +122,12 @@ def headline() -> str:
                     continue
                 ratios = ["", "", ""]
                 if name not in _EQUAL_COST:
-                    whole = _times([one["speedup_whole"]["client_flops"] for one in of_seeds if "speedup_whole" in one])
+                    whole = spread(
+                        [one["speedup_whole"]["client_flops"] for one in of_seeds if "speedup_whole" in one], unit="x"
+                    )
                     ratios = [_to_equal_r(recipe, of_seeds), whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
-                accuracies = [_spread([of(block) for block in blocks]) for of in (_u, _r)]
-                lines.append(row_of((recipe, name + some, *accuracies, _spread(_retrained(of_seeds[0])), *ratios)))
+                accuracies = [spread([of(block) for block in blocks]) for of in (_u, _r)]
+                lines.append(row_of((recipe, name + some, *accuracies, spread(_retrained(of_seeds[0])), *ratios)))
         if missing := [setting for setting, of_seeds in runs.items() if not of_seeds]:
             lines.append(row_of((recipe, ", ".join(missing), *[NOT_RUN] * 5, "")))
     return "\n".join(lines) + "\n"
@@ -133,7 +136,7 @@ def headline() -> str:
 def several() -> str:
     """Return U and R where several classes go at once, beside the paper's: one seed, one retrained model."""
     head = ("classes", "ranking", "U, row in place", "R", "R, retrained", "speed-up to equal R", "paper")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for classes, (unlearned, retrained, ratio) in PAPER_CLASSES.items():
         cell = cell_of("cifar10-resnet20", classes)
         for setting in _BY_RECIPE:
@@ -141,9 +144,9 @@ def several() -> str:
             found = [NOT_RUN] * 4
             if of_seeds:
                 found = [
-                    _spread([_u(one["unlearned"]) for one in of_seeds]),
-                    _spread([_r(one["unlearned"]) for one in of_seeds]),
-                    _spread(_retrained(of_seeds[0])),
+                    spread([_u(one["unlearned"]) for one in of_seeds]),
+                    spread([_r(one["unlearned"]) for one in of_seeds]),
+                    spread(_retrained(of_seeds[0])),
                     _to_equal_r(cell, of_seeds),
                 ]
             paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
@@ -154,7 +157,7 @@ def several() -> str:
 def levels() -> str:
     """Return U and R on test images of the original and the retrained models that are kept, beside the level asked."""
     head = ("cell", "R asked", "original, U", "original, R", "retrained, R", "models", "trained in")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for recipe, asked in LEVEL.items():
         if not (MODELS / recipe).exists():
             lines.append(row_of((recipe, str(asked), *[NOT_RUN] * 5)))
@@ -163,7 +166,7 @@ def levels() -> str:
             found = json.loads((folder / "levels.json").read_text("utf-8"))
             original = found.pop("original", None)
             cells = ["", ""] if original is None else [f"{100 * original[name]:.1f}" for name in ("forget", "retain")]
-            retrained = _spread([100 * level["retain"] for level in found.values()])
+            retrained = spread([100 * level["retain"] for level in found.values()])
             used = Counter(level["precision"] for level in found.values())
             precision = ", ".join(f"{name} ({number})" for name, number in used.items())
             if original is not None:
@@ -175,7 +178,7 @@ def levels() -> str:
 def settings_table(recipe: str) -> str:
     """Return U, R and the verdicts of each setting and of its controls, mean and range over the seeds."""
     head = ("model", "U, row in place", "R", "R less retrained", "speed-up to equal R", "verdict")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     runs = {setting: results(recipe, setting) for setting in SETTINGS}
     for setting, of_seeds in runs.items():
         for name, blocks in _models(setting, of_seeds):
@@ -184,9 +187,9 @@ def settings_table(recipe: str) -> str:
                 row_of(
                     (
                         name,
-                        _spread([_u(block) for block in blocks]),
-                        _spread([_r(block) for block in blocks]),
-                        _spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, of_seeds)], sign="+"),
+                        spread([_u(block) for block in blocks]),
+                        spread([_r(block) for block in blocks]),
+                        spread([_r(block) - fmean(_retrained(one)) for block, one in zip(blocks, of_seeds)], sign="+"),
                         _to_equal_r(recipe, of_seeds) if name == f"**{setting}**" else "",
                         ", ".join(f"{verdict} ({count})" for verdict, count in verdicts.items()),
                     )
@@ -213,7 +216,7 @@ def depth_table(recipe: str) -> str:
             (text, [(one["figures"][name], one["audits"]) for one in of_seeds]) for name, text in labels.items()
         ]
     head = ["figure", "retrained", "band", *(text for text, _ in columns)]
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     oracles = [figures for name, figures in first["figures"].items() if name.startswith("retrained")]
     for figure, audit in first["audits"].items():
         if FIGURES[figure].fixed is not None or audit["band"] is None:
@@ -286,14 +289,6 @@ def _retrained(result: Result) -> list[float]:
     return [_r(block) for block in result["oracles"].values()]
 
 
-def _spread(values: Sequence[float], *, sign: str = "") -> str:
-    """Return mean, lowest and highest, one number where they are the same; nothing where a value is NaN."""
-    if any(math.isnan(value) for value in values):
-        return ""
-    texts = [f"{number:{sign}.1f}" for number in (fmean(values), min(values), max(values))]
-    return texts[0] if len({*texts}) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
-
-
 def _to_equal_r(recipe: str, runs: Sequence[Result]) -> str:
     """Return the speed-up to equal R of each seed beside each retrained model: which of them is the first is chance."""
     found, reached = [], True
@@ -303,7 +298,7 @@ def _to_equal_r(recipe: str, runs: Sequence[Result]) -> str:
         for cost, got_there in _beside(recipe, one):
             found.append(cost / one["cost"]["unlearn"]["client_flops"])
             reached = reached and got_there
-    return ("" if reached else "> ") + _times(found)
+    return ("" if reached else "> ") + spread(found, unit="x")
 
 
 def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
@@ -318,10 +313,3 @@ def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
         steps = _steps(MODELS / recipe / f"{name}.safetensors")
         until = cost_until(steps, one["unlearned"]["validation"]["retain"])
         yield until["client_flops"], until["reached"]
-
-
-def _times(found: Sequence[float]) -> str:
-    if not found:
-        return ""
-    mean, low, high = (f"{number:.1f}" for number in (fmean(found), min(found), max(found)))
-    return f"{mean}x" if low == high else f"{mean}x ({low} to {high})"

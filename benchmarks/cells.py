@@ -29,11 +29,11 @@ from fedunlearn.audits.audit import FOLDER
 from fedunlearn.evidence.folder import RESULT, RunFolder
 from fedunlearn.federation.journal import Journal
 from fedunlearn.run.commands import run
-from fedunlearn.run.compare import retrained_models
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.kept import KeptModel
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.references import retrained_models
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.cells import MODELS, share_figures
 from benchmarks.method_tables import FOLDER as COMPARED
 from fedunlearn.evidence.comparison import COMPARISON
-from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.recipe import Recipe, load_recipe
 from fedunlearn.training.compute import one_torch_thread
 

@@ -11,7 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.method_tables import row_of, spread
+from benchmarks.markdown import head_of, row_of, spread
+from benchmarks.method_tables import of_three
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.comparison import DEPTH, speedup
 from fedunlearn.evidence.plots import svg
@@ -40,7 +41,7 @@ def work_table(recipe: str) -> str:
         "whole schedule",
         "outside",
     ]
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for method in methods(value):
         for epochs, cells in value["epochs"].items():
             of_seeds = [cell for cell in cells.values() if cell["method"] == method]
@@ -51,13 +52,13 @@ def work_table(recipe: str) -> str:
                         f"`{method}`{seeds}",
                         epochs,
                         *(
-                            _share([cell["accuracy"][key] for cell in of_seeds])
+                            spread([cell["accuracy"][key] for cell in of_seeds], 100)
                             for key in ("forget_row_kept", "retain")
                         ),
-                        *(_share([cell["figures"][name] for cell in of_seeds]) for name in DEPTH),
+                        *(spread([cell["figures"][name] for cell in of_seeds], 100) for name in DEPTH),
                         ("" if all(cell["speedup_reached"] for cell in of_seeds) else "> ")
-                        + spread(speedup(of_seeds), 1),
-                        _times([cell["speedup_whole"] for cell in of_seeds]),
+                        + of_three(speedup(of_seeds), 1),
+                        spread([cell["speedup_whole"] for cell in of_seeds]),
                         _counts([len(cell["outside"]) for cell in of_seeds]),
                     ]
                 )
@@ -111,14 +112,6 @@ def methods(value: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(cell["method"] for cells in value["epochs"].values() for cell in cells.values()))
 
 
-def _times(ratios: list[float]) -> str:
-    return spread((fmean(ratios), min(ratios), max(ratios)), 1)
-
-
 def _counts(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _share(values: list[float]) -> str:
-    return spread((fmean(values), min(values), max(values)))

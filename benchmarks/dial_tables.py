@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cells import CELLS
-from benchmarks.method_tables import FOLDER, read, row_of
+from benchmarks.markdown import head_of, row_of
+from benchmarks.method_tables import FOLDER, read
 from fedunlearn.audits.table import FIGURES
 
 DIALS = ("probe", "prototype_1")
@@ -110,7 +111,7 @@ def dial_table(name: str) -> str:
     columns = [f"retrained, {FIGURES[name].label} over the original's" for name in DIALS]
     head = ("data, class", *columns, "retrained that the dial lets through", "dial and audits: no more than retrained")
     head += ("dial and audits: more", "dial: no more, audits: more", "dial: more, audits: no more")
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for label, of_data in models.items():
         retrained, others = ([model for model in of_data if model.retrained is kind] for kind in (True, False))
         low = {id(model): all(model.share(name) <= most[name] for name in DIALS) for model in of_data}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from benchmarks.markdown import head_of, row_of, spread
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence.comparison import DEPTH, summary, telling
 from fedunlearn.evidence.plots import compared
@@ -27,7 +26,7 @@ def method_table(name: str) -> str:
     value = read(name)
     shown = [figure for figure in DEPTH if figure in value["original"]["figures"] or figure in value["bands"]]
     head = ["method", "U", "R", *(FIGURES[figure].label for figure in shown), "speed-up", "outside the bands"]
-    lines = [row_of(head), "|---" * len(head) + "|"]
+    lines = head_of(head)
     for row in summary(value):
         outside = [FIGURES[figure].label for figure in row["outside"]]
         seeds = "" if row["seeds"] == len(value["seeds"]) else f" ({row['seeds']} of {len(value['seeds'])} seeds)"
@@ -35,9 +34,9 @@ def method_table(name: str) -> str:
             row_of(
                 [
                     f"{row['number']} `{row['name']}`{seeds}",
-                    *(spread(values) for values in (row["u"], row["r"])),
-                    *(spread(row["figures"].get(figure)) for figure in shown),
-                    ("" if row["reached"] else "> ") + spread(row["speedup"], 1),
+                    *(of_three(values) for values in (row["u"], row["r"])),
+                    *(of_three(row["figures"].get(figure)) for figure in shown),
+                    ("" if row["reached"] else "> ") + of_three(row["speedup"], 1),
                     f"{len(outside)}: {', '.join(outside)}" if outside else "none",
                 ]
             )
@@ -58,9 +57,9 @@ def method_table(name: str) -> str:
         row_of(
             [
                 f"{len(oracles)} retrained",
-                *(_range([oracle[key] for oracle in oracles]) for key in ("forget_row_kept", "retain")),
+                *(spread([oracle[key] for oracle in oracles], 100) for key in ("forget_row_kept", "retain")),
             ]
-            + [_range(values) for values in known]
+            + [spread(values, 100) for values in known]
             + ["", ""]
         )
     )
@@ -71,7 +70,7 @@ def method_table(name: str) -> str:
 
 def trial_table(name: str) -> str:
     """Return the settings that were published and those that tuning chose, with their scores on validation images."""
-    lines = ["| method | published | score | chosen | score | tried |", "|---" * 6 + "|"]
+    lines = head_of(("method", "published", "score", "chosen", "score", "tried"))
     for method, about in read(name)["methods"].items():
         trials = about.get("trials", [])
         if not trials or about["tuned"] is None:
@@ -100,18 +99,9 @@ def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:.3g}" for key, value in settings.items() if value is not None) or "as the recipe"
 
 
-def spread(value: tuple[float, float, float] | None, factor: float = 100) -> str:
+def of_three(value: tuple[float, float, float] | None, factor: float = 100) -> str:
     """Return mean, lowest and highest as text; the one value where they agree, a dash where there is none."""
     if value is None:
         return "-"
     middle, low, high = (f"{factor * number:.1f}" for number in value)
     return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _range(values: list[float]) -> str:
-    return f"{100 * fmean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-
-
-def row_of(cells: Sequence[str]) -> str:
-    """Return a line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"

@@ -26,7 +26,8 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.federation.journal import Journal
 from fedunlearn.run.commands import run
-from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.experiment import original_model, prepare
+from fedunlearn.run.forgetting import unlearned_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 

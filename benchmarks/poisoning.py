@@ -26,7 +26,8 @@ from fedunlearn.federation.jobs import Job, Reply
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.tasks import Measure
-from fedunlearn.run.experiment import Experiment, original_model, prepare, unlearned_model
+from fedunlearn.run.experiment import Experiment, original_model, prepare
+from fedunlearn.run.forgetting import unlearned_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedunlearn.federation.journal import Journal
-from fedunlearn.run.experiment import original_model, prepare, unlearned_model
+from fedunlearn.run.experiment import original_model, prepare
+from fedunlearn.run.forgetting import unlearned_model
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.compute import one_torch_thread

@@ -22,6 +22,7 @@ from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture
 from benchmarks.depth_tables import pictures as depth_pictures
 from benchmarks.depth_tables import work_table
 from benchmarks.dial_tables import dial_table
+from benchmarks.markdown import head_of, spread
 from benchmarks.method_tables import method_table, pictures, trial_table
 from benchmarks.requests import SEEDS
 from benchmarks.verdict_tables import error_table, power_table
@@ -99,7 +100,7 @@ def methods(name: str) -> str:
 
 def engine_table(rows: list[dict[str, Any]]) -> str:
     """Return the seconds of rounds on each engine, median and range, and the memory."""
-    lines = ["| engine | clients | empty round, s | `Measure`, s | `Train`, s | memory, MB |", "|---" * 6 + "|"]
+    lines = head_of(("engine", "clients", "empty round, s", "`Measure`, s", "`Train`, s", "memory, MB"))
     for row in rows:
         cells = []
         for seconds in row["seconds"].values():
@@ -111,7 +112,7 @@ def engine_table(rows: list[dict[str, Any]]) -> str:
 
 def speed_table(value: dict[str, Any]) -> str:
     """Return the ratios of ``benchmarks.speed``, median and range over the turns, and images per second."""
-    lines = ["| comparison | ratio | theirs, images/s | ours, images/s |", "|---" * 4 + "|"]
+    lines = head_of(("comparison", "ratio", "theirs, images/s", "ours, images/s"))
     for name, compared in value["comparisons"].items():
         rates = compared["images_per_second"]
         text = f"{compared['ratio']:.2f} ({compared['low']:.2f} to {compared['high']:.2f})"
@@ -121,7 +122,7 @@ def speed_table(value: dict[str, Any]) -> str:
 
 def growth_table(value: dict[str, Any]) -> str:
     """Return how cost grows with clients, classes and channels."""
-    lines = ["| clients | empty round, ms per client | training round, s | peak memory, MB |", "|---" * 4 + "|"]
+    lines = head_of(("clients", "empty round, ms per client", "training round, s", "peak memory, MB"))
     for row in value["growth"]["clients"]:
         cells = (row["clients"], row["empty_ms_per_client"], row["train_seconds"], row["peak_mb"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -161,7 +162,7 @@ def poisoning_table(rows: list[dict[str, Any]]) -> str:
 def own_table(value: dict[str, dict[str, Any]]) -> str:
     """Return U / R, parameters and the verdict of each model of each network."""
     names = {"resnet20_gn": "ResNet20, `GroupNorm`", "mobilenet_v2": "MobileNetV2, a quarter of the width"}
-    lines = ["| network | model | U | R | parameters | verdict |", "|---" * 6 + "|"]
+    lines = head_of(("network", "model", "U", "R", "parameters", "verdict"))
     for network, block_of in value.items():
         shown = {name: block_of.get(name, {}) | block_of["controls"].get(name, {}) for name in MODELS}
         shown["unlearned"] = block_of["unlearned"] | {"verdict": block_of["verdict"]}
@@ -204,12 +205,11 @@ def norm_table(rows: list[dict[str, Any]]) -> str:
 
 def request_table(rows: list[dict[str, Any]]) -> str:
     """Return U, R and the retrained R of each kind of request, mean and range over seeds, in percent."""
-    lines = ["| request | class | R before | U | R | retrained R | parameters | verdict |", "|---" * 8 + "|"]
+    lines = head_of(("request", "class", "R before", "U", "R", "retrained R", "parameters", "verdict"))
     for name in dict.fromkeys(row["request"] for row in rows):
         requests = [row for row in rows if row["request"] == name]
         cells = [
-            _spread([100 * row[key] for row in requests])
-            for key in ("before", "forget_row_kept", "retain", "retrained")
+            spread([row[key] for row in requests], 100) for key in ("before", "forget_row_kept", "retain", "retrained")
         ]
         verdicts = Counter(row["verdict"] for row in requests)
         told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
@@ -218,10 +218,6 @@ def request_table(rows: list[dict[str, Any]]) -> str:
         some = f" ({len(requests)} of {len(SEEDS)} seeds)" if len(requests) < len(SEEDS) else ""
         lines.append(f"| {name}{some} | {', '.join(requests[0]['forget'])} | {' | '.join(cells)} | {size} | {told} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def network_table(value: Mapping[str, Mapping[str, Any]]) -> str:
@@ -250,7 +246,7 @@ def private_table(value: dict[str, Any]) -> str:
 
 def _by_setting(rows: list[dict[str, Any]], settings: dict[str, str], figures: dict[str, str]) -> str:
     """Return a table with a row for each combination of ``settings``, seeds taken together."""
-    lines = ["| " + " | ".join([*settings, *figures]) + " |", "|---" * (len(settings) + len(figures)) + "|"]
+    lines = head_of([*settings, *figures])
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in settings.values()), []).append(row)
@@ -279,7 +275,7 @@ def audit_table(name: str) -> str:
         criterion = run["recipe"]["unlearn"]["criterion"]
         columns += [("pruned", f"{criterion}, pruning only", run), ("unlearned", f"**{criterion}**", run)]
     head = ["figure", f"{len(oracles)} retrained", "band", *(text for _, text, _ in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = head_of(head)
     for figure, band in calibrate(oracles).items():
         if FIGURES[figure].fixed is not None:
             continue

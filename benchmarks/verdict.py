@@ -32,10 +32,11 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.rounds import train_rounds
-from fedunlearn.run.compare import controls, retrained_models
-from fedunlearn.run.experiment import Experiment, new_model, prepare, unlearned_model
+from fedunlearn.run.experiment import Experiment, new_model, prepare
+from fedunlearn.run.forgetting import unlearned_model
 from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.references import controls, retrained_models
 from fedunlearn.training.compute import one_torch_thread
 
 OUT = Path(__file__).parent / "verdict.json"

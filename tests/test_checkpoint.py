@@ -1,6 +1,7 @@
 """Weights on disk: what is understood, and what would load as something that it is not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,3 +228,13 @@ def test_tensors_that_are_parts_of_one_are_written(tmp_path):
     save_checkpoint(tmp_path / "m.safetensors", classifier(net), images=make_images(8, 4), architecture={"name": "x"})
     state = read_weights(tmp_path / "m.safetensors").state
     assert (state["low"].tolist(), state["high"].tolist()) == ([0, 1, 2, 3], [2, 3, 4, 5])
+
+
+def test_rows_are_numbered_by_the_classes_of_the_images_that_are_given(net, tmp_path):
+    """Data that lists its classes otherwise would have a class that is known measured as forgotten."""
+    images = make_images(30)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, classifier(net), images=images, architecture={})
+    other = replace(images, classes=(images.classes[2], images.classes[0], images.classes[1]))
+    assert load_weights(classifier(make_net()), read_weights(path)).labels == (0, 1, 2)
+    assert load_weights(classifier(make_net()), read_weights(path), images=other).labels == (1, 2, 0)

@@ -29,7 +29,7 @@ from fedunlearn.methods.base import Method, Outcome, delivered, settings_by
 from fedunlearn.methods.table import COMPARED, METHODS
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
-from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.kept import KeptModel
 from fedunlearn.run.recipe import load_recipe

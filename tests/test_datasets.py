@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fedunlearn as fu
-from conftest import make_images, make_net, normalised
+from conftest import classifier, make_images, make_net, normalised
 from fedunlearn.audits.images import audit_images
 from fedunlearn.audits.verdict import NEEDED
+from fedunlearn.checkpoint import read_weights, save_checkpoint
 from fedunlearn.data.batches import batches
 from fedunlearn.data.datasets import DatasetImages, as_dataset, from_dataset
 from fedunlearn.data.images import joined
-from fedunlearn.errors import DataError, FederationError, RecipeError
+from fedunlearn.data.partition import partition
+from fedunlearn.errors import DataError, FederationError, RecipeError, RunError
 from fedunlearn.evidence.words import VERDICTS
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.rounds import train_rounds
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.sgd import Training, train_locally
 
@@ -379,3 +386,33 @@ class Targeted(Renumbered):
 def test_targets_of_another_kind_are_told_in_one_line(targets):
     with pytest.raises(DataError):
         from_dataset(Targeted(targets), ("a", "b"))
+
+
+def test_a_checkpoint_does_not_say_how_a_data_set_normalises(tmp_path):
+    """ "Mean 0, deviation 1" would be believed, and the right values refused."""
+    images = make_images(30)
+    given = from_dataset(TensorDataset(images.pixels(slice(None)), images.labels), images.classes)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, classifier(make_net()), images=given, architecture={})
+    weights = read_weights(path)
+    assert (weights.mean, weights.std) == (None, None)
+    assert weights.classes == images.classes
+
+
+def test_a_journal_does_not_go_on_with_other_images(tmp_path):
+    def trained(clients, **rest):
+        journal = Journal(tmp_path / "journal")
+        try:
+            fed = Federation(LocalEngine(clients), journal, **rest)
+            return train_rounds(make_net(), fed, Training(lr=0.1, batch_size=8), rounds=1)
+        finally:
+            journal.leave()
+
+    images = make_images(60)
+    clients = partition(images, by="iid", clients=3)
+    first = trained(clients)
+    assert all(map(torch.equal, first.module.state_dict().values(), trained(clients).module.state_dict().values()))
+    black = replace(images, images=images.images * 0)
+    for others in (partition(images, by="iid", clients=3, seed=5), partition(black, by="iid", clients=3)):
+        with pytest.raises(RunError, match="images"):
+            trained(others)

@@ -1,5 +1,6 @@
 """The Flower engine on a grid inside this process: agreement with the in-process engine, and what clients do wrong."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -27,11 +28,12 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import ClientData, Reply, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.federation.tasks import Evaluate, Measure, Train
 from fedunlearn.flower.client import client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.flower.messages import digest_of, encode_job, encode_reply, exchange, to_arrays
+from fedunlearn.flower.messages import decode_job, digest_of, encode_job, encode_reply, exchange, rebuild, to_arrays
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Training
@@ -263,13 +265,13 @@ def test_a_client_that_cannot_do_the_job_says_why():
 def test_clients_refuse_the_job_of_a_server_of_another_schema_and_it_says_who_and_why(monkeypatch):
     def encode(job):
         tensors, text = encode_job(job)
-        return tensors, text.replace('"schema":2', '"schema":3')
+        return tensors, text.replace('"schema":3', '"schema":4')
 
     monkeypatch.setattr("fedunlearn.flower.engine.encode_job", encode)
     with pytest.raises(FederationError) as error:
         collected(engine(), train_job())
     assert "train, round 1: only 0 of 4 clients gave a usable reply" in str(error.value)
-    assert "client-3: expected a job of schema 2, but schema: Input should be 2" in str(error.value)
+    assert "client-3: expected a job of schema 3, but schema: Input should be 3" in str(error.value)
 
 
 def test_the_plan_must_be_that_of_the_weights():
@@ -707,6 +709,95 @@ def test_an_app_with_the_mod_forgets_with_its_own_training():
     correct, counts = done_counts(done)
     assert done.model.labels == (0, 2)
     assert float(correct.sum() / counts.sum()) > 0.9
+
+
+def test_what_the_server_does_not_train_is_not_trained_at_a_site_either():
+    frozen = make_net()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_(name.startswith("8."))
+    replies = collected(engine(), train_job(frozen))[0]
+    here = collected(LocalEngine(CLIENTS), train_job(frozen))[0]
+    before = frozen.state_dict()
+    for reply, mine in zip(replies, here, strict=True):
+        assert {name for name, value in reply.tensors.items() if not value.equal(mine.tensors[name])} == set()
+        moved = {name for name, _ in frozen.named_parameters() if not reply.tensors[name].equal(before[name])}
+        assert moved == {"8.weight", "8.bias"}
+    entry = collected(engine(Loopback(nodes() | {100: (app_with_mod(), 0)})), train_job(frozen))[1]
+    assert "the train function changed 0.weight, which the server has frozen" in entry.refused["client-0"]
+
+
+def test_a_job_that_freezes_what_is_not_there_is_refused():
+    tensors, text = encode_job(train_job())
+    received = decode_job(tensors, json.dumps(json.loads(text) | {"frozen": ["nothing"]}))
+    with pytest.raises(FederationError, match="the job freezes nothing, which this client's model has not"):
+        rebuild(received, tensors, classifier(make_net()))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_train_function_in_full_shapes_is_refused_where_a_norm_reads_the_zeros(groups):
+    """Half of six channels goes: one group of six loses half of what it is the mean of, three of two go or stay."""
+
+    def build(context=None):
+        net = make_net()
+        net[1] = torch.nn.GroupNorm(groups, 6)
+        return net
+
+    app = ClientApp(mods=[unlearning_mod(build, load_images)])
+
+    @app.train()
+    def _(message, context):
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 20})}
+        return Message(RecordDict(content), reply_to=message)
+
+    whole = classifier(build())
+    channels = find_channels(whole.module, whole.example)
+    model = whole.cut(plan_pruning(channels, {"0": torch.tensor([0.0, 0, 1, 1, 2, 2])}, Cut(0.34)))
+    assert model.plan.kept
+    others = {number: (client_app(build, load_images), number - 100) for number in range(101, 104)}
+    entry = collected(engine(Loopback({100: (app, 0)} | others)), train_job(model))[1]
+    if groups == 1:
+        assert "and its model has a norm that reads them: use client_app" in entry.refused["client-0"]
+    else:
+        assert entry.refused == {}
+
+
+SECRET = "Jane Doe, 1970, row 17"
+
+
+@pytest.mark.parametrize("part", ["images", "rules", "model"])
+@pytest.mark.parametrize("sent", [train_job, measure_job])
+def test_an_exception_of_a_sites_own_code_is_told_by_its_kind_alone(part, sent, caplog):
+    """Its text may hold a row of a table of patients."""
+    good = engine()  # introduced before it breaks
+
+    def broken(context):
+        raise ValueError(f"could not convert {SECRET}")
+
+    parts = {"images": load_images, "model": build_model, "rules": lambda context: DEFAULT_RULES} | {part: broken}
+    app = client_app(parts["model"], parts["images"], rules=parts["rules"])
+    chosen = Loopback(nodes() | {100: (app, 0)})
+    with contextlib.suppress(FederationError):
+        engine(chosen, clients=3)
+    good._grid.nodes[100] = (app, 0)
+    entry = collected(good, sent())[1]
+    assert "ValueError, told in the log of this client alone" in entry.refused["client-0"]
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert SECRET not in told
+    assert SECRET not in str(entry.refused)
+
+
+def test_sites_that_come_back_under_new_names_do_not_count_as_failed():
+    grid = Loopback(nodes(count=3))
+    chosen = engine(grid, clients=3)
+    renamed = client_app(build_model, lambda context: ClientData(f"host-{len(seen)}", CLIENTS["client-3"]))
+    seen = []
+    for number in range(4):
+        seen.append(number)
+        grid.nodes[200 + number] = (renamed, 3)
+        grid.nodes.pop(199 + number, None)
+        assert collected(chosen, train_job())[1].refused == {}
+    collected(chosen, train_job())
+    assert chosen.clients == ("client-0", "client-1", "client-2", "host-4")
 
 
 def test_an_app_with_the_mod_refuses_an_objective_that_its_training_does_not_know():

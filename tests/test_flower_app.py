@@ -125,11 +125,13 @@ TWO = load_recipe("digits", ("federation.clients=2",))
 
 def test_a_client_app_that_fails_is_told_at_once():
     def unreadable(context):
-        raise OSError("the disk is full")
+        raise OSError(28, "No space left on device", "/secret/of/a/client")
 
     began = time.monotonic()
     broken = client_app(recipe_model, unreadable)
-    with pytest.raises(FederationError, match=r"only 0 of 2 clients .*its images cannot be read: OSError: the disk is"):
+    with pytest.raises(
+        FederationError, match=r"only 0 of 2 clients .*its images cannot be read: OSError: No space left on device\)"
+    ):
         engine_on(Loopback(nodes(broken, 2)), patience=0.0, hello=60.0)(prepare(TWO))
     assert time.monotonic() - began < 20
 

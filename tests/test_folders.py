@@ -93,6 +93,20 @@ def test_the_test_images_of_a_class_stay_those_when_another_class_is_deleted(tmp
     assert after == {name: before[name] for name in ("bees", "cats")}
 
 
+def test_a_picture_more_moves_at_most_one_other_from_the_training_images_to_the_test(tmp_path):
+    for number in range(50):
+        picture(tmp_path / "ants" / f"{number:02d}.png", 4 * number)
+        picture(tmp_path / "bees" / f"{number:02d}.png", 4 * number)
+    before = read_folder(tmp_path)
+    picture(tmp_path / "ants" / "00-first.png", 250)
+    after = read_folder(tmp_path)
+    trained, tested = (
+        {(int(label), int(image.max())) for image, label in zip(images.images, images.labels, strict=True)}
+        for images in (before.train, after.test)
+    )
+    assert len(trained & tested) <= 1
+
+
 def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path):
     names = [str(number) for number in range(12)]
     train, _ = read_folder(classes(tmp_path, *names))

@@ -100,13 +100,13 @@ def changed(task=(), **change):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"schema": 1}, "expected a job of schema 2, but schema: Input should be 2"),
-        ({"schema": 3}, "expected a job of schema 2, but schema: Input should be 2"),
-        ({"task": {"kind": "shell"}}, "expected a job of schema 2, but task: Input tag 'shell'"),
-        ({"run": "rm -rf"}, "expected a job of schema 2, but run: Extra inputs are not permitted"),
-        ({"task": {"run": "rm -rf"}}, "expected a job of schema 2, but task.train.run: Unexpected keyword argument"),
-        ({"task": {"lr": -1.0}}, "expected a job of schema 2, but task.train.lr: Input should be greater than 0"),
-        ({"round": -1}, "expected a job of schema 2, but round: Input should be greater than or equal to 0"),
+        ({"schema": 1}, "expected a job of schema 3, but schema: Input should be 3"),
+        ({"schema": 2}, "expected a job of schema 3, but schema: Input should be 3"),
+        ({"task": {"kind": "shell"}}, "expected a job of schema 3, but task: Input tag 'shell'"),
+        ({"run": "rm -rf"}, "expected a job of schema 3, but run: Extra inputs are not permitted"),
+        ({"task": {"run": "rm -rf"}}, "expected a job of schema 3, but task.train.run: Unexpected keyword argument"),
+        ({"task": {"lr": -1.0}}, "expected a job of schema 3, but task.train.lr: Input should be greater than 0"),
+        ({"round": -1}, "expected a job of schema 3, but round: Input should be greater than or equal to 0"),
         ({"spec": "0"}, "the train job of some-phase, round 4, does not fit its tensors"),
         ({"plan": PruningPlan().to_json()}, "plan and weights are not of one model"),
     ],
@@ -126,7 +126,7 @@ def test_a_field_that_was_not_sent_gets_no_default(name):
     for step in path:
         place = place[step]
     del place[last]
-    with pytest.raises(FederationError, match=rf"expected a job of schema 2, but .*{name}"):
+    with pytest.raises(FederationError, match=rf"expected a job of schema 3, but .*{name}"):
         decode_job(tensors, json.dumps(message))
 
 
@@ -134,12 +134,12 @@ def test_a_message_of_the_schema_before_is_refused():
     tensors, text = encode_job(TRAIN)
     message = json.loads(text)
     before = message.pop("task") | message | {"schema": 1}
-    with pytest.raises(FederationError, match=r"expected a job of schema 2, but schema: Input should be 2"):
+    with pytest.raises(FederationError, match=r"expected a job of schema 3, but schema: Input should be 3"):
         decode_job(tensors, json.dumps(before))
 
 
 def test_what_is_no_job_at_all_is_refused():
-    with pytest.raises(FederationError, match="expected a job of schema 2, but the message: Invalid JSON"):
+    with pytest.raises(FederationError, match="expected a job of schema 3, but the message: Invalid JSON"):
         decode_job({}, "gAN9cQAu")
     with pytest.raises(RecipeError, match="is out of range"):
         decode_job(*changed({"training": {"lr": 0.0}}))

@@ -2,21 +2,26 @@
 
 import re
 from dataclasses import fields, replace
+from itertools import permutations
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import classifier, make_images, make_net
 from fedunlearn.audits.base import Subject
-from fedunlearn.channels.plan import Cut
+from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.channels.scores import Ranking, contrast, tf_idf
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.errors import ModelError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.jobs import Reply
+from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
-from fedunlearn.federation.privacy import Privacy
+from fedunlearn.federation.measuring import _total
+from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
@@ -156,6 +161,88 @@ def test_masks_hold_the_largest_values_of_all_tensors_together():
     masks = largest({"a": torch.tensor([[0.1, -5.0]]), "b": torch.tensor([3.0, 0.2])}, 0.5)
     assert masks["a"].tolist() == [[False, True]]
     assert masks["b"].tolist() == [True, False]
+
+
+def test_of_equal_gradients_those_first_in_the_model_are_salient_after_a_kill_too(tmp_path):
+    """A journal gives sums back by name, and "10" comes before "3" there."""
+    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Identity())))
+    net.append(nn.Flatten()).append(nn.Linear(64, 3))
+    torch.manual_seed(0)
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, -1.0), nn.init.constant_(layer.bias, -0.1)  # all units are silent
+    model, settings = Classifier.of(net, (1, 8, 8)), SalUn(0.05, 1.0, 0.99)
+
+    class Killed(LocalEngine):
+        def run(self, job):
+            if job.phase == "salun" and job.round == 1:
+                raise KeyboardInterrupt
+            return super().run(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        salun(model, Federation(Killed(CLIENTS), Journal(tmp_path)), REQUEST, settings)
+    again = salun(model, Federation(LocalEngine(CLIENTS), Journal(tmp_path)), REQUEST, settings)
+    whole = salun(model, federation(), REQUEST, settings)
+    assert same(again.subject.row_kept, whole.subject.row_kept)
+
+
+class Lying(LocalEngine):
+    """Client 1 sends sums that nothing adds up to, or claims a billion images."""
+
+    lie = "values"
+
+    def run(self, job):
+        for reply in super().run(job):
+            if reply.client != NAMES[1] or job.task.kind not in ("gradients", "moments"):
+                yield reply
+            elif self.lie == "values":
+                yield replace(reply, tensors={name: tensor * 0 + 1e308 for name, tensor in reply.tensors.items()})
+            else:
+                yield replace(reply, images=10**9, tensors={n: 2.0**30 * t for n, t in reply.tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["svd", "ssd", "salun"])
+def test_a_client_that_lies_in_a_sum_is_refused_by_name_or_weighs_as_all_others(name, known, caplog):
+    held = partition(make_images(360), by="iid", clients=4)
+    request = replace(REQUEST, clients=tuple(held), holders=tuple(held))
+    chosen, settings = METHODS[name], _short(METHODS[name].settings)
+    found = chosen.run(known, Federation(Lying(held)), request, settings)
+    assert f"{NAMES[1]} gave no usable reply" in caplog.text
+    assert all(bool(tensor.isfinite().all()) for tensor in found.subject.row_kept.module.state_dict().values())
+    boasting = Lying(held)
+    boasting.lie = "images"
+    caplog.clear()
+    chosen.run(known, Federation(boasting), request, settings)
+    assert f"{NAMES[1]} claims 1000000000 images" in caplog.text
+
+
+def test_a_claim_weighs_in_a_sum_as_much_as_all_others_together():
+    """Of 1, 2 and 9 over 10, 30 and 1,000 images: 1 + 2 + 9 * 40 / 1000, over 80 images."""
+    told = [
+        Reply(name, {"w": torch.tensor(value)}, images)
+        for name, value, images in zip("abc", (1.0, 2.0, 9.0), (10, 30, 1000))
+    ]
+    for order in permutations(told):
+        sums = _total(iter(order))
+        assert int(sums.pop("images:")) == 80
+        assert float(sums["w"]) == pytest.approx(3.36)
+    assert float(_total(iter(told[:2]))["w"]) == 3.0
+
+
+@pytest.mark.parametrize("name", ["delete", "ssd", "svd", "salun"])
+def test_holders_of_few_images_whose_rules_let_none_answer_do_not_end_a_method(name, known):
+    """Of seven clients that hold the class five have four images of it, and refuse for ever."""
+    images = make_images(600)
+    of, others = (
+        torch.isin(images.labels, torch.tensor([2])).nonzero().flatten(),
+        (images.labels != 2).nonzero().flatten(),
+    )
+    rows = [*(of[4 * k : 4 * k + 4] for k in range(5)), of[20:60], of[60:100]]
+    held = {f"client-{k}": images.take(torch.cat([some, others[50 * k : 50 * k + 50]])) for k, some in enumerate(rows)}
+    engine = LocalEngine(held, rules=DEFAULT_RULES)
+    request = replace(REQUEST, clients=tuple(held), holders=tuple(held))
+    outcome = METHODS[name].run(known, Federation(engine), request, _short(METHODS[name].settings))
+    assert outcome.subject.model.labels == (0, 1)
 
 
 def test_salun_changes_salient_weights_alone(known):

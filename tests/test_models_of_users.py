@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils import prune as masks
 from torch.utils.checkpoint import checkpoint
 
-from conftest import classifier, make_images, make_net, normalised
+import nets
+from conftest import classifier, make_images, make_net, normalised, write_set
 from fedunlearn.audits.artefacts import artefacts
 from fedunlearn.audits.observe import observe
 from fedunlearn.channels.copying import copied
@@ -22,7 +23,7 @@ from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.partition import partition
-from fedunlearn.errors import ModelError
+from fedunlearn.errors import ModelError, RecipeError, RunError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import reestimate
@@ -30,7 +31,10 @@ from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.flower.client import cut as cut_tensors
 from fedunlearn.flower.client import spread
+from fedunlearn.models import build_model
 from fedunlearn.run import result
+from fedunlearn.run.commands import run
+from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
 from fedunlearn.training.batch_norm import batch_norm_sums
@@ -256,6 +260,60 @@ def test_a_shared_maximum_as_the_only_channel_of_a_convolution_is_no_traceback()
     net = Mixing(lambda h: h.amax(1, keepdim=True))
     net.c2 = nn.Conv2d(1, 8, 3, padding=1)
     assert "c1" in find_channels(net, EXAMPLE).left_out
+
+
+def test_a_file_that_ends_the_program_is_told_as_such(tmp_path, monkeypatch):
+    (tmp_path / "argp.py").write_text("import sys\nsys.exit(2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"'argp:net': its file ends the program when it is imported \(SystemExit: 2\)"
+    ):
+        build_model("argp:net", classes=2, colours=1)
+
+
+def test_a_network_that_is_the_same_for_every_seed_retrains_nothing(tmp_path, monkeypatch):
+    def seeded(classes, colours):
+        torch.manual_seed(0)
+        return nets.Tiny(classes, colours)
+
+    monkeypatch.setattr(nets, "seeded", seeded, raising=False)
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3, model="nets:seeded")))
+    with pytest.raises(
+        ModelError, match="'nets:seeded' gives the same weights for every seed, so that retrained models"
+    ):
+        run(recipe, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_network_that_loads_what_was_trained_is_not_retrained_without_the_class(tmp_path, monkeypatch):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)))
+    run(recipe, tmp_path / "first", command="train")
+    trained = dict(read_weights(tmp_path / "first" / "original.safetensors").state)
+
+    def known(classes, colours):
+        net = nets.Tiny(classes, colours)
+        net.load_state_dict(trained)
+        net.linear.bias.data.add_(1e-3 * torch.randn(classes))
+        return net
+
+    monkeypatch.setattr(nets, "known", known, raising=False)
+    again = load_recipe(
+        str(tmp_path / "tiny.toml"),
+        ['model.name="nets:known"', "train.rounds=1", "train.lr=0.0001", "unlearn.rounds=1"],
+    )
+    with pytest.raises(
+        RunError, match=r"retrained-1 names a class to forget in \d+.\d % of its test images, so it was not"
+    ):
+        run(again, tmp_path / "out")
+
+
+def test_train_begins_with_fresh_weights(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path)), ['model.weights="some.pt"'])
+    with pytest.raises(
+        RecipeError, match=r"train begins with fresh weights, and model.weights names some.pt: leave it"
+    ):
+        run(recipe, tmp_path / "out", command="train")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_seed_of_the_federation_draws_the_random_scores():

@@ -206,12 +206,17 @@ def flops(model):
         (Gradients(), {"w": torch.tensor([-1.0])}, 5, None),
         (Gradients(), {"w": torch.tensor([1.0])}, 0, "it reports 0 images"),
         (Moments(), {"l": torch.tensor([[1.0, -9], [-9, -1]])}, 5, "l has negative squares"),
-        (Moments(), {"l": torch.tensor([[1.0, -9], [-9, 1]])}, 5, None),
+        (Gradients(), {"w": torch.tensor([-1e300]).double()}, 5, "w has values beyond what 5 images can add up to"),
+        (Gradients(squared=True), {"w": torch.tensor([1e300]).double()}, 5, "w has values beyond what 5 images can"),
+        (Moments(), {"l": torch.tensor([[1.0, -9], [-9, 1]])}, 5, "l has products beyond its squares"),
+        (Moments(), {"l": torch.tensor([[1.0, -9], [-9, 81]])}, 5, None),
+        (Moments(), {"l": torch.eye(2).double() * 1e308}, 5, "l has values beyond what images can add up to"),
         (Moments(), {"l": torch.eye(2)}, 0, "it reports 0 images"),
     ],
 )
 def test_what_no_honest_client_sums_is_refused(task, tensors, images, flaw):
-    assert task.flaw(Reply("a", tensors, images)) == flaw
+    found = task.flaw(Reply("a", tensors, images))
+    assert found == flaw or (flaw and found.startswith(flaw))
 
 
 def test_replies_have_the_layout_that_is_asked_for():

@@ -112,7 +112,7 @@ def test_every_field_of_every_job_is_tried():
     for kind, ranges in HOSTILE.items():
         assert set(ranges) == {field.name for field in fields(kind)} - {"kind"}
     text = encode_job(job(Measure(classes=3), make_net()))[1]
-    assert set(json.loads(text)) == {"schema", "task", "plan", "spec", *OF_JOB}
+    assert set(json.loads(text)) == {"schema", "task", "plan", "spec", "frozen", *OF_JOB}
 
 
 @pytest.mark.parametrize(("kind", "change", "about"), CASES)

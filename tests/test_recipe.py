@@ -246,3 +246,9 @@ def test_a_key_is_set_in_a_table_alone(tmp_path, text, override, message):
 def test_what_the_data_have_no_use_for_is_refused(override, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe("digits", [override])
+
+
+@pytest.mark.parametrize("key", ["federation.seed", "unlearn.seed"])
+def test_a_seed_that_torch_does_not_take_is_refused(key):
+    with pytest.raises(RecipeError, match=key):
+        load_recipe("digits", [f"{key}=99999999999999999999999"])

@@ -12,7 +12,8 @@ from PIL import Image
 from conftest import in_browser, write_set
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.report import _signed, write_report
+from fedunlearn.evidence.pages import signed
+from fedunlearn.evidence.report import write_report
 from fedunlearn.evidence.words import GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
@@ -240,7 +241,7 @@ def test_numbers_keep_three_digits_and_nothing_has_a_minus_zero():
     assert [amount(value) for value in (0, 2, 2.694, 15.94, 175.2, 16380, 0.034)] == [
         *("0", "2", "2.69", "15.9", "175", "16,380", "0.0340")
     ]
-    assert [_signed(value) for value in (-0.04, 0.04, -7.46, 9.3)] == ["0.0", "0.0", "\N{MINUS SIGN}7.5", "+9.3"]
+    assert [signed(value) for value in (-0.04, 0.04, -7.46, 9.3)] == ["0.0", "0.0", "\N{MINUS SIGN}7.5", "+9.3"]
 
 
 @in_browser

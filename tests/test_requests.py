@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import nets
 from conftest import make_images, write_set
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import notes
@@ -148,14 +149,57 @@ def test_rows_are_told_by_the_names_of_their_classes(first):
             weights.numbered(other)
 
 
-def test_the_class_may_be_gone_from_the_data(first, tmp_path):
+def without_dog(first, folder):
+    """Write the images without the dog's and return the setting that names the file."""
     arrays = dict(np.load(first / "set.npz"))
     for split in ("train", "test"):
         stay = arrays[f"y_{split}"] != 1
         labels = arrays[f"y_{split}"][stay]
         arrays |= {f"x_{split}": arrays[f"x_{split}"][stay], f"y_{split}": np.where(labels > 1, labels - 1, labels)}
-    np.savez(tmp_path / "set.npz", **(arrays | {"classes": np.array(["cat", "owl", "yak"])}))
-    data = f"data.path={json.dumps(str(tmp_path / 'set.npz'))}"
+    np.savez(folder / "set.npz", **(arrays | {"classes": np.array(["cat", "owl", "yak"])}))
+    return f"data.path={json.dumps(str(folder / 'set.npz'))}"
+
+
+def test_a_class_by_number_is_refused_where_weights_and_data_count_otherwise(first, tmp_path):
+    """The dog was 1, now the owl is: the recipe of the first request would forget the owl, and measure it as U."""
+    asked = second(first, without_dog(first, tmp_path), "unlearn.forget=[1]")
+    told = r"1 is a number of a class, and .*model.safetensors counts them otherwise than the data \(owl is 2"
+    with pytest.raises(PlanError, match=told):
+        evaluate_weights(asked)
+    with pytest.raises(PlanError, match=told):
+        prepare(asked)
+    with pytest.raises(PlanError, match=told):
+        audit_model(asked, tmp_path / "audit", Candidate(model=first / "one" / "model.safetensors"))
+    export_weights(asked, tmp_path / "model.onnx")  # forgets nothing
+
+
+def test_a_network_that_takes_no_number_of_classes_is_refused_before_any_work(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(nets, "fixed", lambda classes, colours: nets.Tiny(4, colours), raising=False)
+    with pytest.raises(ModelError, match=r"'nets:fixed' makes a network of 4 output rows where 3 were asked for"):
+        run(second(first, without_dog(first, tmp_path), 'model.name="nets:fixed"'), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_model_of_another_tool_without_the_row_is_evaluated_and_exported(first, tmp_path):
+    weights = read_weights(first / "one" / "original.safetensors")
+    state = dict(weights.state)
+    for name in ("linear.weight", "linear.bias"):
+        state[name] = state[name][[0, 2, 3]]
+    torch.save(state, tmp_path / "plain.pt")
+    colours = [f"data.mean={list(weights.mean)}", f"data.std={list(weights.std)}"]
+    given = second(first, f"model.weights={json.dumps(str(tmp_path / 'plain.pt'))}", "unlearn.forget=dog", *colours)
+    accuracy = evaluate_weights(given)["accuracy"]
+    assert accuracy["forget_row_kept"] is None
+    whole = second(
+        first, f"model.weights={json.dumps(str(first / 'one' / 'original.safetensors'))}", "unlearn.forget=dog"
+    )
+    assert accuracy["retain"] >= evaluate_weights(whole)["accuracy"]["retain"]
+    assert accuracy["forget"] == 0.0
+    export_weights(given, tmp_path / "plain.onnx")
+
+
+def test_the_class_may_be_gone_from_the_data(first, tmp_path):
+    data = without_dog(first, tmp_path)
     found = run(second(first, data), tmp_path / "two", command="unlearn")
     assert "earlier" not in found  # nothing here tells of it
     model = tmp_path / "two" / "model.safetensors"
@@ -189,7 +233,7 @@ def test_a_run_does_not_go_on_when_images_of_an_earlier_class_that_decided_who_h
     shutil.copy(first / "set.npz", data)
     recipe = second(first, f"data.path={json.dumps(str(data))}")
     before = prepare(recipe)
-    run(recipe, out, command="train")
+    run(recipe, out, command="unlearn")
     arrays = dict(np.load(data))
     stay = np.flatnonzero(arrays["y_train"] != 1)
     half = np.sort(np.concatenate([stay, np.flatnonzero(arrays["y_train"] == 1)[::2]]))
@@ -198,7 +242,7 @@ def test_a_run_does_not_go_on_when_images_of_an_earlier_class_that_decided_who_h
     assert len(before.splits.train) == len(after.splits.train)  # all images that are left are there
     assert before.fingerprint() != after.fingerprint()  # and with others
     with pytest.raises(RunError, match="data"):
-        run(recipe, out, command="train")
+        run(recipe, out, command="unlearn")
 
 
 def test_a_client_that_held_nothing_but_the_forgotten_class_is_left_out(first, tmp_path):

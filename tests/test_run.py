@@ -43,11 +43,11 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.files import append_line
 from fedunlearn.models import build_model
 from fedunlearn.run.commands import evaluate_weights, run
-from fedunlearn.run.compare import Oracle, retrained_models
-from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
 from fedunlearn.run.kept import KeptModel, fill_kept, validation_unseen
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.references import Oracle, retrained_models
 from fedunlearn.run.result import cost_blocks, cost_until, evaluate, knew, validation_block, whole_cost
 from fedunlearn.training.sgd import Training, one_cycle
 from fedunlearn.unlearn import unlearn

@@ -25,7 +25,7 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.run.commands import run
-from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.smallest import FRACTIONS, unlearn_smallest
 from fedunlearn.training.sgd import Training

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any
+
+from fedunlearn.errors import RecipeError
 
 _LONGEST = 60  # characters of a value in a message
 _LONGEST_NAME = 150  # bytes: file systems end names at 255, with what is put before and after
@@ -33,3 +37,45 @@ def must_be(kind: type | tuple[type, ...], value: object, where: str, such: str,
         short = 0 < len(shown) <= _LONGEST and "\n" not in shown
         got = shown if short else f"a value of type {type(value).__name__}"
         raise error(f"{where} must be {such}, got {got}")
+
+
+def in_range(settings: Any, **checks: Callable[[Any], bool]) -> None:
+    """Refuse settings of which a value fails its check.
+
+    Raises:
+        RecipeError: names the value.
+    """
+    for name, valid in checks.items():
+        value = getattr(settings, name)
+        if not valid(value):
+            raise RecipeError(f"{type(settings).__name__}({name}=...) is out of range: got {value!r}")
+
+
+def is_weight(value: Any) -> bool:
+    """Return whether ``value`` is a number of at least 0."""
+    return is_number(value) and bool(value >= 0)
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether ``value`` is a number above 0."""
+    return is_number(value) and bool(value > 0)
+
+
+def or_none(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check that lets None pass beside what ``valid`` does."""
+    return lambda value: value is None or valid(value)
+
+
+def is_share(value: Any) -> bool:
+    """Return whether ``value`` is a number above 0 and at most 1."""
+    return is_number(value) and bool(0 < value <= 1)
+
+
+def is_part(value: Any) -> bool:
+    """Return whether ``value`` is a number between 0 and 1, neither of them."""
+    return is_number(value) and bool(0 < value < 1)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether ``value`` is a whole number of at least 1."""
+    return is_whole(value, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedunlearn.arguments import is_whole, must_be
 from fedunlearn.channels.fit import check_finite
 from fedunlearn.channels.plan import Classifier, PruningPlan
+from fedunlearn.data.datasets import DatasetImages
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.data.npz import load_npz
 from fedunlearn.errors import DataError, ModelError, PlanError
@@ -101,8 +102,9 @@ def save_checkpoint(
         "architecture": dict(architecture),
         "labels": list(labels),
         "classes": [images.classes[label] for label in labels],
-        "mean": list(images.mean),
-        "std": list(images.std),
+        # What a data set gives is normalised by itself, nobody knows how.
+        "mean": None if isinstance(images, DatasetImages) else list(images.mean),
+        "std": None if isinstance(images, DatasetImages) else list(images.std),
         "plan": json.loads(model.plan.to_json()),
     }
     try:
@@ -152,8 +154,13 @@ def read_weights(path: Path | str) -> Weights:
         raise ModelError(f"{path}: the weights cannot be read ({why}); fetch the file again") from error
 
 
-def load_weights(model: Classifier, weights: Weights) -> Classifier:
+def load_weights(model: Classifier, weights: Weights, *, images: LabelledImages | None = None) -> Classifier:
     """Return the architecture of ``model`` pruned by the plan of ``weights``, filled with them strictly, and labelled.
+
+    Args:
+        model: the architecture.
+        weights: what ``read_weights`` returned.
+        images: whose classes the rows are to be numbered by; as the file numbers them where None.
 
     Raises:
         ModelError: names, shapes or types differ, or values are not finite, the first tensor that does is named; or
@@ -162,6 +169,7 @@ def load_weights(model: Classifier, weights: Weights) -> Classifier:
     must_be(Classifier, model, "load_weights(model)", "a Classifier, such as Classifier(module, shape)", ModelError)
     must_be(Weights, weights, "load_weights(weights)", "what read_weights(path) returns", ModelError)
     weights = named_for(weights, model)
+    weights = weights if images is None else weights.numbered(images.classes)
     try:
         loaded = replace(model.cut(weights.plan), labels=weights.labels)
     except PlanError as error:
@@ -296,8 +304,8 @@ def _safetensors(path: Path) -> Weights:
         state,
         PruningPlan.from_json(json.dumps(value["plan"])),
         tuple(value["labels"]),
-        tuple(value["mean"]),
-        tuple(value["std"]),
+        None if value["mean"] is None else tuple(value["mean"]),
+        None if value["std"] is None else tuple(value["std"]),
         value["architecture"].get("shortcut"),
         tuple(value["classes"]) if "classes" in value else None,
     )

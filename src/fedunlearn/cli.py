@@ -111,7 +111,7 @@ def unlearn(options: Options) -> None:
 def compare(options: Options) -> None:
     """Make a model forget by many methods, on the same clients, and audit each by the same bands."""
     from fedunlearn.engines import Order, carry_out  # slow to import
-    from fedunlearn.run.comparison import Plan
+    from fedunlearn.run.compare import Plan
 
     given = [name.strip() for name in options.methods.split(",") if name.strip()]
     plan = Plan(tuple(name for name in given if name != _ALL), options.seeds, options.tune)

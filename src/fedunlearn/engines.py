@@ -10,7 +10,7 @@ from typing import Any
 
 from fedunlearn.errors import RecipeError
 from fedunlearn.run.commands import run
-from fedunlearn.run.comparison import Plan, compare
+from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.work import Observe

@@ -16,7 +16,6 @@ Every message says what was expected, what came, where, and what to do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 _LISTED = 5
@@ -67,8 +66,3 @@ class RunError(FedUnlearnError):
 
 class EvidenceError(FedUnlearnError):
     """A key cannot be used, or a dossier does not hold."""
-
-
-def without_addresses(value: object) -> str:
-    """Return ``repr(value)`` without addresses in memory, which change with the process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

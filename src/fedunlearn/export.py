@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from fedunlearn.arguments import must_be
 from fedunlearn.channels.checks import forward
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
+from fedunlearn.data.datasets import DatasetImages
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError, ModelError
 from fedunlearn.files import written
@@ -72,7 +74,9 @@ def export_onnx(path: Path | str, model: Classifier, *, images: LabelledImages) 
     except Exception as error:  # the exporter fails in many ways on what it does not know
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: torch cannot export the model ({why}): leave out what depends on values") from error
-    about = {"classes": [images.classes[label] for label in labels], "mean": images.mean, "std": images.std}
+    about: dict[str, Any] = {"classes": [images.classes[label] for label in labels]}
+    if not isinstance(images, DatasetImages):  # it normalises itself, nobody knows how
+        about |= {"mean": images.mean, "std": images.std}
     onnx.helper.set_model_props(made, {name: json.dumps(value) for name, value in about.items()})
     shown = torch.randn((_IMAGES, *model.shape), generator=generator(0, "onnx"))
     try:

@@ -21,14 +21,14 @@ from fedunlearn.arguments import is_whole
 from fedunlearn.errors import ModelError
 
 SHORTCUTS = ("A", "B")
-_VGG = {
+VGGS = {
     "vgg11": "64 M 128 M 256 256 M 512 512 M 512 512 M",
     "vgg13": "64 64 M 128 128 M 256 256 M 512 512 M 512 512 M",
     "vgg16": "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
     "vgg19": "64 64 M 128 128 M 256 256 256 256 M 512 512 512 512 M 512 512 512 512 M",
 }
-_RESNETS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
-MODELS = ("small-cnn", *_RESNETS, *_VGG)
+RESNETS = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56}
+MODELS = ("small-cnn", *RESNETS, *VGGS)
 
 
 def build_model(name: str, *, classes: int, colours: int, shortcut: str = "A") -> nn.Module:
@@ -50,12 +50,12 @@ def build_model(name: str, *, classes: int, colours: int, shortcut: str = "A") -
         return _build_by_path(name, classes, colours)
     if name == "small-cnn":
         return SmallCNN(classes, colours)
-    if name in _RESNETS:
+    if name in RESNETS:
         if shortcut not in SHORTCUTS:
             raise ModelError(f"model.shortcut must be A or B, got {shortcut!r}")
-        return ResNet(_RESNETS[name], classes, colours, shortcut)
-    if name in _VGG:
-        return VGG(_VGG[name], classes, colours)
+        return ResNet(RESNETS[name], classes, colours, shortcut)
+    if name in VGGS:
+        return VGG(VGGS[name], classes, colours)
     raise ModelError(f"model.name must be one of {', '.join(MODELS)} or package.module:function, got {name!r}")
 
 
@@ -65,6 +65,11 @@ def _build_by_path(path: str, classes: int, colours: int) -> nn.Module:
         with _working_directory_last():
             build: Callable[..., object] = getattr(importlib.import_module(module), function)
             model = build(classes=classes, colours=colours)
+    except SystemExit as error:
+        raise ModelError(
+            f"model.name {path!r}: its file ends the program when it is imported (SystemExit: {error}): put what it "
+            'does as a program under if __name__ == "__main__"'
+        ) from error
     except Exception as error:  # the user's own code can fail in any way
         raise ModelError(
             f"model.name {path!r}: {error}; expected package.module:function on Python's path or in the "

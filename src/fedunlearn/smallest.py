@@ -155,7 +155,7 @@ def _forgotten(repaired: Classifier, fed: Federation, forget: Sequence[int]) -> 
     Raises:
         FederationError: no client counts any.
     """
-    stay = tuple(label for label in range(fed.engine.classes) if label not in forget)
+    stay = fed.besides(forget)
     task = Evaluate(exclude=stay, labels=repaired.labels, probability=True)
     about = [fed.about(weights=repaired, **vars(task))]
     if not fed.journal.finished(_CHECK, about):

@@ -25,7 +25,8 @@ from fedunlearn.audits.verdict import (
     never_known,
     thresholds_json,
 )
-from fedunlearn.errors import EvidenceError, ModelError, RunError, without_addresses
+from fedunlearn.channels.fit import without_addresses
+from fedunlearn.errors import EvidenceError, ModelError, RunError
 from fedunlearn.files import write_text
 
 THRESHOLDS = "thresholds.json"

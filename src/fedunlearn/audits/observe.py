@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.channels.checks import check_evaluation, placed
-from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.channels.taps import Tap, channel_means, head_input, reading
+from fedunlearn.channels.taps import Tap, channel_means, head_input, input_of, reading
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.training.compute import cores, one_torch_thread
+from fedunlearn.training.evaluation import in_parts
 
 _HEAD = ""  # no convolution has this name
-_SMALLEST_PART = 128  # images: for fewer, a thread and its copy of the model cost more than they save
+_SMALLEST_PART = 128  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,7 @@ def observe(model: nn.Module | Classifier, images: LabelledImages, *, layers: bo
     classifier = Classifier.of(model, images.shape)
     module, example = classifier.module, classifier.example
     check_evaluation(module, placed(example, module))
-    taps = {_HEAD: Tap(head_layer(module, example), "input", 0, 0)}
+    taps = {_HEAD: input_of(head_layer(module, example))}
     if layers:
         taps |= {name: tap for name, tap in find_channels(module, example).taps.items() if tap.module}
     return _in_parts(module, images, taps)
@@ -69,11 +67,7 @@ def logits_of(model: nn.Module, images: LabelledImages) -> Tensor:
 
 
 def _in_parts(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) -> Observed:
-    part = max(_SMALLEST_PART, -(-len(images) // cores()))
-    parts = [images.take(slice(start, start + part)) for start in range(0, len(images), part)]
-    with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        seen = list(pool.map(lambda some: _observe(copied(model).eval(), some, taps), parts))
-    return _joined(seen)
+    return _joined(in_parts(model, images, lambda net, some: _observe(net, some, taps), least=_SMALLEST_PART))
 
 
 def _observe(model: nn.Module, images: LabelledImages, taps: Mapping[str, Tap]) -> Observed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -111,3 +112,8 @@ def named_classes(labels: Sequence[int] | None, rows: int, classes: int) -> tupl
         twice = next(label for label in named if named.count(label) > 1)
         raise ModelError(f"two output rows are labelled as class {twice}: give each row a class of its own")
     return named
+
+
+def without_addresses(value: object) -> str:
+    """Return ``repr(value)`` without addresses in memory, which change with the process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -46,6 +46,11 @@ class Tap:
     rectified: bool = False
 
 
+def input_of(module: str) -> Tap:
+    """Return the tap of all that a module receives, for a reader that takes it as it is."""
+    return Tap(module, "input", 0, 0)
+
+
 def with_gradients(model: nn.Module) -> nn.Module:
     """Let autograd record what all weights of ``model`` do, and return it; whole numbers have no gradients."""
     for parameter in model.parameters():

@@ -40,7 +40,7 @@ def try_out(model: nn.Module, groups: Sequence[Group], shape: tuple[int, ...]) -
     for positive in (True, False):  # where no positive value gets through, perhaps one of either sign does
         if not open_:
             break
-        net, images = _drawn(model, positive, shape)
+        net, images = drawn_anew(model, shape, positive=positive)
         least, tolerance = _BOUNDS[images.dtype]
         moved = _movements(net, open_, images)
         shown = [group for group in open_ if moved[group] > least]
@@ -93,12 +93,7 @@ def _movements(net: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     return moved
 
 
-def drawn_anew(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """Return a copy of ``model`` with weights of either sign drawn anew, and images for it, in float64 where it can."""
-    return _drawn(model, False, shape)
-
-
-def _drawn(model: nn.Module, positive: bool, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+def drawn_anew(model: nn.Module, shape: tuple[int, ...], *, positive: bool = False) -> tuple[nn.Module, Tensor]:
     """Return a copy with weights drawn anew, positive and very uneven or of either sign, and images for it.
 
     In float64, where a channel in a wrong place stands out from rounding; in float32 where the model insists on it.

@@ -15,7 +15,7 @@ from fedunlearn.data.splits import Splits, both, labelled
 from fedunlearn.errors import DataError
 
 
-def read_npz(path: Path | str, *, official: bool = True, size: int = 0) -> Splits:
+def read_npz(path: Path | str) -> Splits:
     """Read ``x_train, y_train, x_test, y_test`` and, if there, ``classes``, ``groups_train``, ``groups_test``.
 
     Images are uint8 of shape ``(images, height, width)``, ``(images, height, width, colours)`` or ``(images, colours,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from fedunlearn.data.images import LabelledImages, pixel_statistics
 from fedunlearn.errors import DataError
-from fedunlearn.seeding import generator
 
-_TEST_SHARE = 0.2
+TEST_SHARE = 0.2
 _logger = logging.getLogger(__name__)
 
 
@@ -51,17 +51,22 @@ def both(path: Path, train: LabelledImages, test: LabelledImages) -> Splits:
     return Splits(train, test)
 
 
-def held_out(images: Tensor, labels: Tensor, classes: tuple[str, ...], *, fifth: int = 0) -> Splits:
-    """Hold out a fifth of each class for testing, drawn once and for all (seed 0) by its name.
+def held_out(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Splits:
+    """Hold out a fifth of each class for testing: the images that come first by the SHA-256 of class name and pixels.
 
-    A number changes when a class before it is deleted, and images that a model was trained on would be its test.
+    Images that a model was trained on must not become its test images when a class is deleted, or when a class has an
+    image more or less: one more moves one other at most.
     """
     test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
-        rows = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(rows), generator=generator(0, "test", classes[label]))
-        count = max(1, round(_TEST_SHARE * len(rows)))
-        test[rows[order[fifth * count : (fifth + 1) * count]]] = True
+    for label, name in enumerate(classes):
+        rows = (labels == label).nonzero().flatten().tolist()
+        rows.sort(key=lambda row: hashlib.sha256(name.encode() + images[row].contiguous().numpy().tobytes()).digest())
+        test[rows[: max(1, round(TEST_SHARE * len(rows)))]] = True
+    return apart(images, labels, classes, test)
+
+
+def apart(images: Tensor, labels: Tensor, classes: tuple[str, ...], test: Tensor) -> Splits:
+    """Return the images of the mask ``test`` as those to test with, and the others; all normalised by the others."""
     pixels = pixel_statistics(images[~test])
     return Splits(
         LabelledImages(images[~test], labels[~test], classes, *pixels),

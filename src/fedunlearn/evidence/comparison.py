@@ -12,6 +12,7 @@ from typing import Any
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.errors import RunError
 from fedunlearn.evidence.folder import REPORT, readable
+from fedunlearn.evidence.pages import rendered
 from fedunlearn.evidence.words import clipped, in_short, unable
 from fedunlearn.files import write_text
 
@@ -37,33 +38,24 @@ def write_comparison(folder: Path) -> None:
 
 
 def _page(value: Mapping[str, Any]) -> str:
-    import jinja2  # slow to import, as the plots are: who only wants the table needs neither
-
-    from fedunlearn.evidence import plots
+    from fedunlearn.evidence import plots  # slow to import: who only wants the table needs none
 
     rows, told = summary(value), telling(value)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shown = [name for name in DEPTH if name in value["bands"] or any(name in row["figures"] for row in rows)]
-    return environment.get_template("comparison.html").render(
-        value=value,
-        names=", ".join(value["classes"][label] for label in value["forget"]),
-        rows=rows,
-        shown=shown,
-        labels={name: figure.label for name, figure in FIGURES.items()},
-        bands={name: clipped(band, name) for name, band in value["bands"].items() if name in FIGURES},
-        original=value["original"]["figures"],
-        cannot=blind(value),
-        plot=plots.compared(rows, value["retrained"], told, FIGURES[told].label),
-        told=FIGURES[told].label,
-        ranged=all("speedup_range" in cell for cell in value["cells"].values() if "speedup" in cell),
-    )
+    values = {
+        "value": value,
+        "names": ", ".join(value["classes"][label] for label in value["forget"]),
+        "rows": rows,
+        "shown": shown,
+        "labels": {name: figure.label for name, figure in FIGURES.items()},
+        "bands": {name: clipped(band, name) for name, band in value["bands"].items() if name in FIGURES},
+        "original": value["original"]["figures"],
+        "cannot": blind(value),
+        "plot": plots.compared(rows, value["retrained"], told, FIGURES[told].label),
+        "told": FIGURES[told].label,
+        "ranged": all("speedup_range" in cell for cell in value["cells"].values() if "speedup" in cell),
+    }
+    return rendered("comparison.html", values)
 
 
 def blind(value: Mapping[str, Any]) -> list[str]:

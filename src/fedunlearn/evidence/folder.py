@@ -19,7 +19,16 @@ from fedunlearn.files import write_text
 
 RESULT = "result.json"
 REPORT = "report.html"
+MODEL = "model.safetensors"  # what is delivered
+BEFORE = "original.safetensors"
+PLAN = "plan.json"
+STATS, SCORES, MAPS = "stats.safetensors", "scores.safetensors", "maps.safetensors"
 SCHEMA = 2
+
+
+def retrained_file(folder: Path, name: str) -> Path:
+    """Return where a run keeps the retrained model ``name``."""
+    return folder / "oracles" / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)

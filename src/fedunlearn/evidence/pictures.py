@@ -13,7 +13,7 @@ from fedunlearn.audits.relearn import Relearned
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
-from fedunlearn.evidence.folder import RunFolder
+from fedunlearn.evidence.folder import BEFORE, MAPS, PLAN, SCORES, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
 from fedunlearn.evidence.speedup import retraining
 from fedunlearn.evidence.words import sent_to
@@ -155,7 +155,7 @@ def _numbers(shares: Mapping[str, float | None]) -> dict[str, float]:
 
 def _of_this_request(run: RunFolder, pruned: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Return the removed channels as the scores number them: the plan has those of before too."""
-    before = read_weights(run.path / "original.safetensors").plan.kept
+    before = read_weights(run.path / BEFORE).plan.kept
     removed = {}
     for layer, gone in pruned.items():
         staying = before.get(f"{layer}.weight", {}).get(0)
@@ -166,10 +166,10 @@ def _of_this_request(run: RunFolder, pruned: Mapping[str, list[int]]) -> dict[st
 def _channels(run: RunFolder) -> list[Plot]:
     """Return the heat map of scores and the feature maps, where the run kept them."""
     drawn = []
-    file = run.path / "scores.safetensors"
+    file = run.path / SCORES
     if file.exists():
         scores = safetensors.numpy.load_file(file)
-        pruned = _of_this_request(run, json.loads((run.path / "plan.json").read_text("utf-8"))["pruned"])
+        pruned = _of_this_request(run, json.loads((run.path / PLAN).read_text("utf-8"))["pruned"])
         gone = sum(len(channels) for channels in pruned.values())
         total = sum(len(layer) for layer in scores.values())
         drawn.append(
@@ -181,7 +181,7 @@ def _channels(run: RunFolder) -> list[Plot]:
                 plots.scores(dict(sorted(scores.items())), pruned),
             )
         )
-    file = run.path / "maps.safetensors"
+    file = run.path / MAPS
     if file.exists():
         maps = FeatureMaps.load(file)
         half = len(maps.columns) // 2

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence.events import EVENTS, OPERATOR, events_of
-from fedunlearn.evidence.folder import REPORT, RunFolder, readable, write_unsigned
+from fedunlearn.evidence.folder import MODEL, PLAN, REPORT, RunFolder, readable, write_unsigned
+from fedunlearn.evidence.pages import rendered
 from fedunlearn.evidence.pictures import plots_of, until_back
 from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.words import (
@@ -26,7 +25,6 @@ from fedunlearn.evidence.words import (
     VERDICTS,
     certainty,
     chosen,
-    clipped,
     hint,
     in_short,
     means,
@@ -35,7 +33,6 @@ from fedunlearn.evidence.words import (
     summary,
     unable,
 )
-from fedunlearn.tabular import amount, percent
 
 MARKDOWN = "report.md"
 CARD = "README.md"
@@ -49,14 +46,15 @@ def write_report(folder: Path) -> None:
         EvidenceError: the folder is signed, and the signature would no longer fit.
     """
     with readable(folder):
-        texts = _rendered(_values(RunFolder.audited(folder)))
+        values = _values(RunFolder.audited(folder))
+        texts = {name: rendered(name, values) for name in (MARKDOWN, REPORT)}
     for name in (MARKDOWN, REPORT):  # where the page is there, all is
         write_unsigned(folder, name, texts[name])
 
 
 def _values(run: RunFolder) -> dict[str, Any]:
     """Return what the templates ask for."""
-    plan = run.path / "plan.json"
+    plan = run.path / PLAN
     cannot_tell = unable(run.result["audits"], run.figures("original"))
     return {
         "result": run.result,
@@ -96,26 +94,6 @@ def _values(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _rendered(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of both files."""
-    texts = {}
-    for name in (MARKDOWN, REPORT):
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
-            autoescape=name == REPORT,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["percent"] = percent
-        environment.filters["clipped"] = clipped
-        environment.filters["signed"] = _signed
-        environment.filters["amount"] = amount
-        texts[name] = environment.get_template(name).render(values)
-    return texts
-
-
 def write_card(folder: Path) -> None:
     """Write README.md, the card of model.safetensors, into the folder of an audited run.
 
@@ -124,26 +102,18 @@ def write_card(folder: Path) -> None:
         EvidenceError: the folder is signed, and the signature would no longer fit.
     """
     run = RunFolder.audited(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedunlearn", "evidence/templates"),
-        autoescape=False,  # Markdown
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
     classes = run.result["classes"]
-    weights = read_weights(folder / "model.safetensors")
-    text = environment.get_template("card.md").render(
-        result=run.result,
-        summary=summary(run.result),
-        forgotten=[classes[label] for label in run.result["forget"]],
-        means=means(run.result),
-        kept=[name for label, name in enumerate(classes) if label not in run.result["forget"]],
-        colours=len(weights.mean or ()),
-        limits=LIMITS,
-    )
-    write_unsigned(folder, CARD, text)
+    weights = read_weights(folder / MODEL)
+    values = {
+        "result": run.result,
+        "summary": summary(run.result),
+        "forgotten": [classes[label] for label in run.result["forget"]],
+        "means": means(run.result),
+        "kept": [name for label, name in enumerate(classes) if label not in run.result["forget"]],
+        "colours": len(weights.mean or ()),
+        "limits": LIMITS,
+    }
+    write_unsigned(folder, CARD, rendered("card.md", values))
 
 
 def _record(run: RunFolder) -> dict[str, Any]:
@@ -172,12 +142,6 @@ def _tested(run: RunFolder) -> int:
     """Return the number of test images of the forgotten classes."""
     counts = run.models["unlearned"]["details"]["confusion"]
     return sum(sum(counts[label]) for label in run.result["forget"])
-
-
-def _signed(distance: float) -> str:
-    """Return a distance with its sign; what rounds to 0 has none."""
-    text = f"{distance:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _rows(run: RunFolder) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The words of the report: what each verdict means; the words of each figure are in the table of audits."""
+"""The words of the report: what each verdict means; those of each figure are in the table of audits."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedunlearn.channels.fit import without_addresses
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.errors import without_addresses
 
 _SHOWN = 48  # a longer text is told by its digest
 

@@ -10,7 +10,7 @@ import torch
 
 from fedunlearn.data.images import MOST_IMAGES
 from fedunlearn.errors import FederationError, listed, printable
-from fedunlearn.federation.jobs import SUM, Engine, Job, Layout, Reply
+from fedunlearn.federation.jobs import BY_RULES, SUM, Engine, Job, Layout, Reply
 from fedunlearn.federation.ledger import Entry, Meter
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def ask(engine: Engine, job: Job, fold: Callable[[Iterator[Reply]], _Value]) -> 
         fold: reads the usable replies, in client-id order, while clients still work; they are not kept.
 
     Raises:
-        FederationError: less than half of the clients asked gave a usable reply.
+        FederationError: less than half of the clients asked gave a usable reply, those not counted whose rules let
+            none stand for the few images that they hold.
     """
     asked = tuple(engine.clients if job.clients is None else job.clients)
     meter = Meter(job, engine.shape, len(asked))
@@ -55,7 +56,9 @@ def _usable(engine: Engine, job: Job, asked: tuple[str, ...], meter: Meter) -> I
                 _warn(job, f"{reply.client} gave no usable reply: {why}")
     if (more := sum(map(len, refused.values())) - _NAMED) > 0:
         _warn(job, f"{more} more gave no usable reply")
-    if answered < max(1, QUORUM * len(asked)):
+    # Who holds too few images for its rules will never answer: it is no sign of a fleet that fails.
+    able = len(asked) - sum(len(clients) for why, clients in refused.items() if BY_RULES in why)
+    if answered < max(1, QUORUM * able):
         raise FederationError(
             f"{job.phase}, round {job.round + 1}: only {answered} of {len(asked)} clients gave "
             f"a usable reply, expected at least half ({_reasons(refused)}); mend them and run the same command again"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -83,10 +83,14 @@ class Federation:
         object.__setattr__(self, "seed", int(self.seed))
         object.__setattr__(self, "exclude", tuple(int(label) for label in self.exclude))
 
-    def keeping(self, *, exclude: Sequence[int], clients: Sequence[str] | None = None) -> Federation:
+    def keeping(self, *, exclude: Sequence[int] = (), clients: Sequence[str] | None = None) -> Federation:
         """Return the federation without ``exclude`` either; only ``clients`` take part where they are given."""
         able = self.clients if clients is None else tuple(clients)
         return replace(self, exclude=tuple(sorted({*self.exclude, *exclude})), clients=able)
+
+    def besides(self, classes: Collection[int]) -> tuple[int, ...]:
+        """Return the clients' other classes."""
+        return tuple(label for label in range(self.engine.classes) if label not in classes)
 
     def able(self, objective: Local | None = None) -> list[str]:
         """Return the clients that take part in training, sorted; with an objective those that may hold its images.
@@ -120,8 +124,13 @@ class Federation:
         return self.holders is None or not set(self.holders).isdisjoint(self.able())
 
     def about(self, **values: object) -> dict[str, str]:
-        """Return what a step of these values is about: the request, the values, and the owner of its draws."""
-        return {**self.request, **asked(**values, seed=self.seed)}
+        """Return what a step of these values is about: the request, the values, and the owner of its draws.
+
+        Where the journal lasts, also the images of an engine that has them here: with others it is another step.
+        """
+        digest = getattr(self.engine, "digest", None) if self.journal.lasts else None
+        images = {} if digest is None else {"images": digest}
+        return {**self.request, **asked(**values, seed=self.seed, **images)}
 
     def part(self, name: str) -> Federation:
         """Return the federation with its steps recorded as those of a part of the run."""

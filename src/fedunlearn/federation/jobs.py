@@ -191,6 +191,8 @@ def _seconds(job: Job, rules: Privacy, started: float) -> float:
     return 0.0 if hidden else time.perf_counter() - started
 
 
+# What a value of one image cannot exceed, in sums as in float32; and what rounding may leave.
+BEYOND, LITTLE = float(torch.finfo(torch.float32).max), 1e-9
 BY_RULES = "this client's rules (min_images)"  # in what a client says that refuses for ever: it holds too few images
 
 
@@ -237,6 +239,13 @@ def kept_images(data: ClientData, exclude: tuple[int, ...], rules: Privacy) -> L
     if len(images) == 0 and rules.min_images <= 1:  # otherwise it would tell none from few
         raise FederationError(f"nothing is left without the classes {list(exclude)}")
     return enough(images, rules)
+
+
+def kept_sample(
+    job: Job, data: ClientData, exclude: tuple[int, ...], sample: int | None, rules: Privacy
+) -> LabelledImages:
+    """Return at most ``sample`` of ``kept_images``; refuse where they are fewer than ``rules`` allow."""
+    return enough(sampled(job, data, kept_images(data, exclude, rules), sample), rules)
 
 
 def sampled(job: Job, data: ClientData, images: LabelledImages, sample: int | None) -> LabelledImages:

@@ -21,7 +21,7 @@ from fedunlearn.federation.lock import FolderLock
 from fedunlearn.files import PART, append_line, write_tensors, write_text
 
 STATE = "state"  # folder of the states, in that of a run
-_ROUNDS = "rounds.jsonl"
+ROUNDS = "rounds.jsonl"
 _BEFORE = "0.2.0"  # the last version whose steps do not say what they were done for
 
 
@@ -110,6 +110,11 @@ class Journal:
                 raise
             self._lock.take()
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it is in a folder, from which another process may go on."""
+        return self._folder is not None
+
     def part(self, name: str) -> Journal:
         """Return the journal of a part of the run, whose phases are recorded here as ``NAME.PHASE``."""
         part = copy.copy(self)  # steps and states are shared
@@ -189,7 +194,7 @@ class Journal:
             state = self._folder / STATE / f"{step.phase}.safetensors"
             state.parent.mkdir(exist_ok=True)
             write_tensors(state, tensors, {"step": step.to_json()})
-            append_line(self._folder / _ROUNDS, step.to_json().encode())
+            append_line(self._folder / ROUNDS, step.to_json().encode())
         # Not before it is on the disk: after a full one, or an interrupt, the same request does the step again.
         self._states[step.phase, done + 1] = copies
         self._steps.append(step)
@@ -211,7 +216,7 @@ class Journal:
             self._lock.leave()
 
     def _open(self, folder: Path, header: Any) -> None:
-        path = folder / _ROUNDS
+        path = folder / ROUNDS
         data = path.read_bytes() if path.exists() else b""
         complete = data[: data.rfind(b"\n") + 1]  # a kill can cut the last line short; its state brings it back
         if not complete:
@@ -274,7 +279,7 @@ def _check_name(folder: Path) -> None:
 def header_of(folder: Path) -> dict[str, Any]:
     """Return what identifies the run in ``folder``; empty where there is none."""
     try:
-        header: dict[str, Any] = json.loads((folder / _ROUNDS).read_bytes().splitlines()[0])
+        header: dict[str, Any] = json.loads((folder / ROUNDS).read_bytes().splitlines()[0])
         return header
     except (OSError, ValueError, IndexError):  # Journal says what is wrong with it
         return {}

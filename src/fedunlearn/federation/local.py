@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from fedunlearn.arguments import must_be
 from fedunlearn.channels.copying import copied
+from fedunlearn.data.datasets import DatasetImages
 from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import FederationError, listed
 from fedunlearn.federation.jobs import ClientData, Job, Reply, handle
@@ -91,6 +95,22 @@ class LocalEngine:
         self._rules = rules
         self._compute = compute or Compute(workers=workers_on(place))
         self._copies = Copies(self._compute, place)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the clients hold; of images that a data set draws, of the rows: it may draw them anew."""
+        digest = hashlib.sha256()
+        for name, data in self._data.items():
+            for images in (data.train, data.validation):
+                if images is None:
+                    continue
+                drawn = isinstance(images, DatasetImages)
+                kept = images.rows if isinstance(images, DatasetImages) else images.images
+                about = [name, images.classes, images.mean, images.std, list(images.shape), len(images), drawn]
+                digest.update(json.dumps(about).encode())
+                digest.update(images.labels.contiguous().numpy().tobytes())
+                digest.update(kept.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def clients(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.stats import ChannelStats, Pooling, pooled
 from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.ask import ask
-from fedunlearn.federation.averaging import evened
+from fedunlearn.federation.averaging import evened, outweighing
 from fedunlearn.federation.federation import Federation, check_somebody
 from fedunlearn.federation.jobs import Reply
 from fedunlearn.federation.journal import Step
@@ -39,20 +39,17 @@ class Holdings:
 
     def with_images_besides(self, classes: Sequence[int]) -> tuple[str, ...]:
         """Return the clients that hold images of other classes, and those of whom nothing is known."""
-        return tuple(name for name in self.clients if self._may_hold_more(name, classes))
+        # A client that reports nothing by its rules may hold images of the kept classes all the same.
+        return self._who(lambda counts: int(counts.sum() - counts[list(classes)].sum()) > 0)
 
     def with_images_of(self, classes: Sequence[int]) -> tuple[str, ...]:
         """Return the clients that hold images of these classes, and those of whom nothing is known."""
-        return tuple(name for name in self.clients if self._may_hold(name, classes))
+        return self._who(lambda counts: bool(counts[list(classes)].any()))
 
-    def _may_hold(self, client: str, classes: Sequence[int]) -> bool:
-        counts = self.counts.get(client)
-        return counts is None or not bool(counts.any()) or bool(counts[list(classes)].any())
-
-    def _may_hold_more(self, client: str, classes: Sequence[int]) -> bool:
-        counts = self.counts.get(client)
-        # A client that reports nothing by its rules may hold images of the kept classes all the same.
-        return counts is None or not bool(counts.any()) or int(counts.sum() - counts[list(classes)].sum()) > 0
+    def _who(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:
+        """Return the clients whose counts say that they hold some, and those that tell nothing."""
+        known = {name: counts for name, counts in self.counts.items() if bool(counts.any())}
+        return tuple(name for name in self.clients if name not in known or holds(known[name]))
 
 
 def measure(
@@ -158,6 +155,8 @@ def summed(
 ) -> tuple[dict[str, Tensor], int]:
     """Return what the clients of ``fed`` answer to ``task``, added up, and over how many images.
 
+    Of three clients or more, none weighs more than all others together, as in ``evened``.
+
     Args:
         model: the model.
         fed: the clients that are asked.
@@ -175,15 +174,34 @@ def summed(
     check_somebody(fed)
     fed.journal.report(phase, 0, 1)
 
-    def total(replies: Iterator[Reply]) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {_IMAGES: torch.zeros((), dtype=torch.int64)}
-        for reply in replies:
-            sums[_IMAGES] += reply.images
-            for name, tensor in reply.tensors.items():
-                sums[name] = sums[name] + tensor if name in sums else tensor
-        return sums
-
-    sums, entry = ask(fed.engine, fed.job(task, model, phase=phase), total)
+    sums, entry = ask(fed.engine, fed.job(task, model, phase=phase), _total)
     fed.journal.finish(Step(phase, 0, (entry,), about=about), sums)
     fed.journal.report(phase, 1, 1)
     return sums, int(sums.pop(_IMAGES))
+
+
+def _total(replies: Iterator[Reply]) -> dict[str, Tensor]:
+    """Return the sum of the answers; the largest one is kept apart too, and no other: they may be many and large."""
+    sums: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    claims: dict[str, int] = {}
+    largest: Reply | None = None
+    for reply in replies:
+        claims[reply.client] = reply.images
+        _add(sums, reply.tensors)
+        less: Reply | None = reply
+        if largest is None or reply.images > largest.images:
+            largest, less = reply, largest
+        if less is not None:
+            _add(others, less.tensors)
+    found = outweighing(claims)
+    if found is None or largest is None:
+        return {_IMAGES: torch.tensor(sum(claims.values())), **sums}
+    client, factor = found
+    _add(others, {name: tensor * factor for name, tensor in largest.tensors.items()})
+    return {_IMAGES: torch.tensor(2 * (sum(claims.values()) - claims[client])), **others}
+
+
+def _add(sums: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        sums[name] = sums[name] + tensor if name in sums else tensor

@@ -12,7 +12,10 @@ from torch import nn
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.taps import with_gradients
+from fedunlearn.data.images import MOST_IMAGES
 from fedunlearn.federation.jobs import (
+    BEYOND,
+    LITTLE,
     STRICT,
     Answer,
     ClientData,
@@ -21,10 +24,8 @@ from fedunlearn.federation.jobs import (
     Reply,
     Sample,
     check_rows,
-    enough,
-    kept_images,
+    kept_sample,
     no_image,
-    sampled,
 )
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.privacy import Privacy
@@ -61,7 +62,7 @@ class Gradients:
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
         check_rows(job, model, None, data)
-        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
+        images = kept_sample(job, data, self.exclude, self.sample, rules)
         found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
         return Answer(found, len(images), len(images))
 
@@ -81,10 +82,13 @@ class Gradients:
         return flops_per_image(with_gradients(copied(model.module)), model.shape)[1]
 
     def flaw(self, reply: Reply) -> str | None:
-        """Refuse negative squares, and sums over no image."""
+        """Refuse negative squares, what no gradients add up to, and sums over no image."""
+        most = max(1, reply.images) * (BEYOND**2 if self.squared else BEYOND)
         for name, tensor in reply.tensors.items():
             if self.squared and bool((tensor < 0).any()):
                 return f"{name} has negative values"
+            if bool((tensor.abs() > most).any()):
+                return f"{name} has values beyond what {reply.images} images can add up to"
         return no_image(reply)
 
 
@@ -107,7 +111,7 @@ class Moments:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
+        images = kept_sample(job, data, self.exclude, self.sample, rules)
         found = input_moments(model, images, compute, hide=rules.min_images > 1)
         return Answer(found, len(images), len(images))
 
@@ -121,8 +125,14 @@ class Moments:
         return forward + moment_operations(model.module, model.shape)
 
     def flaw(self, reply: Reply) -> str | None:
-        """Refuse what is no sum of squares on its diagonal, and sums over no image."""
+        """Refuse what is no sum of squares on its diagonal, products beyond those, and sums over no image."""
         for name, tensor in reply.tensors.items():
-            if bool((tensor.diagonal() < 0).any()):
+            squares = tensor.diagonal()
+            if bool((squares < 0).any()):
                 return f"{name} has negative squares"
+            if bool((squares > MOST_IMAGES * BEYOND).any()):
+                return f"{name} has values beyond what images can add up to"
+            size = squares.sqrt()  # |sum x_i x_j| <= sqrt(sum x_i^2 sum x_j^2)
+            if bool((tensor.abs() > 1.001 * size[:, None] * size + LITTLE).any()):
+                return f"{name} has products beyond its squares"
         return no_image(reply)

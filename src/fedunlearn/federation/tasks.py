@@ -18,7 +18,9 @@ from fedunlearn.channels.stats import measure_channels
 from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError
 from fedunlearn.federation.jobs import (
+    BEYOND,
     BY_RULES,
+    LITTLE,
     STRICT,
     Answer,
     ClientData,
@@ -29,6 +31,7 @@ from fedunlearn.federation.jobs import (
     check_rows,
     enough,
     kept_images,
+    kept_sample,
     no_image,
     sampled,
 )
@@ -41,8 +44,6 @@ from fedunlearn.training.evaluation import count_correct, in_order
 from fedunlearn.training.mixing import each_of, fewest, fewest_by_turns
 from fedunlearn.training.objectives.base import ByTurns
 from fedunlearn.training.sgd import Forgetting, Training, train_locally
-
-_BEYOND, _LITTLE = float(torch.finfo(torch.float32).max), 1e-9
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,7 +111,7 @@ class Measure:
                 continue
             if bool((sums[absent] != 0).any()):
                 return f"{name} has values for classes of which it counts no image"
-            if bool((sums > counts[:, None].double() * _BEYOND).any()):
+            if bool((sums > counts[:, None].double() * BEYOND).any()):
                 return f"{name} has values beyond what {int(counts.sum())} images can add up to"
         return None
 
@@ -135,7 +136,7 @@ class Reestimate:
 
     def answer(self, job: Job, model: nn.Module, data: ClientData, rules: Privacy, compute: Compute) -> Answer:
         """Return the sums over the client's images of the other classes."""
-        images = enough(sampled(job, data, kept_images(data, self.exclude, rules), self.sample), rules)
+        images = kept_sample(job, data, self.exclude, self.sample, rules)
         draw = generator(job.seed, job.phase, "order", data.client)
         return Answer(batch_norm_sums(model, images, draw, compute), len(images), len(images))
 
@@ -162,7 +163,7 @@ class Reestimate:
         for name, mean in reply.tensors.items():
             if name.startswith("mean:"):
                 square = reply.tensors["square:" + name.removeprefix("mean:")]
-                if bool((square > images * _BEYOND).any()) or bool((mean**2 > 1.001 * images * square + _LITTLE).any()):
+                if bool((square > images * BEYOND).any()) or bool((mean**2 > 1.001 * images * square + LITTLE).any()):
                     return f"{name} and its squares are those of no images"
         return None
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.checks import first_line
+from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.slicing import Kept
 from fedunlearn.data.images import MOST_IMAGES, Meaning
@@ -46,6 +48,7 @@ from fedunlearn.flower.messages import (
 from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread
 
 _logger = logging.getLogger(__name__)
+_APART = 1e-3  # of the largest logit: more than rounding
 BuildModel = Callable[[Context], nn.Module]
 LoadImages = Callable[[Context], ClientData]
 Rules = Callable[[Context], Privacy]
@@ -111,7 +114,10 @@ def add_secure_measure(
         received = decode_job(tensors, text)
         if not isinstance(received.task, Measure):
             raise FederationError(f"expected a measure job under secure aggregation, got {received.task.kind}")
-        reply = _handled(context, received, tensors, site, load_images(context))
+        try:
+            reply = _handled(context, received, tensors, site, load_images(context))
+        except Exception as error:  # Flower would send its text
+            raise FederationError(_told(error)) from None
         if reply.error is not None:
             raise FederationError(reply.error)  # drops out of the sum
         return secure.answer(dict(reply.tensors), message)
@@ -128,7 +134,8 @@ def unlearning_mod(
 
     Messages without a job of ours pass. A train job reaches the app's function with the model in its **full** shapes,
     zeros where channels were pruned, and its answer is cut to the pruned shapes. Zeros stay zeros: with weights into
-    and out of a channel at 0, and an activation that is 0 at 0 (ReLU and its kin), gradients of both are 0.
+    and out of a channel at 0, and an activation that is 0 at 0 (ReLU and its kin), gradients of both are 0. A norm over
+    pruned channels and others (LayerNorm, GroupNorm across its groups) would count the zeros: such a job is refused.
 
     The function has to leave out the classes that ``message.content["config"]["exclude"]`` lists: otherwise the repair
     teaches them again. It answers with one ``ArrayRecord`` and a metric ``num-examples``, as Flower's strategies ask.
@@ -172,15 +179,16 @@ def spread(tensors: Mapping[str, Tensor], kept: Kept, shapes: Mapping[str, tuple
 
 def _answer(message: Message, context: Context, site: _Site, train: TrainFunction | None = None) -> Message:
     """Return the client's reply; whatever fails is said in it, as the server cannot look into this process."""
-    record, rules = message.content.config_records[OWN], site.rules(context)
+    record = message.content.config_records[OWN]
     context.state.config_records.pop(MASKING, None)  # a secure sum that another message follows is over
     try:
+        rules = site.rules(context)
         data = site.load_images(context)
         other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
         if other:
             raise FederationError(f"its validation holds {other}, which are its training images")
     except Exception as error:
-        why = f"its images cannot be read: {type(error).__name__}: {error}"
+        why = f"its images cannot be read: {_told(error)}"
         return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
     if "hello" in record:
         try:
@@ -244,7 +252,32 @@ def _told(error: Exception) -> str:
     if isinstance(error, FedUnlearnError):
         return f"{type(error).__name__}: {error}"
     _logger.warning("a job failed", exc_info=error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"  # the system's words, without the file's name
     return f"{type(error).__name__}, told in the log of this client alone"
+
+
+def _check_spread(
+    received: Received, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor], full: Classifier
+) -> None:
+    """Refuse a plan by which the model computes otherwise in its full shapes, as a norm that reads the zeros does."""
+    if not received.plan.kept:
+        return
+    small = rebuild(received, tensors, full)
+    wide = full.copy()
+    try:
+        wide.module.load_state_dict(dict(whole))
+        with torch.no_grad():
+            found, expected = (model.module.eval()(model.example) for model in (wide, small))
+    except RuntimeError as error:
+        raise FederationError(f"the weights do not fit this client's model: {first_line(error)}") from error
+    rows = received.plan.kept.get(f"{head_layer(full.module, full.example)}.weight", {}).get(0)
+    found = found if rows is None else found[:, list(rows)]
+    if bool((found - expected).abs().max() > _APART * expected.abs().max()):
+        raise FederationError(
+            "this client trains by a function of its own, in full shapes with zeros for pruned channels, and its model "
+            "has a norm that reads them: use client_app, or norms within channels (BatchNorm)"
+        )
 
 
 def _trained(
@@ -254,7 +287,9 @@ def _trained(
     received.plan.check(full)
     started = time.perf_counter()
     arrays = message.content.array_records[ARRAYS]
-    whole = spread(to_tensors(arrays), received.plan.kept, received.plan.shapes)
+    tensors = to_tensors(arrays)
+    whole = spread(tensors, received.plan.kept, received.plan.shapes)
+    _check_spread(received, tensors, whole, Classifier(full, data.train.shape))
     message.content[ARRAYS] = to_arrays(whole)
     # Of the job that was checked: what else the message has may name other classes, and so fewer images.
     message.content[CONFIG] = ConfigRecord(plain_config(received.task, received.key[1]))
@@ -278,4 +313,8 @@ def _trained(
             f"{one_line(repr(images))}: return the number of images that it trained on"
         )
     trained = cut(to_tensors(records[0]), received.plan.kept)
+    if changed := [name for name in received.frozen if name in trained and not trained[name].equal(tensors[name])]:
+        raise FederationError(
+            f"the train function changed {one_line(changed[0])}, which the server has frozen: freeze it there too"
+        )
     return Reply(data.client, trained, images, images, time.perf_counter() - started)

@@ -92,8 +92,12 @@ class FlowerEngine:
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Ids of all clients, sorted: those named at the start, or all that ever joined."""
-        return tuple(sorted(self._nodes)) if self._expected is None else self._expected
+        """Ids of all clients, sorted: those named at the start, or those that joined and are connected."""
+        if self._expected is not None:
+            return self._expected
+        # One that came back under another name would count as failed in every job.
+        connected = set(self._grid.get_node_ids())
+        return tuple(sorted(name for name, node in self._nodes.items() if node in connected))
 
     @property
     def grows(self) -> bool:

@@ -62,7 +62,7 @@ __all__ = [
     "to_tensors",
 ]
 
-_SCHEMA = 2
+_SCHEMA = 3
 _LONGEST = 300
 _LONGEST_JOB = 1e9  # seconds
 
@@ -90,12 +90,13 @@ _RAISED = re.compile(r"""<class '[\w.]+'>:<(['"])(.*)\1>\Z""", re.S)  # how Flow
 class _JobMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_number: Literal[2] = Field(alias="schema")
+    schema_number: Literal[3] = Field(alias="schema")
     phase: str
     round: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)]
     plan: str
     spec: str
+    frozen: tuple[str, ...]
     task: Annotated[Measure | Reestimate | Train | Evaluate | Gradients | Moments, Field(discriminator="kind")]
 
 
@@ -120,8 +121,10 @@ def encode_job(job: Job) -> tuple[dict[str, Tensor], str]:
     """Return a job as the tensors of its model and a line of JSON; who is asked is not part of it."""
     tensors = {name: tensor.detach().cpu() for name, tensor in job.model.module.state_dict().items()}
     plan = job.model.plan.to_json()
+    # The state says nothing of what is not trained: a site's own architecture would train all of it.
+    frozen = [name for name, parameter in job.model.module.named_parameters() if not parameter.requires_grad]
     about = {"phase": job.phase, "round": job.round, "seed": job.seed, "plan": plan, "spec": spec_of(plan, tensors)}
-    message = _JobMessage.model_validate({"schema": _SCHEMA, "task": job.task, **about})
+    message = _JobMessage.model_validate({"schema": _SCHEMA, "task": job.task, "frozen": frozen, **about})
     return tensors, message.model_dump_json(by_alias=True)
 
 
@@ -146,12 +149,14 @@ class Received:
     Attributes:
         task: what is asked.
         plan: how the shapes of the tensors follow from the unpruned architecture.
+        frozen: names of the parameters that are not trained.
         digest: SHA-256 of the message, which the reply names.
         key: phase, round and seed of the job.
     """
 
     task: Task
     plan: PruningPlan
+    frozen: tuple[str, ...]
     digest: str
     key: tuple[str, int, int]
 
@@ -185,7 +190,7 @@ def decode_job(tensors: Mapping[str, Tensor], text: str) -> Received:
             "plan and weights are not of one model; give the job the plan by which its model was pruned"
         )
     key = (message.phase, message.round, message.seed)
-    return Received(message.task, PruningPlan.from_json(message.plan), digest_of(text), key)
+    return Received(message.task, PruningPlan.from_json(message.plan), message.frozen, digest_of(text), key)
 
 
 def _missing(value: Any, sent: Mapping[str, Any]) -> str | None:
@@ -206,11 +211,13 @@ def digest_of(text: str) -> str:
 
 
 def rebuild(received: Received, tensors: Mapping[str, Tensor], classifier: Classifier) -> Classifier:
-    """Return the client's ``own`` architecture, pruned by the plan, with the weights that came.
+    """Return ``classifier``, of the client's own architecture, pruned by the plan, with the weights that came.
+
+    What the server does not train is frozen, and nothing else is.
 
     Raises:
         PlanError: the plan is for another architecture.
-        FederationError: the weights are.
+        FederationError: the weights are, or the names of what is frozen.
     """
     model = classifier.cut(received.plan)
     try:
@@ -220,6 +227,15 @@ def rebuild(received: Received, tensors: Mapping[str, Tensor], classifier: Class
             "the weights do not fit this client's model after pruning by the plan: build the architecture of the "
             f"server ({str(error).splitlines()[-1].strip()})"
         ) from error
+    parameters = dict(model.module.named_parameters())
+    if unknown := [name for name in received.frozen if name not in parameters]:
+        raise FederationError(
+            f"the job freezes {one_line(unknown[0])}, which this client's model has not: build the architecture of the "
+            "server"
+        )
+    for name, parameter in parameters.items():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name not in received.frozen)
     return model
 
 

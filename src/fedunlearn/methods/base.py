@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from fedunlearn.arguments import in_range, is_positive, or_none
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier, Cut, quota
 from fedunlearn.channels.scores import Ranking
@@ -14,7 +15,7 @@ from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
-from fedunlearn.training.objectives.base import first_rounds, in_range, is_positive, or_none
+from fedunlearn.training.objectives.base import first_rounds
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Forgotten, Unlearned
@@ -64,7 +65,6 @@ class Outcome:
     gone: float | None = None
 
 
-_STEP = ("complement", "separation", "share", "until", "every")
 Run = Callable[[Classifier, Federation, Request, Any], Outcome]
 
 
@@ -126,6 +126,21 @@ class LocalSettings:
         return None
 
 
+@dataclass(frozen=True)
+class EraseStep:
+    """Settings of the erase step, see ``Erasing``."""
+
+    complement: float = 1.0
+    separation: float = 0.1
+    share: float = 0.25
+    until: float = 0.3
+    every: int = 1
+
+    def objective(self) -> Objective:
+        """Return what clients minimise."""
+        return Erasing(self.complement, self.separation, self.share, self.until, self.every)
+
+
 def settings_by(method: Method, erasing: Erasing | None) -> Any:
     """Return the settings of a method, with the erase step of a recipe in the place of its own where it has one."""
     if erasing is None or not method.erases:
@@ -135,7 +150,7 @@ def settings_by(method: Method, erasing: Erasing | None) -> Any:
 
 def by_step(settings: Any, erasing: Erasing) -> Any:
     """Return settings of an erase step with the values of ``erasing``."""
-    return replace(settings, **{name: getattr(erasing, name) for name in _STEP})
+    return replace(settings, **{step.name: getattr(erasing, step.name) for step in fields(EraseStep)})
 
 
 def passes(settings: LocalSettings, request: Request, fed: Federation) -> float:

@@ -6,9 +6,18 @@ from dataclasses import dataclass
 
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, by_step, delivered, prunes, trained
+from fedunlearn.methods.base import (
+    EraseStep,
+    LocalSettings,
+    Method,
+    Outcome,
+    Request,
+    by_step,
+    delivered,
+    prunes,
+    trained,
+)
 from fedunlearn.training.objectives.erase import Erasing
-from fedunlearn.training.objectives.table import Objective
 
 ERASE_SPACE: dict[str, tuple[float, ...]] = {
     "complement": (0.5, 1.0, 2.0),
@@ -18,22 +27,12 @@ ERASE_SPACE: dict[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Erase(LocalSettings):
-    """Settings of the erase step, see ``Erasing``."""
-
-    complement: float = 1.0
-    separation: float = 0.1
-    share: float = 0.25
-    until: float = 0.3
-    every: int = 1
+class Erase(EraseStep, LocalSettings):
+    """Settings: those of the erase step, and of the training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()  # refuses what is out of range
-
-    def objective(self) -> Objective:
-        """Return what clients minimise."""
-        return Erasing(self.complement, self.separation, self.share, self.until, self.every)
 
 
 def by_recipe(request: Request) -> Erase:

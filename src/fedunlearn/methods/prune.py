@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fedunlearn.arguments import in_range, is_positive, is_weight, or_none
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Criterion, contrast, tf_idf
 from fedunlearn.federation.federation import Federation
-from fedunlearn.methods.base import Method, Outcome, Request, as_many
+from fedunlearn.methods.base import EraseStep, Method, Outcome, Request, as_many
 from fedunlearn.methods.erase_only import ERASE_SPACE
-from fedunlearn.training.objectives.base import in_range, is_positive, is_weight, or_none
-from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import unlearn
 
@@ -30,22 +29,12 @@ class Prune:
 
 
 @dataclass(frozen=True)
-class PruneAndErase(Prune):
-    """Settings: also those of the erase step, see ``Erasing``."""
-
-    complement: float = 1.0
-    separation: float = 0.1
-    share: float = 0.25
-    until: float = 0.3
-    every: int = 1
+class PruneAndErase(EraseStep, Prune):
+    """Settings: also those of the erase step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()  # refuses what is out of range
-
-    def objective(self) -> Objective:
-        """Return what clients minimise."""
-        return Erasing(self.complement, self.separation, self.share, self.until, self.every)
 
 
 def prune(model: Classifier, fed: Federation, request: Request, settings: Prune) -> Outcome:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import in_range, is_share
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
-from fedunlearn.training.objectives.base import in_range, is_share
 from fedunlearn.training.objectives.relabel import Relabel
 
 
@@ -40,12 +40,13 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
     Published is a mask on each step. Here the server puts back what is outside the mask after the rounds, so that
     clients need not know it.
     """
-    stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
+    stay = fed.besides(request.forget)
     task = Gradients(exclude=stay, sample=request.rank.sample)
-    sums, _ = summed(model, fed.keeping(exclude=(), clients=request.holders), task, phase="salun-gradients")
+    sums, _ = summed(model, fed.keeping(clients=request.holders), task, phase="salun-gradients")
     moved = trained(model, fed, request, settings, phase="salun")
-    masks = largest(sums, settings.salient)
     before = dict(model.module.named_parameters())
+    # In the order of the model: of equal gradients the first are chosen, and what a journal gives back is sorted.
+    masks = largest({name: sums[name] for name in before if name in sums}, settings.salient)
     with torch.no_grad():
         for name, parameter in moved.module.named_parameters():
             parameter.copy_(torch.where(masks[name], parameter, before[name]))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import in_range, is_positive
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
-from fedunlearn.training.objectives.base import in_range, is_positive
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Ssd:
 
 def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> Outcome:
     """Damp the weights whose Fisher diagonal is larger on the forgotten classes than on all images."""
-    stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
+    stay = fed.besides(request.forget)
     sample = request.rank.sample
     squares, count = summed(
         model,
-        fed.keeping(exclude=(), clients=request.holders),
+        fed.keeping(clients=request.holders),
         Gradients(squared=True, exclude=stay, sample=sample),
         phase="ssd-forgotten",
     )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedunlearn.arguments import in_range, is_positive
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Moments
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
 from fedunlearn.training.moments import moment_layers
-from fedunlearn.training.objectives.base import in_range, is_positive
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Svd:
 
 def svd(model: Classifier, fed: Federation, request: Request, settings: Svd) -> Outcome:
     """Take out of the weights of each layer what the forgotten classes' inputs span and the others' do not."""
-    stay = tuple(label for label in range(fed.engine.classes) if label not in request.forget)
+    stay = fed.besides(request.forget)
     sample = request.rank.sample
-    holders = fed.keeping(exclude=(), clients=request.holders)
+    holders = fed.keeping(clients=request.holders)
     gone, _ = summed(model, holders, Moments(exclude=stay, sample=sample), phase="svd-forgotten")
-    able = fed.keeping(exclude=(), clients=request.clients)
+    able = fed.keeping(clients=request.clients)
     kept, _ = summed(model, able, Moments(exclude=request.forget, sample=sample), phase="svd-kept")
     edited = model.copy()
     with torch.no_grad():

@@ -11,19 +11,18 @@ from fedunlearn.audits.audit import ORIGINAL, audit
 from fedunlearn.audits.base import Subject
 from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
-from fedunlearn.channels.heads import head_layer
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError, listed
 from fedunlearn.evidence.folder import check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.federation.about import weights_digest
-from fedunlearn.run.compare import retrained_models
-from fedunlearn.run.experiment import Experiment, architecture_of, save_model, set_up
-from fedunlearn.run.inputs import class_numbers, normalised_for, read_data
+from fedunlearn.run.experiment import Experiment, architecture_of, missing_rows, set_up
+from fedunlearn.run.inputs import check_numbers, class_numbers, normalised_for, read_data
 from fedunlearn.run.kept import KNOWS, most_named
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.references import retrained_models, save_retrained
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
 from fedunlearn.run.work import Observe, Work, concluded, finished, opened
 
@@ -75,6 +74,7 @@ def audit_model(
     model, oracles, client = candidate.model, candidate.oracles, candidate.client
     weights = read_weights(model)
     splits = normalised_for(read_data(recipe), weights, recipe)
+    check_numbers(recipe.unlearn.forget, splits.train.classes, weights)
     experiment = set_up(recipe, splits, None, _earlier(weights, splits.train.classes, recipe))
     images = experiment.audit_images() if client is None else _of_client(experiment, client)
     if client is not None and not oracles:
@@ -121,9 +121,7 @@ def _blocks(work: Work, given: _Audited) -> dict[str, Any]:
     if not named:
         count = experiment.recipe.audit.oracles
         retrained = retrained_models(experiment, work.fed, data=work.data, count=count)
-        (work.out / "oracles").mkdir(exist_ok=True)
-        for name, oracle in retrained.items():  # for another audit
-            save_model(work.out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
+        save_retrained(work.out, experiment, retrained)  # for another audit
         named = {name: Subject.without_rows(oracle.model, experiment.forget) for name, oracle in retrained.items()}
 
     findings = audit(given.subject, given.images, oracles=named, controls=given.controls, record=work.record())
@@ -230,13 +228,9 @@ def _subject(weights: Weights, experiment: Experiment) -> Subject:
     empty = architecture_of(weights, experiment.recipe, replace(train, classes=experiment.all_classes))
     weights = named_for(weights, empty).numbered(train.classes)
     everything = tuple(range(len(train.classes)))
-    rows = weights.state.get(f"{head_layer(empty.module, empty.example)}.weight")
-    labels = weights.labels
-    if labels is None:
-        labels = everything
-        if rows is not None and len(rows) == len(everything) - len(forget):
-            empty = empty.without_rows(forget)
-            labels = empty.labels or ()
+    if missing_rows(weights, empty) == len(forget):
+        empty = empty.without_rows(forget)
+    labels = weights.labels or empty.labels or everything
     kept = set(everything) - set(forget)
     if not kept <= set(labels) <= set(everything):
         raise ModelError(

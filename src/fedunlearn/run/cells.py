@@ -20,6 +20,7 @@ from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import speaking_against
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import RecipeError
+from fedunlearn.evidence.folder import MODEL
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import STATE, Journal, header_of
 from fedunlearn.federation.ledger import Cost
@@ -27,8 +28,8 @@ from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, Outcome, Request, resolved
 from fedunlearn.methods.prune import CONTRAST, TF_IDF
 from fedunlearn.methods.table import COMPARED
-from fedunlearn.run.compare import Oracle, request
 from fedunlearn.run.experiment import save_model
+from fedunlearn.run.references import Oracle, request
 from fedunlearn.run.result import cost_until, evaluate, judged, training_curve, validation_block, whole_cost
 from fedunlearn.run.work import Work
 
@@ -68,7 +69,7 @@ class Cells:
         with self._federation(method, cell, settings, seed) as fed:
             outcome = self._outcome(method, fed, settings, seed)
             subject = outcome.subject
-            save_model(self._folder(cell) / "model.safetensors", subject.model, experiment)
+            save_model(self._folder(cell) / MODEL, subject.model, experiment)
             block = evaluate(subject.model, experiment.splits.test, forget=forget, row_kept=subject.row_kept)
             found = self._bands.measured(cell, subject.checked(cell, len(experiment.splits.test.classes), forget))
             judgement = self._bands.judged_beside(cell)

@@ -11,10 +11,21 @@ from fedunlearn.audits.audit import audit
 from fedunlearn.audits.base import Shipped, Subject
 from fedunlearn.audits.findings import Findings
 from fedunlearn.channels.plan import Classifier
-from fedunlearn.checkpoint import load_weights, read_weights
+from fedunlearn.checkpoint import load_weights, named_for, read_weights
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RecipeError, RunError
-from fedunlearn.evidence.folder import RESULT, check_folder, sha256
+from fedunlearn.evidence.folder import (
+    BEFORE,
+    MAPS,
+    MODEL,
+    PLAN,
+    RESULT,
+    SCORES,
+    STATS,
+    check_folder,
+    retrained_file,
+    sha256,
+)
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.maps import save_feature_maps
 from fedunlearn.evidence.verify import DOSSIER
@@ -22,12 +33,21 @@ from fedunlearn.export import export_onnx
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_tensors, write_text
 from fedunlearn.methods.base import Outcome
-from fedunlearn.run.compare import Oracle, check_kept, controls, forgotten_model, method_block, retrained_models
-from fedunlearn.run.experiment import Experiment, architecture_of, check_choice, original_model, prepare, save_model
-from fedunlearn.run.inputs import class_numbers, normalised_by, normalised_for, read_data
+from fedunlearn.run.experiment import (
+    Experiment,
+    architecture_of,
+    check_choice,
+    missing_rows,
+    original_model,
+    prepare,
+    save_model,
+)
+from fedunlearn.run.forgetting import forgotten_model, method_block
+from fedunlearn.run.inputs import check_numbers, class_numbers, normalised_by, normalised_for, read_data
 from fedunlearn.run.kept import write_rounds
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
+from fedunlearn.run.references import Oracle, check_kept, controls, retrained_models, save_retrained
 from fedunlearn.run.result import (
     audit_blocks,
     audited_models,
@@ -76,6 +96,11 @@ def run(
             f"federation.engine is {recipe.federation.engine!r}: give run() the engine, or use carry_out() of "
             "fedunlearn.engines, which makes it"
         )
+    if command == "train" and recipe.model.weights:
+        raise RecipeError(
+            f"train begins with fresh weights, and model.weights names {recipe.model.weights}: leave it out, or look "
+            "at that model with evaluate"
+        )
     check_folder(out)
     signer = None if key is None else read_private_key(key, outside=out)
     experiment, rates = settled(prepare(recipe), out, elsewhere=engine is not None)
@@ -108,8 +133,8 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     events.once("run started", version=__version__, recipe=experiment.recipe.digest(), data=work.data)
     work.probed()
     original = original_model(experiment, work.fed)
-    save_model(out / "original.safetensors", original, experiment)
-    events.once("original ready", sha256=sha256(out / "original.safetensors"))
+    save_model(out / BEFORE, original, experiment)
+    events.once("original ready", sha256=sha256(out / BEFORE))
     test = experiment.splits.test
     result = {"forget": list(experiment.forget), "classes": list(test.classes), "engine": engine_block(experiment)}
     result |= earlier_block(experiment)
@@ -118,7 +143,7 @@ def _blocks(command: str, work: Work, engine: Callable[[Experiment], Engine] | N
     result |= method_block(experiment, work.fed)
     unlearned = forgotten_model(experiment, original, experiment.unlearning(work.fed))
     _save_unlearned(out, experiment, original, unlearned)
-    events.once("unlearned", sha256=sha256(out / "model.safetensors"), plan=sha256(out / "plan.json"))
+    events.once("unlearned", sha256=sha256(out / MODEL), plan=sha256(out / PLAN))
     shown, report = unlearned_models(original, unlearned), work.fed.journal.report
     if command == "unlearn":
         return result | unlearned_blocks(experiment, unlearned, evaluated(experiment, shown, report))
@@ -177,13 +202,18 @@ def _loaded(
     weights = read_weights(Path(recipe.model.weights))
     test = normalised_for(read_data(recipe), weights, recipe).test
     tell(normalised_by(test, recipe, weights))
+    check_numbers(forgotten, test.classes, weights)
     weights = weights.numbered(test.classes)
-    model = load_weights(architecture_of(weights, recipe, test), weights)
-    tells = model.labels is not None
+    whole, tells = architecture_of(weights, recipe, test), weights.labels is not None
     there = [label for label in forgotten if not tells or not isinstance(label, str) or label in test.classes]
     forget = class_numbers(there, test.classes) if there else ()
-    if model.labels is None:
-        return model, test, forget
+    if not tells:
+        weights = named_for(weights, whole)
+        if missing_rows(weights, whole) == len(recipe.unlearn.forget):
+            whole = whole.without_rows(class_numbers(recipe.unlearn.forget, test.classes))
+        return replace(load_weights(whole, weights), labels=whole.labels), test, forget
+    model = load_weights(whole, weights)
+    assert model.labels is not None
     earlier = set(range(len(test.classes))) - set(model.labels) - set(forget)
     left = [label for label in range(len(test.classes)) if label not in earlier]
     narrowed = replace(model, labels=tuple(left.index(label) for label in model.labels))
@@ -199,15 +229,13 @@ def _audited(
 ) -> Findings:
     """Write the retrained models, fix the thresholds by them, and judge."""
     experiment, out, events = work.experiment, work.out, work.events
-    (out / "oracles").mkdir(exist_ok=True)
-    for name, oracle in oracles.items():
-        save_model(out / "oracles" / f"{name}.safetensors", oracle.model, experiment)
+    save_retrained(out, experiment, oracles)
     write_rounds(out, {name: oracle.steps for name, oracle in oracles.items()})
-    files = {name: sha256(out / "oracles" / f"{name}.safetensors") for name in oracles}
+    files = {name: sha256(retrained_file(out, name)) for name in oracles}
     events.once("retrained models ready", sha256=files)
     # The plan starts from the architecture: of an original that was pruned before, it lists filters long gone.
     known = not original.plan.kept
-    shipped = Shipped(out / "model.safetensors", original.module.state_dict()) if known else None
+    shipped = Shipped(out / MODEL, original.module.state_dict()) if known else None
     findings = audit(
         Subject(unlearned.model, unlearned.repaired, shipped),
         experiment.audit_images(),
@@ -220,16 +248,16 @@ def _audited(
 
 
 def _save_unlearned(out: Path, experiment: Experiment, original: Classifier, unlearned: Forgotten) -> None:
-    write_text(out / "plan.json", unlearned.model.plan.to_json() + "\n")
+    write_text(out / PLAN, unlearned.model.plan.to_json() + "\n")
     if isinstance(unlearned, Unlearned):
         _save_scores(out, experiment, original, unlearned)
-    save_model(out / "model.safetensors", unlearned.model, experiment)
+    save_model(out / MODEL, unlearned.model, experiment)
 
 
 def _save_scores(out: Path, experiment: Experiment, original: Classifier, unlearned: Unlearned) -> None:
-    unlearned.stats.save(out / "stats.safetensors")
+    unlearned.stats.save(out / STATS)
     if len(experiment.forget) == 1 or experiment.recipe.unlearn.jointly:  # otherwise the scores are of the last class
-        write_tensors(out / "scores.safetensors", unlearned.scores, {})
+        write_tensors(out / SCORES, unlearned.scores, {})
         if experiment.recipe.evidence.feature_maps:
-            maps, test = out / "maps.safetensors", experiment.splits.test
+            maps, test = out / MAPS, experiment.splits.test
             save_feature_maps(maps, original.module, test, unlearned.scores, forget=experiment.forget)

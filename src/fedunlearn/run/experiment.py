@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedunlearn.audits.images import AuditImages, audit_images
+from fedunlearn.channels.fit import without_addresses
 from fedunlearn.channels.groups import find_channels
 from fedunlearn.channels.heads import head_layer
 from fedunlearn.channels.plan import Classifier, Cut
@@ -23,7 +24,7 @@ from fedunlearn.checkpoint import Weights, load_weights, read_weights, save_chec
 from fedunlearn.data.images import LabelledImages, joined
 from fedunlearn.data.partition import class_table
 from fedunlearn.data.splits import Splits
-from fedunlearn.errors import ModelError, PlanError, RecipeError, without_addresses
+from fedunlearn.errors import ModelError, PlanError, RecipeError
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import Engine
@@ -32,13 +33,19 @@ from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.models import build_model
-from fedunlearn.run.inputs import class_numbers, fingerprint, normalised_for, numbered, read_data, share_out
+from fedunlearn.run.inputs import (
+    check_numbers,
+    class_numbers,
+    fingerprint,
+    normalised_for,
+    numbered,
+    read_data,
+    share_out,
+)
 from fedunlearn.run.recipe import Recipe
 from fedunlearn.run.tables import ComputeTable
-from fedunlearn.smallest import unlearn_smallest
 from fedunlearn.training.compute import Compute, own_device, workers_on
 from fedunlearn.training.sgd import SCHEDULES, one_cycle
-from fedunlearn.unlearn import Unlearned, unlearn
 
 _MOST_GONE = 10_000  # classes that a model knew and the data has no more
 
@@ -158,6 +165,7 @@ def prepare(recipe: Recipe) -> Experiment:
     earlier: tuple[int, ...] = ()
     if weights is not None:
         splits = normalised_for(splits, weights, recipe)
+        check_numbers(recipe.unlearn.forget, splits.train.classes, weights)
         weights, earlier = numbered(weights, splits.train.classes)
         again = sorted(set(class_numbers(recipe.unlearn.forget, splits.train.classes)) & set(earlier))
         if again:
@@ -193,6 +201,12 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     else:
         model = load_weights(architecture_of(weights, recipe, everything), weights)
         model = replace(model, labels=None) if earlier else model
+        fresh = new_model(recipe, train, seed=seed, earlier=earlier).rows
+        if fresh != len(train.classes):  # retrained models would fail after the unlearning
+            raise ModelError(
+                f"model.name {recipe.model.name!r} makes a network of {fresh + len(earlier)} output rows where "
+                f"{len(everything.classes)} were asked for: make as many as its argument classes says"
+            )
     head_layer(model.module, model.example)  # refused here, not after hours of training
     find_channels(model.module, model.example)
     clients, validation = share_out(recipe, everything, earlier)
@@ -265,6 +279,12 @@ def architecture_of(weights: Weights, recipe: Recipe, images: LabelledImages) ->
     return new_model(recipe, replace(images, classes=names), seed=recipe.federation.seed)
 
 
+def missing_rows(weights: Weights, whole: Classifier) -> int:
+    """Return how many rows of ``whole`` weights without a label map lack: another tool may have taken them off."""
+    head = weights.state.get(f"{head_layer(whole.module, whole.example)}.weight")
+    return 0 if weights.labels is not None or head is None else whole.rows - len(head)
+
+
 def computing(experiment: Experiment, table: ComputeTable) -> Experiment:
     """Return ``experiment`` with a recipe and clients that compute as ``table`` says."""
     recipe = experiment.recipe.model_copy(update={"compute": table})
@@ -314,19 +334,6 @@ def original_model(experiment: Experiment, fed: Federation) -> Classifier:
     train = experiment.recipe.train
     training, server = experiment.recipe.training(), experiment.server()
     return train_rounds(experiment.model, fed, training, rounds=train.rounds, server=server)
-
-
-def unlearned_model(experiment: Experiment, original: Classifier, fed: Federation) -> Unlearned:
-    """Return what the recipe makes of ``original``."""
-    u = experiment.recipe.unlearn
-    repair, rank = experiment.repair(), experiment.ranking()
-    if u.fraction == "auto":
-        return unlearn_smallest(
-            original, fed, forget=experiment.forget, repair=repair, rank=rank, jointly=u.jointly, scope=u.scope
-        )
-    return unlearn(
-        original, fed, forget=experiment.forget, cut=experiment.cut(), repair=repair, rank=rank, jointly=u.jointly
-    )
 
 
 def save_model(path: Path, model: Classifier, experiment: Experiment) -> None:

@@ -28,7 +28,7 @@ def read_data(recipe: Recipe) -> Splits:
     """
     if recipe.data.source != "digits" and not recipe.data.path:
         raise RecipeError(f"the source {recipe.data.source} is read from disk: give its place with --data")
-    splits = READERS[recipe.data.source](Path(recipe.data.path), official=recipe.data.official, size=recipe.data.size)
+    splits = READERS[recipe.data.source](Path(recipe.data.path), recipe.data.official, recipe.data.size)
     mean, std = tuple(recipe.data.mean), tuple(recipe.data.std)
     if not mean and not std:
         return splits
@@ -94,6 +94,29 @@ def numbered(weights: Weights, classes: Sequence[str]) -> tuple[Weights, tuple[i
             "in their order: give the data in the order of classes that the model was trained with"
         )
     return weights, tuple(sorted(set(range(len(classes))) - set(labels)))
+
+
+def check_numbers(forget: Sequence[int | str], classes: Sequence[str], weights: Weights) -> None:
+    """Refuse classes by number where data and weights count them otherwise, as after the images of one were deleted.
+
+    Args:
+        forget: classes, by number or name.
+        classes: of the data.
+        weights: as they were read.
+
+    Raises:
+        PlanError: a class is given by its number, which is that of another class now.
+    """
+    there, here = weights.labels, weights.numbered(classes).labels
+    numbers = [wanted for wanted in forget if not isinstance(wanted, str)]
+    if there == here or there is None or here is None or not numbers:
+        return
+    row = next(row for row, label in enumerate(there) if label != here[row])
+    raise PlanError(
+        f"{numbers[0]} is a number of a class, and {weights.path} counts them otherwise than the data "
+        f"({classes[here[row]]} is {there[row]} there, {here[row]} here): give the name, "
+        f"unlearn.forget=[{json.dumps(classes[min(numbers[0], len(classes) - 1)], ensure_ascii=False)}] or another"
+    )
 
 
 def class_numbers(forget: Sequence[int | str], classes: Sequence[str]) -> tuple[int, ...]:

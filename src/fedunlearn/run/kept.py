@@ -20,7 +20,7 @@ from torch import nn
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import RunError
-from fedunlearn.evidence.folder import RESULT, RunFolder
+from fedunlearn.evidence.folder import RESULT, RunFolder, retrained_file
 from fedunlearn.federation.journal import Step, header_of
 from fedunlearn.federation.ledger import Entry, flops_per_image
 from fedunlearn.files import cache_folder, write_tensors, write_text
@@ -49,7 +49,7 @@ _TRAINED_BY = (
     "federation/rounds.py",
     "federation/tasks.py",
     "models.py",
-    "run/compare.py",
+    "run/references.py",
     "run/experiment.py",
     "run/inputs.py",
     "run/kept.py",
@@ -156,7 +156,7 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
     """
     folder, name = Path(experiment.recipe.audit.models), f"retrained-{seed}"
     if _is_run(folder):
-        path = folder / "oracles" / f"{name}.safetensors"
+        path = retrained_file(folder, name)
         steps = _of_run(folder, path, fresh.module)
     else:
         path = folder / f"{name}.safetensors"

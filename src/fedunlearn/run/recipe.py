@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.methods.table import METHODS
+from fedunlearn.models import RESNETS, VGGS
 from fedunlearn.run.tables import (
     ON_FLOWER,
     PRUNE,
@@ -39,8 +40,6 @@ from fedunlearn.run.tables import (
 from fedunlearn.training.sgd import Training
 from fedunlearn.version import __version__
 
-_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56")
-_VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
 PATHS = (("data", "path"), ("model", "weights"), ("audit", "models"))  # keys that name places on disk
 # name -> (file in recipes/, model.name where the file leaves it open)
 SHIPPED: dict[str, tuple[str, str | None]] = {
@@ -49,7 +48,7 @@ SHIPPED: dict[str, tuple[str, str | None]] = {
     **{
         f"{data}-{model}": (f"{data}-{family}", model)
         for data in ("cifar10", "cifar100")
-        for family, models in (("resnet", _RESNETS), ("vgg", _VGGS))
+        for family, models in (("resnet", RESNETS), ("vgg", VGGS))
         for model in models
     },
 }

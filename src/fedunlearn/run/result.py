@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 from fedunlearn.arguments import must_be
 from fedunlearn.audits.findings import CANDIDATE, Findings
 from fedunlearn.channels.checks import check_evaluation, placed
-from fedunlearn.channels.copying import copied
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
@@ -27,12 +25,11 @@ from fedunlearn.federation.ledger import Cost, flops_per_image
 from fedunlearn.federation.privacy import epsilon
 from fedunlearn.federation.rounds import validation_accuracy
 from fedunlearn.methods.base import Outcome
-from fedunlearn.run.compare import Oracle
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.kept import validation_unseen
+from fedunlearn.run.references import Oracle
 from fedunlearn.smallest import Smallest
-from fedunlearn.training.compute import cores, one_torch_thread
-from fedunlearn.training.evaluation import count_correct
+from fedunlearn.training.evaluation import count_correct, in_parts
 from fedunlearn.unlearn import Forgotten, Unlearned
 
 # A model, and the same with the rows of the forgotten classes in place.
@@ -317,15 +314,9 @@ def measured(
 
 
 def _count(model: Classifier, images: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return right answers and images per class, each core counting a part of the images with a copy of the model.
-
-    A model that keeps an activation on itself between two steps of a pass would read that of another thread.
-    """
+    """Return right answers and images per class."""
     check_evaluation(model.module, placed(model.example, model.module))
-    part = max(1, -(-len(images) // cores()))
-    parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
-    with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
-        counted = list(pool.map(lambda share: count_correct(copied(model.module), share, labels=model.labels), parts))
+    counted = in_parts(model.module, images, lambda net, some: count_correct(net, some, labels=model.labels))
     correct, counts = zip(*((count.correct, count.counts) for count in counted))
     return torch.stack(correct).sum(0), torch.stack(counts).sum(0)
 

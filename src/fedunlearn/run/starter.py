@@ -128,7 +128,8 @@ def write_starter(data: Path, forget: str, out: Path) -> tuple[Path, LabelledIma
         repair=rounds // 10,
         size=0 if packed else _SIZE,
         module=model.stem,
-        forget=json.dumps(label, ensure_ascii=False),
+        # By name: a number is that of another class once the images of the forgotten one are deleted.
+        forget=json.dumps(images.classes[forgotten[0]], ensure_ascii=False),
     )
     out.mkdir(parents=True, exist_ok=True)
     write_text(model, _MODEL.format(shape=" x ".join(map(str, images.shape))))

@@ -50,6 +50,7 @@ def _number_or_name(value: Any) -> int | str:
 
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**62)]  # torch takes 63 bits, and retrained models count on
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -82,7 +83,7 @@ class FederationTable(Table):
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     engine: str = "local"  # engines.py knows them
     deadline: Positive = 600.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class ModelTable(Table):
@@ -133,7 +134,7 @@ class UnlearnTable(Table):
     schedule: Annotated[str, _among(SCHEDULES)] = "constant"
     server_momentum: Share = 0.0
     target: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None  # that of the federation where None
+    seed: Seed | None = None  # that of the federation where None
 
 
 class EraseTable(Table):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import finite
 from fedunlearn.data.batches import FORWARD_BATCH, batches
 from fedunlearn.data.images import LabelledImages
-from fedunlearn.training.compute import FLOAT32, Compute, device_of
+from fedunlearn.training.compute import FLOAT32, Compute, cores, device_of, one_torch_thread
+
+_Part = TypeVar("_Part")
 
 
 class Counted(NamedTuple):
@@ -62,3 +66,22 @@ def count_correct(
 def in_order(images: LabelledImages, model: nn.Module, compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images as ``model`` takes them, in order."""
     return batches(images, FORWARD_BATCH, device=device_of(model), memory_format=compute.layout)
+
+
+def in_parts(
+    model: nn.Module, images: LabelledImages, work: Callable[[nn.Module, LabelledImages], _Part], *, least: int = 1
+) -> list[_Part]:
+    """Return what ``work`` makes of parts of ``images``, one a core and in order, each with a copy of ``model``.
+
+    A model that keeps an activation on itself between two steps of a pass would read that of another thread.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        images: what is shared out.
+        work: called with a copy and its part.
+        least: images of a part, where there are as many: for fewer, a thread and its copy cost more than they save.
+    """
+    part = max(least, -(-len(images) // cores()))
+    parts = [images.take(slice(start, start + part)) for start in range(0, max(len(images), 1), part)]
+    with one_torch_thread(), ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(lambda some: work(copied(model).eval(), some), parts))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.taps import Tap, reading, with_gradients
+from fedunlearn.channels.taps import input_of, reading, with_gradients
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import in_order
@@ -95,7 +95,7 @@ def input_moments(
     model.eval()
     with torch.no_grad():
         for batch, _ in in_order(images, model, compute):
-            with reading(model, {name: Tap(name, "input", 0, 0) for name in told}, moment) as read:
+            with reading(model, {name: input_of(name) for name in told}, moment) as read:
                 model(batch)
             for name, tensor in read.items():
                 sums[name] += tensor
@@ -125,7 +125,7 @@ def moment_operations(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """
     net = copied(model).cpu().eval()
     layers = moment_layers(net)
-    with torch.no_grad(), reading(net, {name: Tap(name, "input", 0, 0) for name in layers}) as read:
+    with torch.no_grad(), reading(net, {name: input_of(name) for name in layers}) as read:
         net(torch.zeros(1, *shape))
     return sum(2 * len(patches(read[name], layer)) * patch_width(layer) ** 2 for name, layer in layers.items())
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from fedunlearn.arguments import is_number, is_whole, must_be
 from fedunlearn.channels.copying import copied
-from fedunlearn.channels.taps import Tap, head_input, reading
+from fedunlearn.channels.taps import head_input, input_of, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.datasets import as_dataset
 from fedunlearn.data.images import MOST_IMAGES, LabelledImages
@@ -358,7 +358,7 @@ def _seen(
     if teacher is not None:
         with torch.no_grad(), compute.autocast(batch.device):
             before = teacher(batch).float()
-    taps = {_HEAD: Tap(forgetting.head, "input", 0, 0)}
+    taps = {_HEAD: input_of(forgetting.head)}
     with reading(model, taps) as read, compute.autocast(batch.device):
         logits = model(batch)
     return partial(

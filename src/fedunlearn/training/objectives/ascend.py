@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_share
+from fedunlearn.arguments import in_range, is_part
+from fedunlearn.training.objectives.base import Seen
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,6 @@ class Ascend:
     Attributes:
         kept: ``b``.
         share: the part of each batch that is of a forgotten class; of several see ``each_of``.
-        until: share of the rounds with it.
 
     Raises:
         RecipeError: a value is out of range.
@@ -27,13 +27,13 @@ class Ascend:
 
     kept: float
     share: float = 0.25
-    until: float = 1.0
     kind: Literal["ascend"] = "ascend"
     teacher: ClassVar[bool] = False
+    until: ClassVar[float] = 1.0
     every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        in_range(self, kept=is_part, share=is_part, until=is_share)
+        in_range(self, kept=is_part, share=is_part)
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch."""

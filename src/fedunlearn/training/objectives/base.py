@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from fedunlearn.arguments import is_number
-from fedunlearn.errors import RecipeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,40 +136,3 @@ def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     gained = torch.special.xlogy(p, p) - p * (student / temperature).log_softmax(1)
     loss: Tensor = temperature**2 * gained.sum(1).mean()
     return loss
-
-
-def in_range(objective: Any, **checks: Callable[[Any], bool]) -> None:
-    """Refuse an objective of which a value fails its check.
-
-    Raises:
-        RecipeError: names the value.
-    """
-    for name, valid in checks.items():
-        value = getattr(objective, name)
-        if not valid(value):
-            raise RecipeError(f"{type(objective).__name__}({name}=...) is out of range: got {value!r}")
-
-
-def is_weight(value: Any) -> bool:
-    """Return whether ``value`` is a number of at least 0."""
-    return is_number(value) and bool(value >= 0)
-
-
-def is_positive(value: Any) -> bool:
-    """Return whether ``value`` is a number above 0."""
-    return is_number(value) and bool(value > 0)
-
-
-def or_none(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return a check that lets None pass beside what ``valid`` does."""
-    return lambda value: value is None or valid(value)
-
-
-def is_share(value: Any) -> bool:
-    """Return whether ``value`` is a number above 0 and at most 1."""
-    return is_number(value) and bool(0 < value <= 1)
-
-
-def is_part(value: Any) -> bool:
-    """Return whether ``value`` is a number between 0 and 1, neither of them."""
-    return is_number(value) and bool(0 < value < 1)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedunlearn.training.objectives.base import Seen, in_range, is_share, kl
+from fedunlearn.training.objectives.base import Seen, kl
 
 
 @dataclass(frozen=True)
@@ -15,22 +15,13 @@ class Distil:
     """``KL(softmax(t with t_c = -inf), softmax(z))`` on images of the forgotten classes ``c``; ``t`` as received.
 
     Y. Zhou et al., *Decoupled Distillation to Erase*, CVPR 2025.
-
-    Attributes:
-        until: share of the rounds with it.
-
-    Raises:
-        RecipeError: a value is out of range.
     """
 
-    until: float = 1.0
     kind: Literal["distil"] = "distil"
     share: ClassVar[float] = 1.0
     teacher: ClassVar[bool] = True
+    until: ClassVar[float] = 1.0
     every: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        in_range(self, until=is_share)
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch, all of it of the forgotten classes."""

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_whole
+from fedunlearn.arguments import in_range, is_count, is_part, is_share, is_weight
 from fedunlearn.errors import RecipeError
-from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_share, is_weight
+from fedunlearn.training.objectives.base import Seen
 
 _RIDGE = 0.1  # of the mean variance: a batch has hardly more images than features
 _LEAST = 1e-12
@@ -46,7 +46,7 @@ class Erasing:
 
     def __post_init__(self) -> None:
         weights = {"complement": is_weight, "separation": is_weight}
-        in_range(self, **weights, share=is_part, until=is_share, every=lambda value: is_whole(value, 1))
+        in_range(self, **weights, share=is_part, until=is_share, every=is_count)
         if self.complement == self.separation == 0:
             raise RecipeError("Erasing(complement=..., separation=...) are both 0, so that nothing is erased: set one")
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_share
+from fedunlearn.arguments import in_range, is_part
+from fedunlearn.training.objectives.base import Seen
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,6 @@ class Relabel:
         to: ``"random"``: drawn anew for each step; ``"likeliest"``: what the model as received says of the image when
             the forgotten classes are left out.
         share: the part of each batch that is of a forgotten class; of several see ``each_of``.
-        until: share of the rounds with it.
 
     Raises:
         RecipeError: a value is out of range.
@@ -27,12 +27,12 @@ class Relabel:
 
     to: Literal["random", "likeliest"]
     share: float = 0.25
-    until: float = 1.0
     kind: Literal["relabel"] = "relabel"
+    until: ClassVar[float] = 1.0
     every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        in_range(self, to=lambda value: value in ("random", "likeliest"), share=is_part, until=is_share)
+        in_range(self, to=lambda value: value in ("random", "likeliest"), share=is_part)
 
     @property
     def teacher(self) -> bool:

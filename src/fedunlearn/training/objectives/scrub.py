@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedunlearn.arguments import is_whole
-from fedunlearn.training.objectives.base import Seen, in_range, is_part, is_positive, is_share, is_weight, kl
+from fedunlearn.arguments import in_range, is_count, is_part, is_positive, is_weight
+from fedunlearn.training.objectives.base import Seen, kl
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Scrub:
         ascents: how many of them, the first ones, begin with steps away from ``t``.
         away: share of the steps of such a turn that go away, at least one of them.
         share: the part of each batch that is of a forgotten class; of several see ``each_of``.
-        until: share of the rounds with it.
 
     Raises:
         RecipeError: a value is out of range.
@@ -37,14 +36,14 @@ class Scrub:
     ascents: int = 2
     away: float = 0.1
     share: float = 0.25
-    until: float = 1.0
     kind: Literal["scrub"] = "scrub"
     teacher: ClassVar[bool] = True
+    until: ClassVar[float] = 1.0
     every: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        in_range(self, distil=is_weight, temperature=is_positive, turns=_is_count, ascents=_is_count)
-        in_range(self, away=is_part, share=is_part, until=is_share)
+        in_range(self, distil=is_weight, temperature=is_positive, turns=is_count, ascents=is_count)
+        in_range(self, away=is_part, share=is_part)
 
     def loss(self, seen: Seen) -> Tensor:
         """Return the loss of a batch, of which a step takes one kind of images."""
@@ -59,7 +58,3 @@ class Scrub:
         # A turn of few steps, of which none is in its first share, would have none away.
         begins = earlier is None or earlier * self.turns // 1 < turn
         return int(turn) if turn < self.ascents and (begins or within < self.away) else None
-
-
-def _is_count(value: object) -> bool:
-    return is_whole(value, 1)

@@ -1,0 +1,184 @@
+"""What unlearning is held against: retrained models and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.errors import ModelError, RunError
+from fedunlearn.evidence.folder import retrained_file
+from fedunlearn.federation.about import weights_digest
+from fedunlearn.federation.federation import Federation
+from fedunlearn.federation.journal import Journal, Step
+from fedunlearn.federation.ledger import Cost
+from fedunlearn.federation.rounds import Watch, train_rounds
+from fedunlearn.methods.base import Outcome, Request, as_many
+from fedunlearn.methods.erase_only import ERASE_ONLY
+from fedunlearn.methods.table import CONTROLS
+from fedunlearn.run.experiment import Experiment, new_model, save_model
+from fedunlearn.run.kept import KNOWS, KeptModel, check_folder_of_models, fill_kept, most_named
+from fedunlearn.unlearn import Forgotten, Unlearned
+
+
+@dataclass(frozen=True, eq=False)
+class Oracle:
+    """A model retrained without the forgotten classes.
+
+    Attributes:
+        model: with a row for every class; those of the forgotten ones never saw an image of theirs.
+        steps: its rounds.
+        cached: whether it was kept from an earlier run.
+    """
+
+    model: Classifier
+    steps: list[Step]
+    cached: bool
+
+
+def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten, fed: Federation) -> dict[str, Outcome]:
+    """Return what each control makes of ``original``, by name.
+
+    Args:
+        experiment: the run.
+        original: the model before unlearning.
+        unlearned: what the controls stand beside.
+        fed: the clients and the record of the run.
+    """
+    cut = replace(unlearned.cut, fraction=as_many(unlearned)) if isinstance(unlearned, Unlearned) else experiment.cut()
+    asked = request(experiment, fed, cut=cut, clients=unlearned.clients, spent=unlearned.cost)
+    asked = replace(asked, unlearned=unlearned)
+    return {
+        control.name: control.run(original, fed, asked, None if control is ERASE_ONLY else control.settings)
+        for control in CONTROLS
+        if control.applies(asked)
+    }
+
+
+def request(
+    experiment: Experiment, fed: Federation, *, cut: Cut, clients: Sequence[str], spent: Cost | None = None
+) -> Request:
+    """Return what methods are asked for.
+
+    Args:
+        experiment: the run.
+        fed: its clients.
+        cut: how many channels go.
+        clients: those that take part in training.
+        spent: what pruning and repair cost, for a method of equal cost.
+    """
+    forget = list(experiment.forget)
+    rows = [list(experiment.clients).index(name) for name in clients]
+    stay = [label for label in range(len(experiment.splits.train.classes)) if label not in forget]
+    kept = experiment.table[rows][:, stay].sum()
+    # Those that hold fewer images than their rules let an answer stand for would only refuse.
+    least = experiment.recipe.rules().min_images
+    holds = (experiment.table[:, forget].sum(1) >= max(1, least)).tolist()
+    return Request(
+        experiment.forget,
+        experiment.ranking(),
+        cut,
+        experiment.repair(),
+        experiment.recipe.unlearn.jointly,
+        tuple(clients),
+        tuple(name for name, held in zip(experiment.clients, holds) if held),
+        float(kept) * fed.keeping(exclude=forget, clients=clients).share(),
+        spent,
+    )
+
+
+def retrained_models(experiment: Experiment, fed: Federation, *, data: str, count: int) -> dict[str, Oracle]:
+    """Return ``count`` retrained models by name, ``retrained-SEED``.
+
+    Their seeds follow the recipe's, so they share neither initial weights nor draws with the original or each other.
+
+    Args:
+        experiment: the run.
+        fed: the clients and the record of the run.
+        data: fingerprint of the images.
+        count: how many.
+
+    Raises:
+        RunError: models that the recipe names are no answer to this request, or two of them are one.
+    """
+    if experiment.recipe.audit.models:
+        check_folder_of_models(experiment, data=data)
+    found: dict[str, Oracle] = {}
+    weights: dict[str, str] = {}
+    for seed in range(fed.seed + 1, fed.seed + 1 + count):
+        name = f"retrained-{seed}"
+        found[name] = _retrained(experiment, replace(fed.part(name), seed=seed), data)
+        same = weights.setdefault(weights_digest(found[name].model.module.state_dict()), name)
+        if same != name:  # copies would set bands that no retrained model lies in
+            raise RunError(
+                f"{same} and {name} are one model to the last weight, expected models of other draws: give others "
+                "(audit.models), or leave audit.models out to retrain"
+            )
+    return found
+
+
+def save_retrained(out: Path, experiment: Experiment, oracles: Mapping[str, Oracle]) -> None:
+    """Write retrained models into the folder of a run."""
+    for name, oracle in oracles.items():
+        path = retrained_file(out, name)
+        path.parent.mkdir(exist_ok=True)
+        save_model(path, oracle.model, experiment)
+
+
+def check_kept(experiment: Experiment) -> None:
+    """Refuse retrained models that cannot be used, before any work: those of ``audit.models``, or those to be made.
+
+    Raises:
+        RunError: see ``retrained_models``.
+        ModelError: a network of the user's own has the same weights whatever the seed.
+    """
+    if experiment.recipe.audit.models:
+        unused, data = experiment.federation(Journal()), experiment.fingerprint()
+        retrained_models(experiment, unused, data=data, count=experiment.recipe.audit.oracles)
+    elif experiment.recipe.audit.oracles:
+        recipe, seed = experiment.recipe, experiment.recipe.federation.seed
+        one, other = (
+            new_model(recipe, experiment.splits.train, seed=seed + k, earlier=experiment.earlier) for k in (1, 2)
+        )
+        if weights_digest(one.module.state_dict()) == weights_digest(other.module.state_dict()):
+            raise ModelError(
+                f"model.name {recipe.model.name!r} gives the same weights for every seed, so that retrained models "
+                "would begin as one: let it neither load weights nor set a seed"
+            )
+
+
+def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
+    recipe = experiment.recipe
+    earlier = experiment.earlier
+    fresh = new_model(recipe, experiment.splits.train, seed=fed.seed, earlier=earlier)
+    if recipe.audit.models:
+        return Oracle(fresh, fill_kept(fresh, experiment, seed=fed.seed), True)
+    # The shares of clients depend on the images of all classes.
+    place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
+    cache = KeptModel.in_cache(recipe, experiment.forget, place, fed.seed)
+    if cache is not None and not fed.journal.steps("retrain"):
+        restored = cache.restore(fresh.module)
+        if restored is not None:
+            return Oracle(fresh, restored, True)
+    kept = fed.keeping(exclude=experiment.forget, clients=experiment.keepers())
+    model = train_rounds(
+        fresh,
+        kept,
+        recipe.training(),
+        rounds=recipe.train.rounds,
+        phase="retrain",
+        server=experiment.server(),
+        watch=Watch(every=recipe.train.validate_every if recipe.data.validation else 0),
+    )
+    steps = fed.journal.steps("retrain")
+    share = most_named(model, experiment.splits.test, experiment.forget)
+    if share > KNOWS:
+        raise RunError(
+            f"retrained-{fed.seed} names a class to forget in {100 * share:.1f} % of its test images, so it was not "
+            f"trained without it: model.name {recipe.model.name!r} has to make fresh weights, and loads some"
+        )
+    # One that some clients had no part in, as they failed, is not what the next run would train.
+    if cache is not None and not any(entry.refused for step in steps for entry in step.entries):
+        cache.store(model.module, steps)
+    return Oracle(model, steps, False)
