@@ -15,6 +15,7 @@ from subprocess import PIPE, Popen
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedunlearn.audits import verdict
-from fedunlearn.audits.base import Figure
+from fedunlearn.audits.base import Figure, by_class, error_by_class, share
+from fedunlearn.audits.membership import membership
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
 from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
@@ -648,6 +650,68 @@ def test_what_stands_beside_the_figures_of_a_model_is_held_against_them(copied, 
     in_audits(folder, change)
     forged(folder, signed, lambda result: None)
     assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def in_audit(folder, name, change):
+    path = folder / "audits" / f"{name}.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("model", "figure", "error"),
+    [
+        *(("retrained-1", figure, 0.3) for figure in verdict.KINDS if figure != "artefacts"),
+        ("unlearned", "artefacts", 0.3),
+        ("head_only", "probe", -0.1),
+        ("retrained-2", "cka", float("nan")),
+    ],
+)
+def test_no_band_is_widened_by_the_standard_error_of_a_figure(copied, signed, model, figure, error):
+    folder, key = copied
+    in_audit(folder, model, lambda value: value["figures"][figure].update(error=error))
+    forged(folder, signed, lambda result: None)
+    text = f"audits/{model}.json: the standard error of {figure} does not follow from its images"
+    assert text in problems(folder, key)
+
+
+@pytest.mark.parametrize("change", [{"members": 1}, {"others": 1}, {"others": 16}, {"auc": 0.5}])
+def test_membership_is_a_share_of_the_pairs_that_there_are(copied, signed, change):
+    folder, key = copied
+    in_audit(folder, "retrained-1", lambda value: value["details"]["membership"]["forget"].update(change))
+    forged(folder, signed, lambda result: None)
+    assert "audits/retrained-1.json: membership does not follow from its details" in problems(folder, key)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=4), st.floats(0, 1))
+def test_the_verifier_knows_the_standard_errors_of_the_tool(rows, mean):
+    truth = torch.tensor([label for label, row in enumerate(rows) for _ in row])
+    right = torch.tensor([found for row in rows for found in row])
+    counts = [[sum(row) if label == k else 0 for k in range(len(rows))] for label, row in enumerate(rows)]
+    for label, row in enumerate(rows):  # those that are wrong go to a class that stays
+        counts[label].append(len(row) - sum(row))
+    counts.append([0] * len(rows) + [9])
+    details, forget = {"confusion": counts}, range(len(rows))
+    for name, figure in (
+        ("int8", by_class(right, truth)),
+        ("probe", by_class(right, truth)),
+        ("relearn", Figure(mean, error_by_class(mean, truth))),
+        ("prototype_5", Figure(mean, error_by_class(mean, truth))),
+        ("retain", share(9, 9)),
+        ("cka", Figure(mean)),
+    ):
+        least, most = verify._errors(name, figure.value, details, forget)
+        assert least - 1e-12 <= figure.error <= most + 1e-12
+        assert least == most or (name in ("int8", "probe") and len(rows) > 1)
+
+
+@given(*[st.lists(st.integers(0, 5).map(float), min_size=1, max_size=20)] * 2)
+def test_the_verifier_knows_the_standard_error_of_an_auc(members, others):
+    told = membership(torch.tensor(members), torch.tensor(others))
+    assert verify._error_of_auc(told.auc, len(members), len(others)) == pytest.approx(told.auc_error)
+    details = {"membership": {"duplicates_left_out": 0, "forget": told.to_dict()}, "confusion": [[len(others)]]}
+    assert verify._counted(told.auc, details, [0])
 
 
 def test_all_models_are_audited_on_the_same_images(copied, signed):

@@ -78,6 +78,10 @@ _OF_COMMAND: dict[str, tuple[set[str], set[str], set[str]]] = {
 _RATIOS = {"speedup": "retrain", "speedup_whole": "retrain_whole"}
 _SCHEMA = 2
 _SAME = 0.005  # accuracies, of two passes over the images
+_ROUNDING = 1e-6  # of standard errors
+_WHOLE = 0.01  # how far a product of rounded numbers may be from a whole one
+_EXACT = {"neighbours", "cka", "procrustes", "artefacts"}  # figures that no image error is known of
+_BY_CLASS = {"forget", "reestimated", "int8", "int4", "probe"}  # means over classes of the shares of their images
 _LEVEL = 0.95  # of all bands together
 
 
@@ -431,8 +435,12 @@ def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figu
             yield f"{file}: R does not follow from the confusion"
         if not _near((figures["relearn"][0],), (statistics.fmean(details["relearn"]["forget"][1:]),)):
             yield f"{file}: relearning does not follow from its curve"
-        if "membership" in figures and figures["membership"][0] != details["membership"]["forget"]["auc"]:
+        if "membership" in figures and not _counted(figures["membership"][0], details, result["forget"]):
             yield f"{file}: membership does not follow from its details"
+        for figure, (value, error) in figures.items():
+            least, most = _errors(figure, value, details, result["forget"])
+            if not least - _ROUNDING <= error <= most + _ROUNDING:
+                yield f"{file}: the standard error of {figure} does not follow from its images"
         if problem := _accuracy(result, name, figures, counts):
             yield problem
     if len(images) > 1:
@@ -443,6 +451,57 @@ def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figu
         same = max([_SAME, *(2 / max(1, _rarest(block, result["forget"])) for block in images)])
         if one != other or ((u is None) != (again is None)) or (u is not None and abs(u - again) > same):
             yield "result.json tells two accuracies of the original"
+
+
+def _errors(figure: str, value: float, details: Mapping[str, Any], forget: Sequence[int]) -> tuple[float, float]:
+    """Return the least and the most that the standard error of a figure can be: bands are the wider the larger it is.
+
+    That of several shares, ``sqrt(sum_k e_k^2) / K``, is known where all of them are ``value``.
+    """
+    counts = details["confusion"]
+    shown = [number for number in (sum(counts[label]) for label in forget) if number]
+    if figure in _EXACT:
+        return 0.0, 0.0
+    if figure == "membership":
+        told = details["membership"]["forget"]
+        return (_error_of_auc(value, told["members"], told["others"]),) * 2
+    if figure == "retain":
+        kept = [label for label in range(len(counts)) if label not in forget]
+        right, total = sum(counts[label][label] for label in kept), sum(sum(counts[label]) for label in kept)
+        return (_error_of_share(right, total),) * 2
+    if figure in _BY_CLASS and len(shown) > 1:
+        ends = [_error_of_share(0, number) for number in shown], [0.5 / (number + 4) ** 0.5 for number in shown]
+        least, most = (math.hypot(*errors) / len(shown) for errors in ends)
+        return least, most
+    return (math.hypot(*(_error_of_share(round(value * number), number) for number in shown)) / len(shown),) * 2
+
+
+def _counted(auc: float, details: Mapping[str, Any], forget: Sequence[int]) -> bool:
+    """Return whether an AUC is that of its details: a share of pairs, ties half, of as many others as are left."""
+    told, counts = details["membership"], details["confusion"]
+    members, others = told["forget"]["members"], told["forget"]["others"]
+    left = sum(map(sum, counts)) - told["duplicates_left_out"]
+    beside = left - others if "retain" not in told else told["retain"]["others"]  # no others, or no members of them
+    tested, halves = sum(sum(counts[label]) for label in forget), 2 * auc * members * others
+    return bool(
+        auc == told["forget"]["auc"]
+        and abs(halves - round(halves)) < _WHOLE
+        and tested - told["duplicates_left_out"] <= others <= tested
+        and others + beside == left
+    )
+
+
+def _error_of_share(right: int, total: int) -> float:
+    """Return ``sqrt(p (1-p) / n)``, ``n = total + 4``, ``p = (right + 2) / n``, after Agresti and Coull."""
+    p = (right + 2) / (total + 4)
+    return float((p * (1 - p) / (total + 4)) ** 0.5)
+
+
+def _error_of_auc(auc: float, members: int, others: int) -> float:
+    """Return the standard error of an AUC after Hanley and McNeil (1982)."""
+    of_members = (members - 1) * (auc / (2 - auc) - auc**2)
+    of_others = (others - 1) * (2 * auc**2 / (1 + auc) - auc**2)
+    return float((max(auc * (1 - auc) + of_members + of_others, 0.0) / (members * others)) ** 0.5)
 
 
 def _shown_by(controls: Mapping[str, _Figures], candidate: _Figures) -> dict[str, _Figures]:
