@@ -36,14 +36,17 @@ from fedunlearn.evidence.report import write_card, write_report
 from fedunlearn.evidence.speedup import to_equal_r
 from fedunlearn.evidence.verify import problems
 from fedunlearn.evidence.words import in_short, unable
+from fedunlearn.methods.table import METHODS
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.work import finished
+from fedunlearn.smallest import FRACTIONS, MOST
 from fedunlearn.tabular import amount
 from test_cli import fedunlearn
 
 FLIPS = 6  # in every file
+values = st.floats(0, 1)
 
 
 @pytest.fixture
@@ -873,6 +876,137 @@ def test_the_cost_of_retrained_models_from_the_cache_is_held_against_their_round
     assert problems(folder, key) == ["the cost of retraining, retrain_whole, does not follow from retraining.json"]
 
 
+def without(phase, round):
+    """Return a change that leaves a step out of rounds.jsonl."""
+    return lambda steps: [step for step in steps if (step["phase"], step["round"]) != (phase, round)]
+
+
+def altered(name, **change):
+    """Return a change of all steps of a phase."""
+    return lambda steps: [step | change if step["phase"] == name else step for step in steps]
+
+
+def in_rounds(folder, change):
+    header, *steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *change(steps)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (without("repair", 1), "has 1 steps of repair, which are not those that the recipe asks for"),
+        (without("repair", 0), ": the steps of repair are not numbered one after another"),
+        (without("measure-0", 0), "has 0 steps of measure-0, which are not those that the recipe asks for"),
+        (without("reestimate", 0), "has 0 steps of reestimate, which are not those that the recipe asks for"),
+        (without("train", 2), "has 2 steps of train, which are not those that the recipe asks for"),
+        (without("retrained-1.retrain", 2), "has 2 steps of retrained-1.retrain, which are not those that the recipe"),
+        (without("random.repair", 1), "has 1 steps of random.repair, which are not those that the recipe asks for"),
+        (altered("repair", phase="mending"), " holds mending, which is no phase of this command and its recipe"),
+        (altered("reestimate", phase="x\ny"), " holds x\\ny, which is no phase of this command and its recipe"),
+        (altered("repair", entries=[]), ": a step of repair is not one of train"),
+        (altered("repair", validation=0.5), ": a step of repair is not one of train"),
+    ],
+)
+def test_a_round_left_out_or_under_another_name_is_found(copied, signed, change, text):
+    folder, key = copied
+    in_rounds(folder, change)
+    forged(folder, signed, lambda result: None)
+    assert any(line.startswith(f"rounds.jsonl{' ' * (text[0] == 'h')}{text}") for line in problems(folder, key))
+
+
+def test_rounds_of_a_model_from_the_cache_are_those_of_the_recipe(copied, signed):
+    folder, key = copied
+    whole = json.loads((folder / "retraining.json").read_text())
+    for change in (lambda rounds: rounds.pop(), lambda rounds: rounds[0].update(validation=None)):
+        kept = json.loads(json.dumps(whole))
+        change(kept["retrained-2"])
+        (folder / "retraining.json").write_text(json.dumps(kept))
+        forged(folder, signed, lambda result: None)
+        text = "the rounds of retrained-2 in retraining.json are not those that the recipe asks for"
+        assert text in problems(folder, key)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phases", "change", "text"),
+    [
+        (
+            ["unlearn.target=0.01", "unlearn.rounds=3"],
+            {"repair": 1},
+            altered("repair", validation=0.0),
+            "rounds.jsonl has 1 steps of repair, which are not those that the recipe asks for",
+        ),
+        (
+            ["unlearn.target=0.01", "unlearn.rounds=3"],
+            {"repair": 1},
+            lambda steps: [*steps, *(step | {"round": 1} for step in steps if step["phase"] == "repair")],
+            "rounds.jsonl has 2 steps of repair, which are not those that the recipe asks for",
+        ),
+        (
+            ['unlearn.fraction="auto"'],
+            {"attempt-30.check": 1},
+            without("attempt-30.check", 0),
+            "rounds.jsonl has 0 steps of attempt-30.check, which are not those that the recipe asks for",
+        ),
+        (
+            ['unlearn.method="salun"'],
+            {"method.salun-gradients": 1, "method.salun": 2},
+            without("method.salun-gradients", 0),
+            "rounds.jsonl has 0 steps of method.salun-gradients, which are not those that the recipe asks for",
+        ),
+        (
+            ["unlearn.forget=[1, 2]"],
+            {"measure-0": 1, "measure-1": 1},
+            without("measure-1", 0),
+            "rounds.jsonl has 0 steps of measure-1, which are not those that the recipe asks for",
+        ),
+        (['unlearn.repair="none"'], {"measure-0": 1}, altered("measure-0", round=1), "are not numbered one after"),
+    ],
+)
+def test_rounds_of_other_recipes_are_held_against_them(signed, tmp_path, settings, phases, change, text):
+    folder, key = tmp_path / "run", signed / "operator.pub"
+    run(load_recipe(str(signed / "tiny.toml"), settings), folder, command="unlearn", key=signed / "operator")
+    assert problems(folder, key) == []
+    steps = json.loads((folder / "dossier.json").read_text())["rounds"]
+    for phase, number in phases.items():
+        assert sum(step["phase"] == phase for step in steps) == number
+    in_rounds(folder, change)
+    forged(folder, signed, lambda result: None)
+    assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def test_the_cuts_that_were_tried_are_those_of_the_choice(signed, tmp_path):
+    folder, key = tmp_path / "run", signed / "operator.pub"
+    recipe = load_recipe(str(signed / "tiny.toml"), ['unlearn.fraction="auto"'])
+    run(recipe, folder, command="unlearn", key=signed / "operator")
+    in_rounds(folder, lambda steps: [step for step in steps if not step["phase"].startswith("attempt-50.")])
+
+    def shorter(result):
+        result["fraction"]["attempts"] = [own for own in result["fraction"]["attempts"] if own["fraction"] != 0.5]
+
+    forged(folder, signed, shorter)
+    text = "result.json: the cuts that were tried are not those by which the smallest is chosen"
+    assert text in problems(folder, key)
+
+
+@given(st.lists(values, min_size=7, max_size=7), st.integers(0, 6))
+def test_the_verifier_knows_which_cuts_are_tried(probabilities, narrowest):
+    assert (list(FRACTIONS), MOST) == (verify._FRACTIONS, verify._FORGOTTEN)
+    left, attempts = list(zip(FRACTIONS, probabilities))[narrowest:], []
+    while left:
+        middle = len(left) // 2
+        fraction, probability = left[middle]
+        attempts.append({"fraction": fraction, "probability": probability})
+        left = left[:middle] if probability <= MOST else left[middle + 1 :]
+    assert verify._bisected(attempts)
+    assert not verify._bisected([])
+    assert not verify._bisected([*attempts, attempts[-1]])
+
+
+def test_the_verifier_knows_the_phases_of_every_method():
+    pruning = {name for name, method in METHODS.items() if method.measures}
+    assert verify._OF_METHOD.keys() == METHODS.keys() - pruning
+
+
 def test_costs_of_retraining_without_a_retrained_model_are_refused(copied, signed):
     folder, key = copied
     for path in (folder / "audits").glob("retrained-*.json"):
@@ -954,7 +1088,6 @@ def test_events_out_of_order_are_found_though_signed_by_the_operator(copied, sig
 
 # the verifier computes what the tool computes
 
-values = st.floats(0, 1)
 models = st.fixed_dictionaries(
     {"forget": values, "retain": values},
     optional={name: values for name in verdict.KINDS if name not in ("forget", "retain")},

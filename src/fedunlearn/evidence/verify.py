@@ -75,6 +75,22 @@ _OF_COMMAND: dict[str, tuple[set[str], set[str], set[str]]] = {
     "unlearn": (_ANY | _FORGOT, _MAY_HAVE_FORGOT, {"unlearn"}),
     "audit": (_ANY | _AUDITED | {"model", "client"}, {"earlier", "numbers"}, set()),
 }
+# Phases of methods that do not prune -> what is asked in each of their steps, and in how many: None for as many as the
+# rounds of the repair.
+_OF_METHOD: dict[str, dict[str, tuple[str, int | None]]] = {
+    **{
+        name: {name: ("train", None)}
+        for name in ("erase_only", "finetune", "l1_sparse", "neg_grad", "negate", "relabel")
+    },
+    "salun": {"salun-gradients": ("gradients", 1), "salun": ("train", None)},
+    "delete": {"distil": ("train", 1)},
+    "scrub": {"scrub": ("train", 1)},
+    "ssd": {"ssd-forgotten": ("gradients", 1), "ssd-all": ("gradients", 1)},
+    "svd": {"svd-forgotten": ("moments", 1), "svd-kept": ("moments", 1)},
+}
+_FRACTIONS = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]  # cuts of which the smallest is chosen
+_FORGOTTEN = 0.05  # mean probability of the class after it
+_MOST = sys.maxsize  # steps of a phase whose number nothing says
 _RATIOS = {"speedup": "retrain", "speedup_whole": "retrain_whole"}
 _SCHEMA = 2
 _SAME = 0.005  # accuracies, of two passes over the images
@@ -414,9 +430,14 @@ def _unmeasured(
 
 def _was_cut(path: Path) -> bool:
     """Return whether a model lost channels before, by the header of its file."""
+    return bool(json.loads(_header_of(path)["__metadata__"]["fedunlearn"])["plan"]["kept"])
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: its tensors by name, and what stands beside them."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return bool(json.loads(header["__metadata__"]["fedunlearn"])["plan"]["kept"])
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
 
 
 def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figures]) -> Iterator[str]:
@@ -619,10 +640,13 @@ def _held_out(oracles: Mapping[str, _Figures], controls: Mapping[str, _Figures],
 
 def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     """Add up the rounds again, and divide."""
-    steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()[1:]]
+    header, *steps = [json.loads(line) for line in (folder / "rounds.jsonl").read_bytes().splitlines()]
     if dossier["rounds"] != rounds(steps):
         yield f"{DOSSIER} and rounds.jsonl differ in the rounds"
     result = _json(folder / "result.json")
+    yield from _phases(_planned(folder, result, header, steps), steps, result["recipe"])
+    if "fraction" in result and not _bisected(result["fraction"]["attempts"]):
+        yield "result.json: the cuts that were tried are not those by which the smallest is chosen"
     if "unlearned" not in result:
         return
     phases = ("measure", "attempt-", "reestimate", "repair", "method.")
@@ -641,6 +665,106 @@ def _costs(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"the cost of unlearning, {key}, does not follow from rounds.jsonl"
     if "retrain" in dossier["cost"]:
         yield from _retraining(_json(folder / "retraining.json"), steps, dossier, result)
+
+
+_Phases = dict[str, tuple[str, Sequence[int]]]  # name -> what is asked in each step, how many steps there may be
+
+
+def _planned(
+    folder: Path, result: Mapping[str, Any], header: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
+) -> _Phases:
+    """Return the phases of a command, by its recipe and the models of result.json."""
+    recipe, phases = result["recipe"], _Phases()
+    if not header.get("oracles"):  # none that were given; those from the cache were not trained here
+        whole = [0, recipe["train"]["rounds"]]
+        phases |= {f"{name}.retrain": ("train", whole) for name in result.get("oracles", {})}
+    if "unlearned" not in result:
+        return phases
+    if not recipe["model"]["weights"]:
+        phases["train"] = ("train", [recipe["train"]["rounds"]])
+    table, turns = recipe["unlearn"], 1 if recipe["unlearn"]["jointly"] else len(result["forget"])
+    refitted = _refitted(folder, recipe, steps)
+    pruned = {f"measure-{turn}": ("measure", [1]) for turn in range(turns)} | _repair(table, refitted)
+    if "fraction" in result:
+        phases["measure-0"] = pruned["measure-0"]
+        for attempt in result["fraction"]["attempts"]:
+            tried = _repair(table, refitted) | {"check": ("evaluate", [1])}
+            phases |= {f"attempt-{100 * attempt['fraction']:g}.{phase}": own for phase, own in tried.items()}
+    elif table["method"] == "prune":
+        phases |= pruned
+    else:
+        ours = {
+            phase: (job, [table["rounds"] if number is None else number])
+            for phase, (job, number) in _OF_METHOD.get(table["method"], {}).items()
+        }
+        phases |= {f"method.{phase}": own for phase, own in (ours or pruned).items()}
+    beside: dict[str, _Phases] = {
+        "random": {f"random.{phase}": own for phase, own in pruned.items()},
+        "finetune": {"finetune": ("train", range(1, _MOST))},
+        "erase_only": {"erase_only": ("train", [table["rounds"]])},
+    }
+    for name in beside.keys() & result.get("controls", {}).keys():
+        phases |= beside[name]
+    return phases
+
+
+def _repair(table: Mapping[str, Any], refitted: Sequence[int]) -> _Phases:
+    """Return the phases of the repair: as many rounds as the recipe says, unless a target may end them before."""
+    phases = _Phases() if table["repair"] == "none" else {"reestimate": ("reestimate", refitted)}
+    if table["repair"] == "finetune":
+        first = table["rounds"] if table["target"] is None else 1
+        phases["repair"] = ("train", range(first, table["rounds"] + 1))
+    return phases
+
+
+def _refitted(folder: Path, recipe: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    """Return how many steps re-estimation may have: none of a model without batch normalisation."""
+    if not any(name.endswith(".running_mean") for name in _header_of(folder / "original.safetensors")):
+        return [0]
+    # A network of the user's own may keep such statistics in layers of another kind, which are not re-estimated.
+    known = ":" not in recipe["model"]["name"] or any(step["phase"].endswith("reestimate") for step in steps)
+    return [1] if known else [0, 1]
+
+
+def _phases(planned: _Phases, steps: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Hold the steps of a run against its phases: one left out, or under another name, would cost nothing."""
+    done: dict[str, list[Mapping[str, Any]]] = {phase: [] for phase in planned}
+    for step in steps:
+        done.setdefault(step["phase"], []).append(step)
+    for phase, those in done.items():
+        job, numbers = planned.get(phase, ("", ()))
+        if phase not in planned:
+            yield f"rounds.jsonl holds {_shown(phase)}, which is no phase of this command and its recipe"
+        elif [step["round"] for step in those] != list(range(len(those))):
+            yield f"rounds.jsonl: the steps of {phase} are not numbered one after another"
+        elif len(those) not in numbers or not _ended(phase, those, recipe["unlearn"]):
+            yield f"rounds.jsonl has {len(those)} steps of {phase}, which are not those that the recipe asks for"
+        elif any(
+            [entry["job"] for entry in step["entries"]] != [job] + ["evaluate"] * (step["validation"] is not None)
+            for step in those
+        ):
+            yield f"rounds.jsonl: a step of {phase} is not one of {job}"
+
+
+def _bisected(attempts: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether each cut is the middle of those below the last one, where that passed, or above it."""
+    for narrowest in range(len(_FRACTIONS)):  # of narrow layers small ones remove nothing
+        left, tried = _FRACTIONS[narrowest:], []
+        for attempt in attempts:
+            middle = len(left) // 2
+            tried += left[middle : middle + 1]
+            left = left[:middle] if attempt["probability"] <= _FORGOTTEN else left[middle + 1 :]
+        if not left and tried == [attempt["fraction"] for attempt in attempts]:
+            return True
+    return False
+
+
+def _ended(phase: str, steps: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> bool:
+    """Return whether a repair went on until its target was reached, or until there were no more rounds."""
+    if table["target"] is None or phase.rpartition(".")[2] != "repair":
+        return True
+    reached = [(step["validation"] or 0.0) >= table["target"] for step in steps]
+    return not any(reached[:-1]) and (reached[-1] or len(steps) == table["rounds"])
 
 
 def _ratio(unlearn: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, float]:
@@ -664,6 +788,8 @@ def _retraining(
         return
     for name in names:
         yield from _trained(name, kept[name], steps, cached=result["oracles"][name]["cached"])
+        if not result["recipe"]["audit"]["models"] and not _regular(kept[name], result["recipe"]):
+            yield f"the rounds of {_shown(name)} in retraining.json are not those that the recipe asks for"
     unlearn, wanted = dossier["cost"]["unlearn"], result["unlearned"]["validation"]["retain"]
     for name, cost in found.items():
         rounds = _until(kept[name], wanted)
@@ -700,6 +826,13 @@ def _trained(
         yield f"whether {_shown(name)} was trained here or came from the cache does not follow from rounds.jsonl"
     elif trained and _counts(trained) != _counts(kept):
         yield f"the rounds of {_shown(name)} in retraining.json are not those of rounds.jsonl"
+
+
+def _regular(kept: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> bool:
+    """Return whether a model was retrained in all rounds of the recipe, and measured as often as that says."""
+    rounds, every = recipe["train"]["rounds"], recipe["train"]["validate_every"]
+    due = [round % every == 0 or round == rounds for round in range(1, rounds + 1)]
+    return [step["validation"] is not None for step in kept] == due
 
 
 def _until(steps: Sequence[Mapping[str, Any]], wanted: float) -> int | None:
