@@ -926,6 +926,63 @@ def test_rounds_of_a_model_from_the_cache_are_those_of_the_recipe(copied, signed
         assert text in problems(folder, key)
 
 
+def exchanged(one, other):
+    """Return a change by which two classes bear each other's names."""
+
+    def change(result):
+        names = {one: other, other: one}
+        result["classes"] = [names.get(name, name) for name in result["classes"]]
+        for block in (result["original"], result["unlearned"], *result["oracles"].values()):
+            told = block["accuracy"]["per_class"]
+            told[one], told[other] = told[other], told[one]
+
+    return change
+
+
+def test_the_dossier_names_the_classes_whose_rows_are_gone(copied, signed):
+    folder, key = copied
+    forged(folder, signed, exchanged("0", "2"))
+    found = problems(folder, key)
+    assert json.loads((folder / "dossier.json").read_text())["scope"]["forgotten"] == ["0"]
+    for name in ("original", "model", "oracles/retrained-4"):
+        assert f"{name}.safetensors has output rows of other classes than result.json tells" in found
+
+
+def asked_for(folder, signed, forget):
+    """Let recipe and rounds say that ``forget`` was asked for."""
+    header, *steps = (folder / "rounds.jsonl").read_text().splitlines()
+    header = json.loads(header)
+    header["recipe"]["unlearn"]["forget"] = forget
+    (folder / "rounds.jsonl").write_text("\n".join([json.dumps(header), *steps, ""]))
+    forged(folder, signed, told(forget, "recipe", "unlearn", "forget"))
+
+
+def test_the_forgotten_classes_are_those_that_were_asked_for(copied, signed):
+    folder, key = copied
+    for wrong in ([1], ["1"], [], [2, "2"], [2, 3], ["class 2"]):
+        asked_for(folder, signed, wrong)
+        text = "result.json: the forgotten classes are not those that the recipe asks for"
+        assert text in problems(folder, key)
+    for right in ([2], ["2"]):  # by number or by name
+        asked_for(folder, signed, right)
+        assert problems(folder, key) == []
+
+
+def test_the_rows_of_a_second_request_are_those_of_the_data(signed, tmp_path):
+    folder, key = tmp_path / "run", signed / "operator.pub"
+    weights = signed / "run" / "model.safetensors"
+    recipe = load_recipe(str(signed / "tiny.toml"), [f'model.weights="{weights}"', "unlearn.forget=[3]"])
+    run(recipe, folder, command="unlearn", key=signed / "operator")
+    assert problems(folder, key) == []
+    assert json.loads((folder / "dossier.json").read_text())["scope"] == {
+        "earlier": ["2"],
+        "forgotten": ["3"],
+        "labels_of_rows": [0, 1],
+    }
+    forged(folder, signed, told([1, 0, 3], "numbers"))
+    assert "model.safetensors has output rows of other classes than result.json tells" in problems(folder, key)
+
+
 @pytest.mark.parametrize(
     ("settings", "phases", "change", "text"),
     [

@@ -14,6 +14,7 @@ import math
 import stat
 import statistics
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -127,7 +128,7 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
             found += _blocks(folder)
         if not found:  # by its blocks it is decided what else is checked
             audited = "verdict" in _json(folder / "result.json")
-            for check in (_statements, _events, _costs, *((_figures,) if audited else ())):
+            for check in (_statements, _classes, _events, _costs, *((_figures,) if audited else ())):
                 found += check(folder, value)
     except _ProblemError as error:
         found.append(str(error))
@@ -288,6 +289,30 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"{DOSSIER} and result.json differ in {name}"
 
 
+def _classes(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
+    """Hold the classes, by number and name, against the recipe and the output rows of the models in the folder."""
+    result = _json(folder / "result.json")
+    forget, classes, asked = result["forget"], result["classes"], result["recipe"]["unlearn"]["forget"]
+    numbers = result.get("numbers", range(len(classes)))
+    known = {*(_composed(one) if isinstance(one, str) else one for one in asked)}
+    met = [label for label in forget if known & {numbers[label], _composed(classes[label])}]
+    if not len(met) == len(set(forget)) == len(forget) == len(asked):
+        yield "result.json: the forgotten classes are not those that the recipe asks for"
+    everything = list(range(len(classes)))
+    rows = {name: everything for name in dossier["files"] if name.startswith("oracles/")}
+    if "unlearned" in result:
+        rows["original.safetensors"] = everything
+        rows["model.safetensors"] = [label for label in everything if label not in forget]
+    for name, labels in rows.items():
+        about = _about(folder / name)
+        if (about["labels"], about["classes"]) != ([numbers[label] for label in labels], [classes[k] for k in labels]):
+            yield f"{_shown(name)} has output rows of other classes than result.json tells"
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def scope(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a dossier says of the classes: by name, and the rows of the model by the numbers of the data."""
     classes, forget = result["classes"], result["forget"]
@@ -430,7 +455,13 @@ def _unmeasured(
 
 def _was_cut(path: Path) -> bool:
     """Return whether a model lost channels before, by the header of its file."""
-    return bool(json.loads(_header_of(path)["__metadata__"]["fedunlearn"])["plan"]["kept"])
+    return bool(_about(path)["plan"]["kept"])
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what a model's file says of it: the class of each output row, by number and name, and its plan."""
+    about: dict[str, Any] = json.loads(_header_of(path)["__metadata__"]["fedunlearn"])
+    return about
 
 
 def _header_of(path: Path) -> dict[str, Any]:
