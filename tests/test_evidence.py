@@ -643,8 +643,16 @@ def test_a_figure_is_not_lost_from_all_models(copied, signed, figure):
         (lambda value: value["details"]["confusion"][1].__setitem__(3, 7), "R does not follow from the confusion"),
         (lambda value: value["details"]["relearn"]["forget"].append(1.0), "relearning does not follow from its curve"),
         (
-            lambda value: value["details"].get("membership", {}).update(forget={"auc": 0.5}),
+            lambda value: value["details"]["membership"]["forget"].update(auc=0.5),
             "membership does not follow from its details",
+        ),
+        *(
+            (lambda value, name=name: value["figures"].get(name, {}).update(value=0.01), f"{name} does not follow from")
+            for name in ("neighbours", "cka", "procrustes", "prototype_1", "prototype_10")
+        ),
+        (
+            lambda value: value["details"]["prototype_draws"].update({"5": [0.9, 0.5, 1.0]}),
+            "prototype_5 does not follow from its draws",
         ),
     ],
 )
@@ -715,6 +723,52 @@ def test_the_verifier_knows_the_standard_error_of_an_auc(members, others):
     assert verify._error_of_auc(told.auc, len(members), len(others)) == pytest.approx(told.auc_error)
     details = {"membership": {"duplicates_left_out": 0, "forget": told.to_dict()}, "confusion": [[len(others)]]}
     assert verify._counted(told.auc, details, [0])
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "text"),
+    [
+        ("original", lambda value: value["details"]["confusion"].__setitem__(2, [15, 0, 0, 0]), ": U does not follow"),
+        (
+            "retrained-1",
+            lambda value: value["details"]["confusion"].__setitem__(2, [0, 0, 15, 0]),
+            ": classes are named whose output rows are gone",
+        ),
+        ("unlearned", lambda value: value.update(images="0" * 64), "the audits of the models tell of other images, or"),
+        (
+            "unlearned",
+            lambda value: value["details"]["membership"]["retain"].update(members=3),
+            "the audits of the models tell of other images for membership",
+        ),
+        ("pruned", lambda value: value["references"].pop(), "audits/pruned.json was made beside other retrained"),
+        ("retrained-2", lambda value: value["references"].reverse(), "audits/retrained-2.json was made beside other"),
+        (
+            "random",
+            lambda value: value["details"]["neighbours"]["retrained"][0].reverse(),
+            "audits/random.json: neighbours tells of other outputs than those of the retrained models",
+        ),
+    ],
+)
+def test_the_audit_of_a_model_is_held_against_those_of_the_others(copied, signed, model, change, text):
+    folder, key = copied
+    in_audit(folder, model, change)
+    forged(folder, signed, lambda result: None)
+    assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+def test_one_model_does_not_stand_for_two_retrained_ones(copied, signed):
+    folder, key = copied
+    shutil.copy(folder / "audits" / "retrained-1.json", folder / "audits" / "retrained-3.json")
+    forged(folder, signed, lambda result: None)
+    assert "audits/retrained-3.json is of the same model as another" in problems(folder, key)
+
+
+@given(st.lists(values, min_size=50, max_size=50))
+def test_the_verifier_knows_which_means_draws_with_these_quantiles_can_have(draws):
+    shares = torch.tensor(draws, dtype=torch.float64)
+    quantiles = [float(shares.quantile(q)) for q in (0.05, 0.5, 0.95)]
+    assert verify._can_be_mean(float(shares.mean()), *quantiles)
+    assert not verify._can_be_mean(max(0.0, quantiles[0] - 0.5) - 0.1, *quantiles)
 
 
 def test_all_models_are_audited_on_the_same_images(copied, signed):

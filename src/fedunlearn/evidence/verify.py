@@ -474,35 +474,118 @@ def _header_of(path: Path) -> dict[str, Any]:
 def _details(folder: Path, result: Mapping[str, Any], models: Mapping[str, _Figures]) -> Iterator[str]:
     """Hold figures and accuracies of each model against the counts and curves beside them."""
     classes, images = len(result["classes"]), set()
+    audits = {name: _json(folder / "audits" / f"{name}.json") for name in models}
     for name, figures in models.items():
-        file, details = f"audits/{_shown(name)}.json", _json(folder / "audits" / f"{name}.json")["details"]
+        file, details = f"audits/{_shown(name)}.json", audits[name]["details"]
         counts = details["confusion"]
         if [len(row) for row in counts] != [classes] * classes:
             yield f"{file}: the confusion is not one of {classes} classes"
             continue
         images.add(tuple(map(sum, counts)))
-        kept = [label for label in range(classes) if label not in result["forget"]]
-        right, shown = sum(counts[label][label] for label in kept), sum(sum(counts[label]) for label in kept)
-        if not _near((figures["retain"][0] * shown,), (right,)):
-            yield f"{file}: R does not follow from the confusion"
-        if not _near((figures["relearn"][0],), (statistics.fmean(details["relearn"]["forget"][1:]),)):
-            yield f"{file}: relearning does not follow from its curve"
-        if "membership" in figures and not _counted(figures["membership"][0], details, result["forget"]):
-            yield f"{file}: membership does not follow from its details"
+        for what, follows in _following(figures, details, result["forget"]):
+            if not follows:
+                yield f"{file}: {what}"
         for figure, (value, error) in figures.items():
             least, most = _errors(figure, value, details, result["forget"])
             if not least - _ROUNDING <= error <= most + _ROUNDING:
                 yield f"{file}: the standard error of {figure} does not follow from its images"
-        if problem := _accuracy(result, name, figures, counts):
-            yield problem
+        for problem in (_named(result, name, figures, counts), _accuracy(result, name, figures, counts)):
+            if problem:
+                yield problem
     if len(images) > 1:
         yield "the audits of the models were not made on the same test images"
+    yield from _beside(audits, list(result["oracles"]))
     if "original" in result:
         one, other = (block["accuracy"].copy() for block in (result["original"], result["controls"]["original"]))
         u, again = (accuracy.pop("forget_row_kept") for accuracy in (one, other))  # of passes over other batches
         same = max([_SAME, *(2 / max(1, _rarest(block, result["forget"])) for block in images)])
         if one != other or ((u is None) != (again is None)) or (u is not None and abs(u - again) > same):
             yield "result.json tells two accuracies of the original"
+
+
+def _following(figures: _Figures, details: Mapping[str, Any], forget: Sequence[int]) -> Iterator[tuple[str, bool]]:
+    """Return what would be wrong with the figures of a model, and whether they follow from the details beside them."""
+    counts = details["confusion"]
+    kept = [label for label in range(len(counts)) if label not in forget]
+    right, shown = sum(counts[label][label] for label in kept), sum(sum(counts[label]) for label in kept)
+    yield "R does not follow from the confusion", _near((figures["retain"][0] * shown,), (right,))
+    curve = statistics.fmean(details["relearn"]["forget"][1:])
+    yield "relearning does not follow from its curve", _near((figures["relearn"][0],), (curve,))
+    if "membership" in figures:
+        counted = _counted(figures["membership"][0], details, forget)
+        yield "membership does not follow from its details", counted
+    if "neighbours" in figures:
+        pairs = list(zip(details["neighbours"]["output"], details["neighbours"]["retrained"], strict=True))
+        apart = [sum(abs(p - q) for p, q in zip(*pair, strict=True)) / 2 for pair in pairs]
+        follows = _near((figures["neighbours"][0],), (statistics.fmean(apart),))
+        yield "neighbours does not follow from its details", follows
+    for figure in ("cka", "procrustes"):
+        if figure in figures:
+            told = details["representation"]["features"][figure]
+            yield f"{figure} does not follow from its details", _near((figures[figure][0],), (told,))
+    for shots in ("1", "5", "10"):
+        if (figure := f"prototype_{shots}") in figures:
+            draws = details["prototype_draws"][shots]
+            yield f"{figure} does not follow from its draws", _can_be_mean(figures[figure][0], *draws)
+
+
+def _can_be_mean(mean: float, low: float, middle: float, high: float) -> bool:
+    """Return whether 50 shares with these quantiles (5, 50 and 95 %) can have this mean.
+
+    The quantiles lie between the 3rd and 4th of them, the 25th and 26th, and the 47th and 48th.
+    """
+    least, most = (3 * 0.0 + 22 * low + 22 * middle + 3 * high) / 50, (3 * low + 22 * middle + 22 * high + 3 * 1.0) / 50
+    return 0.0 <= low <= middle <= high <= 1.0 and least - _ROUNDING <= mean <= most + _ROUNDING
+
+
+def _named(result: Mapping[str, Any], name: str, figures: _Figures, counts: Sequence[Sequence[int]]) -> str:
+    """Return what is wrong with the images that a model names as forgotten ones: none without the rows, else U."""
+    forget = result["forget"]
+    whole = name == "original" or ("model" in result and name == "unlearned" and "forget" in figures)
+    if not whole:
+        named = any(row[label] for row in counts for label in forget)
+        return f"audits/{_shown(name)}.json: classes are named whose output rows are gone" if named else ""
+    shown = [sum(row) for row in counts]
+    u = statistics.fmean(counts[label][label] / shown[label] for label in forget if shown[label])
+    same = max(_SAME, 2 / max(1, _rarest(shown, forget)))
+    return "" if abs(u - figures["forget"][0]) <= same else f"audits/{name}.json: U does not follow from the confusion"
+
+
+def _beside(audits: Mapping[str, Mapping[str, Any]], oracles: Sequence[str]) -> Iterator[str]:
+    """Hold against each other which images and which retrained models each model was audited with."""
+    if len({audit["images"] for audit in audits.values()}) > 1:
+        yield "the audits of the models tell of other images, or of other settings"
+    if len({json.dumps(_members(audit["details"])) for audit in audits.values()} - {"null"}) > 1:
+        yield "the audits of the models tell of other images for membership"
+    states = {name: audit["state"] for name, audit in audits.items()}
+    for name, audit in audits.items():
+        others = [oracle for oracle in oracles if oracle != name]
+        if audit["references"] != [states[oracle] for oracle in others]:
+            yield f"audits/{_shown(name)}.json was made beside other retrained models"
+        if name in oracles and list(states.values()).count(states[name]) > 1:
+            yield f"audits/{_shown(name)}.json is of the same model as another"
+        outputs = [audits[oracle]["details"].get("neighbours", {}).get("output") for oracle in others]
+        if (
+            "neighbours" in audit["details"]
+            and all(outputs)
+            and not _is_mean(audit["details"]["neighbours"]["retrained"], outputs)
+        ):
+            yield f"audits/{_shown(name)}.json: neighbours tells of other outputs than those of the retrained models"
+
+
+def _members(details: Mapping[str, Any]) -> Any:
+    """Return how many images membership was told by; None where no other retrained model was there."""
+    told = details.get("membership")
+    return told and [
+        told["duplicates_left_out"],
+        *(told.get(name, {}).get(of) for name in ("forget", "retain") for of in ("members", "others")),
+    ]
+
+
+def _is_mean(told: Sequence[Sequence[float]], outputs: Sequence[Sequence[Sequence[float]]]) -> bool:
+    """Return whether the rows of ``told`` are the means of those of ``outputs``."""
+    rows = zip(told, *outputs, strict=True)
+    return all(_near(mean, list(map(statistics.fmean, zip(*values, strict=True)))) for mean, *values in rows)
 
 
 def _errors(figure: str, value: float, details: Mapping[str, Any], forget: Sequence[int]) -> tuple[float, float]:
