@@ -487,6 +487,40 @@ def test_a_signed_audit_names_the_model_and_its_figures_are_computed_again(signe
     assert problems(folder, key) == ["result.json has not the blocks that audit writes: cost is too much"]
 
 
+def test_what_an_audit_leaves_out_is_found_as_in_a_run(signed, tmp_path):
+    folder, key, before = tmp_path / "run", signed / "operator.pub", signed / "run" / "original.safetensors"
+    recipe = load_recipe(str(signed / "tiny.toml"), [f'audit.models="{signed / "run"}"'])  # for those of the recipe
+    audit_model(recipe, folder, Candidate(model=before, original=before), key=signed / "operator")
+    assert problems(folder, key) == []
+    shutil.copytree(folder, tmp_path / "whole")
+
+    def found(change=lambda result: None, figures=(), models=None):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "whole", folder)
+        for path in (folder / "audits").glob("*.json"):
+            if models in (None, path.stem):
+                in_audit(folder, path.stem, lambda value: [value["figures"].pop(figure, None) for figure in figures])
+        forged(folder, signed, change)
+        return problems(folder, key)
+
+    lost_ones = found(figures=("prototype_1", "cka"))
+    for model in ("retrained-4", "unlearned"):
+        assert f"audits/{model}.json lacks cka, prototype_1, which every run measures" in lost_ones
+    rows = ("forget", "reestimated", "int8", "int4")
+    assert any(
+        "retrained-2.json lacks forget, int4, int8" in line for line in found(figures=rows, models="retrained-2")
+    )
+    assert "result.json and audits/unlearned.json differ in whether the model has its rows" in found(
+        figures=rows, models="unlearned"
+    )
+    assert "audits/unlearned.json: classes are named whose output rows are gone" in found(
+        told(None, "model", "accuracy", "forget_row_kept"), figures=rows, models="unlearned"
+    )
+    assert found(told("client-0", "client")) == ["result.json names another client than rounds.jsonl"]
+    (tmp_path / "whole" / "audits" / "retrained-4.json").unlink()
+    assert "result.json has not the retrained models that its recipe asks for" in found(lost("oracles", "retrained-4"))
+
+
 def test_an_audit_of_before_there_were_controls_is_reported_and_its_pass_is_not_relied_on(signed, tmp_path):
     folder, key, model = (
         tmp_path / "run",
@@ -754,6 +788,30 @@ def test_the_audit_of_a_model_is_held_against_those_of_the_others(copied, signed
     in_audit(folder, model, change)
     forged(folder, signed, lambda result: None)
     assert any(text in line for line in problems(folder, key)), problems(folder, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "impossible"),
+    [
+        ({"duplicates_left_out": 15}, False),  # and was told
+        ({"forget": None, "duplicates_left_out": 1}, False),
+        ({"forget": None, "duplicates_left_out": 15}, True),  # each test image of the class is a training image
+        ({"forget": None, "retain": None, "duplicates_left_out": 1}, True),  # each training image is that test image
+        ({"forget": None, "retain": None}, False),
+    ],
+)
+def test_membership_is_left_out_only_where_no_image_is_left_to_tell_it_by(copied, signed, change, impossible):
+    folder, key = copied
+
+    def untold(value):
+        value["figures"].pop("membership", None)
+        details = value["details"]["membership"] | change
+        value["details"]["membership"] = {name: own for name, own in details.items() if own is not None}
+
+    in_audits(folder, untold)
+    forged(folder, signed, lost("audits", "membership"))
+    missing = [line for line in problems(folder, key) if "lacks membership, which every run measures" in line]
+    assert len(missing) == (0 if impossible else 5)  # the retrained models and the unlearned one
 
 
 def test_one_model_does_not_stand_for_two_retrained_ones(copied, signed):

@@ -255,6 +255,8 @@ def _other_models(result: Mapping[str, Any], header: Mapping[str, Any]) -> str:
     """Return what an audit names otherwise than its header: the model, the retrained ones, the model before."""
     if result["model"]["sha256"] != header["model"]:
         return "result.json names another audited model than rounds.jsonl"
+    if result["client"] != header["client"]:
+        return "result.json names another client than rounds.jsonl"
     if header["oracles"] and header["oracles"].keys() != result["oracles"].keys():
         return "result.json names other retrained models than rounds.jsonl"
     if result["controls"].keys() != (_MUST_FAIL if "original" in header else set()):
@@ -423,8 +425,7 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         yield "thresholds.json does not follow from the figures of the retrained models"
     if missing := _missing(written, candidate, elsewhere=_rowless(result)):
         yield f"audits/unlearned.json lacks {', '.join(sorted(missing))}, which the retrained models have"
-    if "unlearned" in result:
-        yield from _unmeasured(folder, result, oracles, candidate)
+    yield from _unmeasured(folder, result, oracles, candidate)
     chance = 1 / len(result["classes"])
     yield from _verdicts(result, candidate, whole, written, chance)
     yield from _details(folder, result, {"unlearned": candidate, **whole, **oracles})
@@ -436,21 +437,37 @@ def _figures(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
 def _unmeasured(
     folder: Path, result: Mapping[str, Any], oracles: Mapping[str, _Figures], candidate: _Figures
 ) -> Iterator[str]:
-    """Hold models and figures against those that a run measures: what is left out cannot fail."""
+    """Hold models and figures against those that a command measures: what is left out cannot fail."""
     recipe = result["recipe"]
+    given = json.loads((folder / "rounds.jsonl").read_bytes().splitlines()[0]).get("oracles")  # by hand
     first = recipe["federation"]["seed"] + 1
-    if list(oracles) != [f"retrained-{first + k}" for k in range(recipe["audit"]["oracles"])]:
+    if not given and list(oracles) != [f"retrained-{first + k}" for k in range(recipe["audit"]["oracles"])]:
         yield "result.json has not the retrained models that its recipe asks for"
     for name, figures in {**oracles, "unlearned": candidate}.items():
         needed = _KINDS.keys() - {"artefacts"}
         if len(oracles) == (name in oracles):  # beside no other
             needed -= _BESIDE
-        elif _json(folder / "audits" / f"{name}.json")["details"]["membership"]["duplicates_left_out"]:
-            needed -= {"membership"}  # perhaps all of them
+        elif _untold(_json(folder / "audits" / f"{name}.json")["details"], result["forget"]):
+            needed -= {"membership"}
+        # A file from elsewhere may have no rows for the classes.
+        if "model" in result and (given or name == "unlearned") and not figures.keys() & _OF_THE_ROW:
+            needed -= _OF_THE_ROW
         if missing := needed - figures.keys():
             yield f"audits/{_shown(name)}.json lacks {', '.join(sorted(missing))}, which every run measures"
-    if "artefacts" not in candidate and not _was_cut(folder / "original.safetensors"):
+    if "accuracy" in result.get("model", {}) and _rowless(result) == ("forget" in candidate):
+        yield "result.json and audits/unlearned.json differ in whether the model has its rows"
+    if "unlearned" in result and "artefacts" not in candidate and not _was_cut(folder / "original.safetensors"):
         yield "audits/unlearned.json lacks artefacts, which every run measures whose original was not cut before"
+
+
+def _untold(details: Mapping[str, Any], forget: Sequence[int]) -> bool:
+    """Return whether members cannot be told from others: none is left that is not both a training and a test image.
+
+    Of the classes to forget no test image is left, or no training image: then none of the others is drawn either.
+    """
+    told = details.get("membership", {})
+    tested = sum(sum(details["confusion"][label]) for label in forget)
+    return "forget" not in told and told.get("duplicates_left_out", 0) >= (tested if "retain" in told else 1)
 
 
 def _was_cut(path: Path) -> bool:
