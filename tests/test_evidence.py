@@ -26,7 +26,7 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.base import Figure, by_class, error_by_class, share
 from fedunlearn.audits.membership import membership
 from fedunlearn.errors import EvidenceError, RunError
-from fedunlearn.evidence import verify
+from fedunlearn.evidence import verify, words
 from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder, readable
@@ -539,6 +539,9 @@ def test_an_audit_of_before_there_were_controls_is_reported_and_its_pass_is_not_
         result["reason"] = f"all {len(result['decided_by'])} figures lie where one more retrained model is expected"
 
     forged(folder, signed, as_before)
+    unsigned(folder)
+    write_report(folder)
+    forged(folder, signed, lambda result: None)
     (found,) = problems(folder, key)
     assert found.startswith("this audit passes without a model that must fail, by an older rule: take the verifier")
     for name in ("dossier.json", "dossier.sig"):
@@ -1220,6 +1223,50 @@ def test_a_dossier_that_says_something_else_than_its_files_is_found(copied, sign
         "events.jsonl tells of other data or another verdict",
         "dossier.json and rounds.jsonl differ in the rounds",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"kind": "exact unlearning"},
+            ": kind is not what this verifier knows: it was changed, or is of another version",
+        ),
+        ({"limits": []}, ": limits is not what this verifier knows: it was changed, or is of another version"),
+        (
+            {"purged": ["all images of the class"]},
+            ": purged is not what this verifier knows: it was changed, or is of another version",
+        ),
+        ({"proof\n": "x", "seal": 1}, r" says what is held against nothing: proof\n, seal"),
+    ],
+)
+def test_a_dossier_states_what_every_dossier_states(copied, signed, change, text):
+    folder, key = copied
+    data = json.dumps(json.loads((folder / "dossier.json").read_text()) | change).encode()
+    (folder / "dossier.json").write_bytes(data)
+    (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
+    assert problems(folder, key) == [f"dossier.json{text}"]
+
+
+def test_the_limits_of_a_dossier_are_those_of_its_page():
+    assert words.LIMITS == verify.LIMITS
+
+
+@pytest.mark.parametrize("change", [told(4.0, "privacy", "noise"), told(0.5, "privacy", "epsilon")])
+def test_the_privacy_of_a_result_is_that_of_its_recipe(copied, signed, change):
+    folder, key = copied
+    forged(folder, signed, change)
+    assert problems(folder, key) == ["result.json tells of another privacy than its recipe"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "README.md"])
+def test_a_page_shows_the_verdict_of_the_dossier(copied, signed, name):
+    folder, key = copied
+    honest = json.loads((folder / "result.json").read_text())["verdict"]
+    whole = (folder / name).read_text()
+    (folder / name).write_text(whole.replace(honest, "indistinguishable from retraining"))
+    forged(folder, signed, lambda result: None)
+    assert problems(folder, key) == [f"{name} does not show the verdict of result.json"]
 
 
 def test_a_dossier_that_names_another_key_or_cannot_be_followed_is_found(copied, signed):

@@ -20,14 +20,16 @@ from fedunlearn.evidence.verify import (
     CONFIRMED,
     COSTS,
     DOSSIER,
+    KIND,
+    LIMITS,
     SIGNATURE,
     acknowledged,
     fingerprint,
     models,
+    purged,
     rounds,
     scope,
 )
-from fedunlearn.evidence.words import LIMITS
 from fedunlearn.federation.lock import LOCK, FolderLock
 from fedunlearn.files import written
 
@@ -199,7 +201,7 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
         "expires": (datetime.fromisoformat(time) + timedelta(days=evidence["valid_days"])).isoformat(),
         "request": evidence["request"],
         "scope": scope(result),
-        "kind": "approximate unlearning",
+        "kind": KIND,
         "versions": result["versions"],
         "recipe": result["recipe"],
         "data": header["data"],
@@ -208,14 +210,13 @@ def _content(run: RunFolder, time: str) -> dict[str, Any]:
         "rounds": rounds(steps),
         "thresholds": json.loads((folder / "thresholds.json").read_text("utf-8")) if "verdict" in result else None,
         "limits": list(LIMITS),
-        "purged": ["states of unfinished rounds"] + (_PURGED if "unlearned" in result else []),
+        "purged": purged(result),
         "files": hashed,
         "acknowledged": acknowledged(json.loads(line) for line in events),
         "events": {"count": len(events), "head": hashlib.sha256(events[-1]).hexdigest()},
     } | {name: result.get(name) for name in _RESULTS}
 
 
-_PURGED = ["output rows of the forgotten classes", "channels listed in plan.json"]
 _RESULTS = ("audits", "verdict", "reason", "decided_by", "calibration", *COSTS)
 
 

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import stat
 import statistics
 import sys
@@ -26,6 +27,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 DOSSIER, SIGNATURE = "dossier.json", "dossier.sig"
 CONFIRMED = "deletion confirmed by "  # an event, with the id of a client behind it
+KIND = "approximate unlearning"
+# What no verdict says, whatever it is.
+LIMITS = (
+    "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "
+    "find the class.",
+    "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
+    "wide, so that it can overlook much: read the verdicts on the controls beside it.",
+    "This is about the named files alone. It does not show that the images of the class, the model before, or copies "
+    "of either were deleted, nor which model is in use.",
+    "The server learned which class was forgotten, which classes each client holds and their summed activations.",
+    "Retrained models follow the recipe's training, or are those that the operator gave. Where the original's weights "
+    "came from another training, they are no counterpart of it.",
+    "Nothing is claimed about the privacy of single images of the classes that stay.",
+)
 _OF_THE_SYSTEM = "macOS, Windows or a file manager writes such a file where a folder is looked at"
 _CLOCKS = timedelta(minutes=5)  # how far clocks of two machines may be apart
 # What a figure above its band says, and the one band that does not come from retrained models.
@@ -93,6 +108,15 @@ _FRACTIONS = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]  # cuts of which the smallest
 _FORGOTTEN = 0.05  # mean probability of the class after it
 _MOST = sys.maxsize  # steps of a phase whose number nothing says
 _RATIOS = {"speedup": "retrain", "speedup_whole": "retrain_whole"}
+# Keys of a dossier: those that repeat result.json, and those that are held against files of their own.
+_REPEATED = ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", *COSTS)
+_OF_THE_DOSSIER = ("schema", "created", "expires", "key", "files", "acknowledged", "events", "rounds")
+# Where pages for people show the verdict.
+_ON_PAGES = {
+    "report.html": r'<div class="verdict [^"]*">\s*<strong>([^<]*)</strong>',
+    "report.md": r"\A# .*: (.*)$",
+    "README.md": r"^\*\*Verdict: ([^*]*)\.\*\*",
+}
 _SCHEMA = 2
 _SAME = 0.005  # accuracies, of two passes over the images
 _ROUNDING = 1e-6  # of standard errors
@@ -128,7 +152,7 @@ def problems(folder: Path, key: Path, *, now: datetime | None = None) -> list[st
             found += _blocks(folder)
         if not found:  # by its blocks it is decided what else is checked
             audited = "verdict" in _json(folder / "result.json")
-            for check in (_statements, _classes, _events, _costs, *((_figures,) if audited else ())):
+            for check in (_statements, _classes, _events, _costs, *((_figures, _pages) if audited else ())):
                 found += check(folder, value)
     except _ProblemError as error:
         found.append(str(error))
@@ -286,9 +310,35 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for name, value in expected.items():
         if dossier[name] != value:
             yield f"{DOSSIER} and the files differ in {name}"
-    for name in ("recipe", "versions", "audits", "verdict", "reason", "decided_by", "calibration", *COSTS):
+    for name in _REPEATED:
         if dossier.get(name) != result.get(name):
             yield f"{DOSSIER} and result.json differ in {name}"
+    stated = {"kind": KIND, "limits": list(LIMITS), "purged": purged(result)}
+    for name, value in stated.items():
+        if dossier[name] != value:
+            yield f"{DOSSIER}: {name} is not what this verifier knows: it was changed, or is of another version"
+    if unknown := dossier.keys() - expected.keys() - stated.keys() - {*_REPEATED, *_OF_THE_DOSSIER}:
+        yield f"{DOSSIER} says what is held against nothing: {_shown(', '.join(sorted(unknown)))}"
+    if "privacy" in result:
+        rules, epsilon = result["privacy"].copy(), result["privacy"]["epsilon"]
+        del rules["epsilon"]
+        if rules != result["recipe"]["privacy"] or (epsilon is not None) != bool(rules["noise"]):
+            yield "result.json tells of another privacy than its recipe"
+
+
+def purged(result: Mapping[str, Any]) -> list[str]:
+    """Return what a dossier says is gone."""
+    of_the_model = ["output rows of the forgotten classes", "channels listed in plan.json"]
+    return ["states of unfinished rounds", *(of_the_model if "unlearned" in result else ())]
+
+
+def _pages(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
+    """Hold the verdict that the pages for people show; their other words are held against nothing."""
+    result = _json(folder / "result.json")
+    for name, pattern in _ON_PAGES.items():
+        written = name in dossier["files"] and (name != "README.md" or "unlearned" in result)
+        if written and re.findall(pattern, (folder / name).read_text("utf-8"), re.MULTILINE) != [result["verdict"]]:
+            yield f"{name} does not show the verdict of result.json"
 
 
 def _classes(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
@@ -466,8 +516,10 @@ def _untold(details: Mapping[str, Any], forget: Sequence[int]) -> bool:
     Of the classes to forget no test image is left, or no training image: then none of the others is drawn either.
     """
     told = details.get("membership", {})
+    if "forget" in told or not told.get("duplicates_left_out"):
+        return False
     tested = sum(sum(details["confusion"][label]) for label in forget)
-    return "forget" not in told and told.get("duplicates_left_out", 0) >= (tested if "retain" in told else 1)
+    return bool(told["duplicates_left_out"] >= tested or "retain" not in told)
 
 
 def _was_cut(path: Path) -> bool:
