@@ -1259,6 +1259,27 @@ def test_the_privacy_of_a_result_is_that_of_its_recipe(copied, signed, change):
     assert problems(folder, key) == ["result.json tells of another privacy than its recipe"]
 
 
+def test_the_method_of_a_result_is_that_of_its_recipe(copied, signed):
+    folder, key = copied
+    forged(folder, signed, told({"name": "retrain"}, "method"))
+    assert problems(folder, key) == ["result.json tells of another method than its recipe"]
+
+
+def test_nothing_is_said_of_a_file_or_of_the_events_that_is_held_against_nothing(copied, signed):
+    folder, key = copied
+    whole = json.loads((folder / "dossier.json").read_text())
+    for block, text in (
+        (whole["files"]["plan.json"], "plan.json was changed"),
+        (whole["events"], "events.jsonl ends elsewhere than the dossier says"),
+    ):
+        block["witness"] = "a notary"
+        data = json.dumps(whole).encode()
+        (folder / "dossier.json").write_bytes(data)
+        (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
+        assert problems(folder, key) == [text]
+        del block["witness"]
+
+
 @pytest.mark.parametrize("name", ["report.html", "report.md", "README.md"])
 def test_a_page_shows_the_verdict_of_the_dossier(copied, signed, name):
     folder, key = copied

@@ -226,7 +226,7 @@ def _files(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in sorted(listed.items()):
         if name not in found:
             yield f"{_shown(name)} is missing"
-        elif _hash(folder / name) != entry["sha256"]:
+        elif entry != {"sha256": _hash(folder / name), "bytes": (folder / name).stat().st_size}:
             yield f"{_shown(name)} was changed{f': {_OF_THE_SYSTEM}' if _is_of_the_system(name) else ''}"
 
 
@@ -319,6 +319,9 @@ def _statements(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
             yield f"{DOSSIER}: {name} is not what this verifier knows: it was changed, or is of another version"
     if unknown := dossier.keys() - expected.keys() - stated.keys() - {*_REPEATED, *_OF_THE_DOSSIER}:
         yield f"{DOSSIER} says what is held against nothing: {_shown(', '.join(sorted(unknown)))}"
+    method, block = result["recipe"]["unlearn"]["method"], result.get("method", {"name": "prune"})
+    if "unlearned" in result and block["name"] != method:
+        yield "result.json tells of another method than its recipe"
     if "privacy" in result:
         rules, epsilon = result["privacy"].copy(), result["privacy"]["epsilon"]
         del rules["epsilon"]
@@ -400,7 +403,7 @@ def _events(folder: Path, dossier: Mapping[str, Any]) -> Iterator[str]:
         seen[event["event"]] = (seq, event["facts"])
     if dossier.get("acknowledged", []) != acknowledged(json.loads(line) for line in lines):  # older ones have none
         yield f"{DOSSIER} and events.jsonl differ in who confirmed a deletion"
-    if (len(lines), previous) != (dossier["events"]["count"], dossier["events"]["head"]):
+    if dossier["events"] != {"count": len(lines), "head": previous}:
         yield "events.jsonl ends elsewhere than the dossier says"
     if last > datetime.fromisoformat(dossier["created"]):
         yield "events.jsonl: the last event is later than the dossier"
