@@ -26,7 +26,7 @@ from fedunlearn.audits import verdict
 from fedunlearn.audits.base import Figure, by_class, error_by_class, share
 from fedunlearn.audits.membership import membership
 from fedunlearn.errors import EvidenceError, RunError
-from fedunlearn.evidence import verify, words
+from fedunlearn.evidence import verify
 from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.folder import RunFolder, readable
@@ -1246,10 +1246,6 @@ def test_a_dossier_states_what_every_dossier_states(copied, signed, change, text
     (folder / "dossier.json").write_bytes(data)
     (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
     assert problems(folder, key) == [f"dossier.json{text}"]
-
-
-def test_the_limits_of_a_dossier_are_those_of_its_page():
-    assert words.LIMITS == verify.LIMITS
 
 
 @pytest.mark.parametrize("change", [told(4.0, "privacy", "noise"), told(0.5, "privacy", "epsilon")])

@@ -48,8 +48,8 @@ def jobs():
                 Sparse(1e-3, 0.5),
                 Ascend(0.9, 0.5),
                 Relabel("likeliest", 0.5),
-                Distil(0.5),
-                Scrub(0.5, 4.0, 5, 4, 0.3, 0.5, 0.6),
+                Distil(),
+                Scrub(0.5, 4.0, 5, 4, 0.3, 0.5),
             )
         ),
         Gradients(squared=True, exclude=(1,), sample=4),

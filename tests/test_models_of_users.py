@@ -32,11 +32,11 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.flower.client import cut as cut_tensors
 from fedunlearn.flower.client import spread
 from fedunlearn.models import build_model
-from fedunlearn.run import result
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
+from fedunlearn.training import evaluation
 from fedunlearn.training.batch_norm import batch_norm_sums
 from fedunlearn.training.sgd import Training, train_locally
 from fedunlearn.unlearn import unlearn
@@ -100,7 +100,7 @@ def test_threads_that_evaluate_do_not_share_what_a_model_keeps(monkeypatch):
     with torch.no_grad():
         right = net(normalised(images)).argmax(1) == images.labels
     expected = {name: float(right[images.labels == k].double().mean()) for k, name in enumerate(images.classes)}
-    monkeypatch.setattr(result, "cores", lambda: 8)
+    monkeypatch.setattr(evaluation, "cores", lambda: 8)
     for _ in range(4):
         assert evaluate(net, images, forget=0)["accuracy"]["per_class"] == pytest.approx(expected)
         assert observe(net, images).logits.argmax(1).eq(images.labels).equal(right)

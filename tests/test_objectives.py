@@ -148,7 +148,7 @@ def test_however_few_steps_a_turn_has_its_first_goes_away(steps):
         (lambda: Sparse(-1), "Sparse(penalty=...) is out of range: got -1"),
         (lambda: Ascend(1.0), "Ascend(kept=...) is out of range: got 1.0"),
         (lambda: Relabel("nearest"), "Relabel(to=...) is out of range: got 'nearest'"),
-        (lambda: Distil(until=2), "Distil(until=...) is out of range: got 2"),
+        (lambda: Sparse(0.1, until=2), "Sparse(until=...) is out of range: got 2"),
         (lambda: Scrub(0.5, temperature=0), "Scrub(temperature=...) is out of range: got 0"),
         (lambda: Scrub(0.5, turns=0), "Scrub(turns=...) is out of range: got 0"),
         (lambda: Scrub(0.5, ascents=1.5), "Scrub(ascents=...) is out of range: got 1.5"),

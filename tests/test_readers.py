@@ -17,7 +17,7 @@ from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data import readers
 from fedunlearn.data.npz import load_npz, read_npz
 from fedunlearn.data.partition import partition
-from fedunlearn.data.readers import READERS, read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
+from fedunlearn.data.readers import read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
 from fedunlearn.errors import DataError
 from fedunlearn.models import build_model
 
@@ -303,7 +303,7 @@ def test_idx_files_that_do_not_fit_together_are_refused_by_name(tmp_path):
 
 def test_missing_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected the folder cifar-10-batches-py with the file data_batch_1"):
-        READERS["cifar10"](tmp_path)
+        read_cifar10(tmp_path)
     with pytest.raises(DataError, match="expected a folder with one folder of images per class"):
         read_folder(tmp_path / "none")
     with pytest.raises(DataError, match=r"expected an .npz of plain arrays"):

@@ -37,9 +37,9 @@ def test_what_it_writes_runs_as_it_is(images, tmp_path, monkeypatch):
     assert load_recipe(str(recipe)).unlearn.fraction == "auto"
 
 
-def test_a_class_is_named_by_its_number_where_no_class_has_that_name(images, tmp_path):
+def test_a_class_may_be_told_by_its_number_and_is_written_by_its_name(images, tmp_path):
     recipe, _ = write_starter(images, "3", tmp_path / "mine")
-    assert load_recipe(str(recipe)).unlearn.forget == (3,)
+    assert load_recipe(str(recipe)).unlearn.forget == ("elk",)
 
 
 def test_groups_are_spoken_of_where_there_are_some(images, tmp_path):

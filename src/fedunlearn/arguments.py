@@ -7,8 +7,6 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-from fedunlearn.errors import RecipeError
-
 _LONGEST = 60  # characters of a value in a message
 _LONGEST_NAME = 150  # bytes: file systems end names at 255, with what is put before and after
 
@@ -37,18 +35,6 @@ def must_be(kind: type | tuple[type, ...], value: object, where: str, such: str,
         short = 0 < len(shown) <= _LONGEST and "\n" not in shown
         got = shown if short else f"a value of type {type(value).__name__}"
         raise error(f"{where} must be {such}, got {got}")
-
-
-def in_range(settings: Any, **checks: Callable[[Any], bool]) -> None:
-    """Refuse settings of which a value fails its check.
-
-    Raises:
-        RecipeError: names the value.
-    """
-    for name, valid in checks.items():
-        value = getattr(settings, name)
-        if not valid(value):
-            raise RecipeError(f"{type(settings).__name__}({name}=...) is out of range: got {value!r}")
 
 
 def is_weight(value: Any) -> bool:

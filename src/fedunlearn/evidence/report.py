@@ -18,9 +18,9 @@ from fedunlearn.evidence.folder import MODEL, PLAN, REPORT, RunFolder, readable,
 from fedunlearn.evidence.pages import rendered
 from fedunlearn.evidence.pictures import plots_of, until_back
 from fedunlearn.evidence.speedup import to_equal_r
+from fedunlearn.evidence.verify import LIMITS
 from fedunlearn.evidence.words import (
     GLOSSARY,
-    LIMITS,
     MODELS,
     VERDICTS,
     certainty,

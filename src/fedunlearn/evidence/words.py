@@ -21,20 +21,6 @@ _LABELS = {control.name: control.label for control in CONTROLS}
 # Name to label of each model in the tables: on the way to the candidate, then what it is compared with.
 MODELS = {name: _LABELS.get(name, name) for name in ("original", "pruned", "unlearned")} | _LABELS
 
-LIMITS = (
-    "This is approximate unlearning: evidence from audits, no formal bound. An audit nobody thought of could still "
-    "find the class.",
-    "The verdict is one test at 95 %: up to one retrained model in twenty fails it. Bands of few retrained models are "
-    "wide, so that it can overlook much: read the verdicts on the controls beside it.",
-    "This is about the named files alone. It does not show that the images of the class, the model before, or copies "
-    "of either were deleted, nor which model is in use.",
-    "The server learned which class was forgotten, which classes each client holds and their summed activations.",
-    "Retrained models follow the recipe's training, or are those that the operator gave. Where the original's weights "
-    "came from another training, they are no counterpart of it.",
-    "Nothing is claimed about the privacy of single images of the classes that stay.",
-)
-
-
 # What each verdict means, from best to worst.
 VERDICTS = {
     INDISTINGUISHABLE: "in no audit can the model be told from models that never saw the class: the pass",

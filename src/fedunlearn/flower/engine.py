@@ -92,12 +92,17 @@ class FlowerEngine:
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Ids of all clients, sorted: those named at the start, or those that joined and are connected."""
+        """Ids of all clients, sorted: those named at the start; or of all that ever joined those that are connected.
+
+        Where none is, all of them, so that the job says so.
+        """
         if self._expected is not None:
             return self._expected
         # One that came back under another name would count as failed in every job.
         connected = set(self._grid.get_node_ids())
-        return tuple(sorted(name for name, node in self._nodes.items() if node in connected))
+        return tuple(sorted(name for name, node in self._nodes.items() if node in connected)) or tuple(
+            sorted(self._nodes)
+        )
 
     @property
     def grows(self) -> bool:

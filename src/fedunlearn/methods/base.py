@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from fedunlearn.arguments import in_range, is_positive, or_none
+from fedunlearn.arguments import is_positive, or_none
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier, Cut, quota
 from fedunlearn.channels.scores import Ranking
@@ -15,7 +15,7 @@ from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Repair, train_rounds
-from fedunlearn.training.objectives.base import first_rounds
+from fedunlearn.training.objectives.base import first_rounds, in_range
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import Forgotten, Unlearned

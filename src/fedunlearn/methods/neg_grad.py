@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedunlearn.arguments import in_range, is_part
+from fedunlearn.arguments import is_part
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 from fedunlearn.training.objectives.ascend import Ascend
+from fedunlearn.training.objectives.base import in_range
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedunlearn.arguments import in_range, is_positive, is_weight, or_none
+from fedunlearn.arguments import is_positive, is_weight, or_none
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Criterion, contrast, tf_idf
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import EraseStep, Method, Outcome, Request, as_many
 from fedunlearn.methods.erase_only import ERASE_SPACE
+from fedunlearn.training.objectives.base import in_range
 from fedunlearn.training.objectives.table import Objective
 from fedunlearn.unlearn import unlearn
 

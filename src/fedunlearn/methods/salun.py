@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import in_range, is_share
+from fedunlearn.arguments import is_share
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
+from fedunlearn.training.objectives.base import in_range
 from fedunlearn.training.objectives.relabel import Relabel
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedunlearn.arguments import in_range, is_part, is_positive, is_share, is_weight
+from fedunlearn.arguments import is_part, is_positive, is_share, is_weight
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, passes, trained_once
+from fedunlearn.training.objectives.base import in_range
 from fedunlearn.training.objectives.scrub import Scrub as Objective
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import in_range, is_positive
+from fedunlearn.arguments import is_positive
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.sums import Gradients
 from fedunlearn.methods.base import Method, Outcome, Request, delivered
+from fedunlearn.training.objectives.base import in_range
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fedunlearn.errors import RecipeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,3 +138,15 @@ def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     gained = torch.special.xlogy(p, p) - p * (student / temperature).log_softmax(1)
     loss: Tensor = temperature**2 * gained.sum(1).mean()
     return loss
+
+
+def in_range(settings: Any, **checks: Callable[[Any], bool]) -> None:
+    """Refuse settings of which a value fails its check.
+
+    Raises:
+        RecipeError: names the value.
+    """
+    for name, valid in checks.items():
+        value = getattr(settings, name)
+        if not valid(value):
+            raise RecipeError(f"{type(settings).__name__}({name}=...) is out of range: got {value!r}")

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import in_range, is_count, is_part, is_share, is_weight
+from fedunlearn.arguments import is_count, is_part, is_share, is_weight
 from fedunlearn.errors import RecipeError
-from fedunlearn.training.objectives.base import Seen
+from fedunlearn.training.objectives.base import Seen, in_range
 
 _RIDGE = 0.1  # of the mean variance: a batch has hardly more images than features
 _LEAST = 1e-12

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import in_range, is_part
-from fedunlearn.training.objectives.base import Seen
+from fedunlearn.arguments import is_part
+from fedunlearn.training.objectives.base import Seen, in_range
 
 
 @dataclass(frozen=True)

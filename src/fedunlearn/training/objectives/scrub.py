@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedunlearn.arguments import in_range, is_count, is_part, is_positive, is_weight
-from fedunlearn.training.objectives.base import Seen, kl
+from fedunlearn.arguments import is_count, is_part, is_positive, is_weight
+from fedunlearn.training.objectives.base import Seen, in_range, kl
 
 
 @dataclass(frozen=True)
