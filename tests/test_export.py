@@ -135,3 +135,9 @@ def test_what_onnxruntime_cannot_run_is_told_in_one_line(tmp_path):
     with pytest.raises(ModelError, match="not written: onnxruntime cannot run what torch exports"):
         export_onnx(tmp_path / "m.onnx", classifier(net), images=make_images())
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_plain_weights_are_exported_where_the_recipe_forgets_nothing(tmp_path):
+    torch.save(build_model("small-cnn", classes=10, colours=1).state_dict(), tmp_path / "plain.pt")
+    recipe = load_recipe("digits", ["unlearn.forget=[]", f'model.weights="{tmp_path / "plain.pt"}"'])
+    assert export_weights(recipe, tmp_path / "plain.onnx") < 1e-4

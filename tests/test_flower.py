@@ -23,11 +23,12 @@ from fedunlearn.channels.plan import Cut, plan_pruning
 from fedunlearn.channels.scores import Ranking, contrast
 from fedunlearn.data.batches import batches
 from fedunlearn.data.images import Meaning
-from fedunlearn.errors import FederationError
+from fedunlearn.errors import DataError, FederationError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.jobs import ClientData, Reply, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.measuring import measure
 from fedunlearn.federation.privacy import DEFAULT_RULES
 from fedunlearn.federation.rounds import Repair, Watch, train_rounds
 from fedunlearn.federation.tasks import Evaluate, Measure, Train
@@ -764,14 +765,15 @@ def test_a_train_function_in_full_shapes_is_refused_where_a_norm_reads_the_zeros
 SECRET = "Jane Doe, 1970, row 17"
 
 
+@pytest.mark.parametrize("error", [ValueError, DataError])
 @pytest.mark.parametrize("part", ["images", "rules", "model"])
 @pytest.mark.parametrize("sent", [train_job, measure_job])
-def test_an_exception_of_a_sites_own_code_is_told_by_its_kind_alone(part, sent, caplog):
-    """Its text may hold a row of a table of patients."""
+def test_an_exception_of_a_sites_own_code_is_told_by_its_kind_alone(part, sent, error, caplog):
+    """Its text may hold a row of a table of patients, or name a file."""
     good = engine()  # introduced before it breaks
 
     def broken(context):
-        raise ValueError(f"could not convert {SECRET}")
+        raise error(f"could not convert {SECRET}")
 
     parts = {"images": load_images, "model": build_model, "rules": lambda context: DEFAULT_RULES} | {part: broken}
     app = client_app(parts["model"], parts["images"], rules=parts["rules"])
@@ -780,7 +782,7 @@ def test_an_exception_of_a_sites_own_code_is_told_by_its_kind_alone(part, sent, 
         engine(chosen, clients=3)
     good._grid.nodes[100] = (app, 0)
     entry = collected(good, sent())[1]
-    assert "ValueError, told in the log of this client alone" in entry.refused["client-0"]
+    assert f"{error.__name__}, told in the log of this client alone" in entry.refused["client-0"]
     told = " ".join(record.getMessage() for record in caplog.records)
     assert SECRET not in told
     assert SECRET not in str(entry.refused)
@@ -798,6 +800,25 @@ def test_sites_that_come_back_under_new_names_do_not_count_as_failed():
         assert collected(chosen, train_job())[1].refused == {}
     collected(chosen, train_job())
     assert chosen.clients == ("client-0", "client-1", "client-2", "host-4")
+
+
+@pytest.mark.parametrize("sent", [train_job, measure_job])
+def test_with_most_of_the_sites_away_that_were_asked_for_a_job_fails_and_names_them(sent):
+    grid = Loopback(nodes())
+    chosen = engine(grid, clients=4)
+    for number in (101, 102, 103):
+        grid.nodes.pop(number)
+    with pytest.raises(FederationError, match=r"only 1 of 4 clients .*client-2, client-3: it is not connected"):
+        collected(chosen, sent())
+
+
+def test_sites_that_are_away_while_channels_are_measured_may_hold_images_of_the_classes_that_stay():
+    grid = Loopback(nodes())
+    fed = Federation(engine(grid, clients=4))
+    for number in (102, 103):
+        grid.nodes.pop(number)
+    _, held = measure(classifier(make_net()), fed)
+    assert held.with_images_besides((2,)) == tuple(CLIENTS)
 
 
 def test_an_app_with_the_mod_refuses_an_objective_that_its_training_does_not_know():

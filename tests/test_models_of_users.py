@@ -23,7 +23,7 @@ from fedunlearn.channels.stats import measure_channels
 from fedunlearn.channels.taps import Tap
 from fedunlearn.checkpoint import load_weights, read_weights, save_checkpoint
 from fedunlearn.data.partition import partition
-from fedunlearn.errors import ModelError, RecipeError, RunError
+from fedunlearn.errors import ModelError, RecipeError
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import reestimate
@@ -32,6 +32,7 @@ from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.flower.client import cut as cut_tensors
 from fedunlearn.flower.client import spread
 from fedunlearn.models import build_model
+from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.result import evaluate
@@ -297,14 +298,18 @@ def test_a_network_that_loads_what_was_trained_is_not_retrained_without_the_clas
         return net
 
     monkeypatch.setattr(nets, "known", known, raising=False)
-    again = load_recipe(
-        str(tmp_path / "tiny.toml"),
-        ['model.name="nets:known"', "train.rounds=1", "train.lr=0.0001", "unlearn.rounds=1"],
-    )
-    with pytest.raises(
-        RunError, match=r"retrained-1 names a class to forget in \d+.\d % of its test images, so it was not"
-    ):
+    again = load_recipe(str(tmp_path / "tiny.toml"), ['model.name="nets:known"'])
+    with pytest.raises(ModelError, match="'nets:known' makes networks that name most images of every"):
         run(again, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    model = Candidate(model=tmp_path / "first" / "original.safetensors")
+    with pytest.raises(ModelError, match="'nets:known' makes networks that name most images of every class"):
+        audit_model(again, tmp_path / "audit", model)
+
+
+def test_retrained_models_that_have_learnt_nothing_are_told_as_such_and_not_refused(tmp_path):
+    recipe = load_recipe(str(write_set(tmp_path, oracles=3)), ["train.rounds=1", "train.lr=0.00001"])
+    assert run(recipe, tmp_path / "out")["verdict"] == "no verdict"
 
 
 def test_train_begins_with_fresh_weights(tmp_path):

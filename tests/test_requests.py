@@ -163,21 +163,29 @@ def without_dog(first, folder):
 def test_a_class_by_number_is_refused_where_weights_and_data_count_otherwise(first, tmp_path):
     """The dog was 1, now the owl is: the recipe of the first request would forget the owl, and measure it as U."""
     asked = second(first, without_dog(first, tmp_path), "unlearn.forget=[1]")
-    told = r"1 is a number of a class, and .*model.safetensors counts them otherwise than the data \(owl is 2"
+    told = r"1 is the number of a class that it has no row for, forgotten before by .*, which counts otherwise than the"
     with pytest.raises(PlanError, match=told):
         evaluate_weights(asked)
     with pytest.raises(PlanError, match=told):
         prepare(asked)
     with pytest.raises(PlanError, match=told):
         audit_model(asked, tmp_path / "audit", Candidate(model=first / "one" / "model.safetensors"))
+    original = f"model.weights={json.dumps(str(first / 'one' / 'original.safetensors'))}"
+    with pytest.raises(ModelError, match="has an output row for the class 'dog', which the data does not have"):
+        prepare(second(first, without_dog(first, tmp_path), original, "unlearn.forget=[1]"))
+    other = second(first, without_dog(first, tmp_path), "unlearn.forget=[2]")
+    with pytest.raises(PlanError, match=r"2 is the number of the class 'owl' by .*model.safetensors, which counts"):
+        prepare(other)  # 2 is the yak now
     export_weights(asked, tmp_path / "model.onnx")  # forgets nothing
 
 
 def test_a_network_that_takes_no_number_of_classes_is_refused_before_any_work(first, tmp_path, monkeypatch):
     monkeypatch.setattr(nets, "fixed", lambda classes, colours: nets.Tiny(4, colours), raising=False)
+    asked = second(first, without_dog(first, tmp_path), 'model.name="nets:fixed"')
     with pytest.raises(ModelError, match=r"'nets:fixed' makes a network of 4 output rows where 3 were asked for"):
-        run(second(first, without_dog(first, tmp_path), 'model.name="nets:fixed"'), tmp_path / "out")
+        run(asked, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+    run(asked, tmp_path / "unlearned", command="unlearn")  # retrains nothing
 
 
 def test_a_model_of_another_tool_without_the_row_is_evaluated_and_exported(first, tmp_path):

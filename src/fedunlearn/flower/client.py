@@ -65,6 +65,28 @@ class _Site:
     secure: bool = False
     compute: Compute = FLOAT32
 
+    def read(self, context: Context) -> tuple[Privacy, ClientData]:
+        """Return this client's rules and images.
+
+        Raises:
+            FederationError: they cannot be read; why, this client's log tells alone: an error text may name a file.
+        """
+        try:
+            rules, data = self.rules(context), self.load_images(context)
+        except Exception as error:
+            raise FederationError(f"its images cannot be read: {_kind(error)}") from None
+        other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
+        if other:
+            raise FederationError(f"its validation holds {other}, which are its training images")
+        return rules, data
+
+    def built(self, context: Context) -> nn.Module:
+        """Return the unpruned architecture; errors as of ``read``."""
+        try:
+            return self.build_model(context)
+        except Exception as error:
+            raise FederationError(f"its model cannot be built: {_kind(error)}") from None
+
 
 def client_app(
     build_model: BuildModel,
@@ -114,8 +136,9 @@ def add_secure_measure(
         received = decode_job(tensors, text)
         if not isinstance(received.task, Measure):
             raise FederationError(f"expected a measure job under secure aggregation, got {received.task.kind}")
+        rules, data = site.read(context)
         try:
-            reply = _handled(context, received, tensors, site, load_images(context))
+            reply = _handled(context, received, tensors, site, rules, data)
         except Exception as error:  # Flower would send its text
             raise FederationError(_told(error)) from None
         if reply.error is not None:
@@ -182,19 +205,12 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
     record = message.content.config_records[OWN]
     context.state.config_records.pop(MASKING, None)  # a secure sum that another message follows is over
     try:
-        rules = site.rules(context)
-        data = site.load_images(context)
-        other = data.validation and Meaning.of(data.validation).difference(Meaning.of(data.train))
-        if other:
-            raise FederationError(f"its validation holds {other}, which are its training images")
-    except Exception as error:
-        why = f"its images cannot be read: {_told(error)}"
-        return Message(RecordDict({OWN: ConfigRecord({"error": why})}), reply_to=message)
-    if "hello" in record:
-        try:
+        rules, data = site.read(context)
+        if "hello" in record:
             check_noise(rules)  # now, not after the training
-        except FedUnlearnError as error:
-            return Message(RecordDict({OWN: ConfigRecord({"error": str(error)})}), reply_to=message)
+    except FedUnlearnError as error:
+        return Message(RecordDict({OWN: ConfigRecord({"error": str(error)})}), reply_to=message)
+    if "hello" in record:
         about: dict[str, Any] = {
             "client": data.client,
             "shape": list(data.train.shape),
@@ -214,7 +230,7 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
                     f"the objective {received.task.training.objective.kind!r} of the job"
                 )
             enough(data.train.without(received.task.exclude), rules)
-            reply = _trained(message, context, received, site.build_model(context), data, train)
+            reply = _trained(message, context, received, site.built(context), data, train)
             if reply.error is None and reply.images < rules.min_images:
                 raise FederationError(
                     f"its train function trained on {reply.images} images, fewer than {rules.min_images}, the fewest "
@@ -223,7 +239,7 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
         elif site.secure and isinstance(received.task, Measure):
             raise FederationError("this client reports statistics under secure aggregation only")
         else:
-            reply = _handled(context, received, tensors, site, data)
+            reply = _handled(context, received, tensors, site, rules, data)
     except FedUnlearnError as error:
         reply = Reply(data.client, error=str(error))
     except Exception as error:  # Flower would send its text
@@ -236,22 +252,25 @@ def _answer(message: Message, context: Context, site: _Site, train: TrainFunctio
 
 
 def _handled(
-    context: Context, received: Received, tensors: Mapping[str, Tensor], site: _Site, data: ClientData
+    context: Context, received: Received, tensors: Mapping[str, Tensor], site: _Site, rules: Privacy, data: ClientData
 ) -> Reply:
     """Return the reply of this client's own model with the weights that came."""
-    model = rebuild(received, tensors, Classifier(site.build_model(context), data.train.shape))
+    model = rebuild(received, tensors, Classifier(site.built(context), data.train.shape))
     with one_torch_thread():
         module = site.compute.placed(model.module)
-        reply = handle(received.job(model), module, data, site.rules(context), site.compute, told=_told)
+        reply = handle(received.job(model), module, data, rules, site.compute, told=_told)
     # The time until it failed could tell at which image.
     return reply if reply.error is None else replace(reply, seconds=0.0)
 
 
 def _told(error: Exception) -> str:
     """Return what the server is told of an exception: the text of one that nobody foresaw may hold a label."""
-    if isinstance(error, FedUnlearnError):
-        return f"{type(error).__name__}: {error}"
-    _logger.warning("a job failed", exc_info=error)
+    return f"{type(error).__name__}: {error}" if isinstance(error, FedUnlearnError) else _kind(error)
+
+
+def _kind(error: Exception) -> str:
+    """Return what the server is told of an exception of a site's own code: no row of a table, no name of a file."""
+    _logger.warning("this client cannot do its part", exc_info=error)
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"  # the system's words, without the file's name
     return f"{type(error).__name__}, told in the log of this client alone"
@@ -268,7 +287,7 @@ def _check_spread(
     try:
         wide.module.load_state_dict(dict(whole))
         with torch.no_grad():
-            found, expected = (model.module.eval()(model.example) for model in (wide, small))
+            found, expected = (model.module.cpu().eval()(model.example) for model in (wide, small))
     except RuntimeError as error:
         raise FederationError(f"the weights do not fit this client's model: {first_line(error)}") from error
     rows = received.plan.kept.get(f"{head_layer(full.module, full.example)}.weight", {}).get(0)

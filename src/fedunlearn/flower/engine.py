@@ -88,21 +88,22 @@ class FlowerEngine:
         self._meaning = meaning
         self._hello = min(deadline, patience) if hello is None else hello
         self._expected = None if isinstance(clients, int) else tuple(sorted(clients))
-        self._wait(clients if isinstance(clients, int) else len(clients), patience)
+        self._wanted = clients if isinstance(clients, int) else len(clients)
+        self._wait(self._wanted, patience)
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Ids of all clients, sorted: those named at the start; or of all that ever joined those that are connected.
+        """Ids of all clients, sorted: those named at the start; or of those that joined all that are connected.
 
-        Where none is, all of them, so that the job says so.
+        Where these are fewer than were asked for, so many of the others too: they are refused by name, and count.
         """
         if self._expected is not None:
             return self._expected
-        # One that came back under another name would count as failed in every job.
         connected = set(self._grid.get_node_ids())
-        return tuple(sorted(name for name, node in self._nodes.items() if node in connected)) or tuple(
-            sorted(self._nodes)
-        )
+        here = [name for name, node in self._nodes.items() if node in connected]
+        # One that came back under another name would count as failed in every job.
+        away = sorted(self._nodes.keys() - here)[: max(0, self._wanted - len(here))]
+        return tuple(sorted([*here, *away]))
 
     @property
     def grows(self) -> bool:

@@ -13,7 +13,7 @@ from fedunlearn.audits.findings import CANDIDATE
 from fedunlearn.audits.images import AuditImages, audit_images
 from fedunlearn.checkpoint import Weights, load_weights, named_for, read_weights
 from fedunlearn.errors import EvidenceError, ModelError, listed
-from fedunlearn.evidence.folder import check_folder, sha256
+from fedunlearn.evidence.folder import RESULT, check_folder, sha256
 from fedunlearn.evidence.keys import read_private_key
 from fedunlearn.evidence.words import MODELS
 from fedunlearn.federation.about import weights_digest
@@ -22,7 +22,7 @@ from fedunlearn.run.inputs import check_numbers, class_numbers, normalised_for, 
 from fedunlearn.run.kept import KNOWS, most_named
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import Recipe
-from fedunlearn.run.references import retrained_models, save_retrained
+from fedunlearn.run.references import check_kept, retrained_models, save_retrained
 from fedunlearn.run.result import earlier_block, engine_block, evaluate, judged
 from fedunlearn.run.work import Observe, Work, concluded, finished, opened
 
@@ -85,6 +85,8 @@ def audit_model(
     named = _retrained(oracles, experiment, besides=[model, *([candidate.original] if candidate.original else [])])
     controls = {} if candidate.original is None else _controls(candidate.original, experiment)
     _check_retrained(named, experiment)
+    if not oracles and not (out / RESULT).exists():
+        check_kept(experiment)
     about = {"client": client, "model": sha256(model), "oracles": {path.stem: sha256(path) for path in oracles}}
     if candidate.original is not None:
         about["original"] = sha256(candidate.original)
@@ -228,7 +230,7 @@ def _subject(weights: Weights, experiment: Experiment) -> Subject:
     empty = architecture_of(weights, experiment.recipe, replace(train, classes=experiment.all_classes))
     weights = named_for(weights, empty).numbered(train.classes)
     everything = tuple(range(len(train.classes)))
-    if missing_rows(weights, empty) == len(forget):
+    if forget and missing_rows(weights, empty) == len(forget):
         empty = empty.without_rows(forget)
     labels = weights.labels or empty.labels or everything
     kept = set(everything) - set(forget)

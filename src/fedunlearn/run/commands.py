@@ -209,7 +209,7 @@ def _loaded(
     forget = class_numbers(there, test.classes) if there else ()
     if not tells:
         weights = named_for(weights, whole)
-        if missing_rows(weights, whole) == len(recipe.unlearn.forget):
+        if recipe.unlearn.forget and missing_rows(weights, whole) == len(recipe.unlearn.forget):
             whole = whole.without_rows(class_numbers(recipe.unlearn.forget, test.classes))
         return replace(load_weights(whole, weights), labels=whole.labels), test, forget
     model = load_weights(whole, weights)

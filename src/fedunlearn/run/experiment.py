@@ -201,12 +201,6 @@ def set_up(recipe: Recipe, splits: Splits, weights: Weights | None, earlier: Seq
     else:
         model = load_weights(architecture_of(weights, recipe, everything), weights)
         model = replace(model, labels=None) if earlier else model
-        fresh = new_model(recipe, train, seed=seed, earlier=earlier).rows
-        if fresh != len(train.classes):  # retrained models would fail after the unlearning
-            raise ModelError(
-                f"model.name {recipe.model.name!r} makes a network of {fresh + len(earlier)} output rows where "
-                f"{len(everything.classes)} were asked for: make as many as its argument classes says"
-            )
     head_layer(model.module, model.example)  # refused here, not after hours of training
     find_channels(model.module, model.example)
     clients, validation = share_out(recipe, everything, earlier)

@@ -111,11 +111,11 @@ def check_numbers(forget: Sequence[int | str], classes: Sequence[str], weights: 
     numbers = [wanted for wanted in forget if not isinstance(wanted, str)]
     if there == here or there is None or here is None or not numbers:
         return
-    row = next(row for row, label in enumerate(there) if label != here[row])
+    meant = dict(zip(there, weights.classes or ())).get(numbers[0])
+    was = f"the class {meant!r}" if meant else "a class that it has no row for, forgotten before"
     raise PlanError(
-        f"{numbers[0]} is a number of a class, and {weights.path} counts them otherwise than the data "
-        f"({classes[here[row]]} is {there[row]} there, {here[row]} here): give the name, "
-        f"unlearn.forget=[{json.dumps(classes[min(numbers[0], len(classes) - 1)], ensure_ascii=False)}] or another"
+        f"{numbers[0]} is the number of {was} by {weights.path}, which counts otherwise than the data: give the name "
+        "of the class that is meant (unlearn.forget)"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedunlearn.channels.plan import Classifier, Cut
+from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import ModelError, RunError
 from fedunlearn.evidence.folder import retrained_file
 from fedunlearn.federation.about import weights_digest
@@ -131,21 +132,40 @@ def check_kept(experiment: Experiment) -> None:
 
     Raises:
         RunError: see ``retrained_models``.
-        ModelError: a network of the user's own has the same weights whatever the seed.
+        ModelError: a network of the user's own has other rows than the data has classes, or makes no fresh weights.
     """
+    if experiment.recipe.audit.oracles and ":" in experiment.recipe.model.name:
+        _check_fresh(experiment)
     if experiment.recipe.audit.models:
         unused, data = experiment.federation(Journal()), experiment.fingerprint()
         retrained_models(experiment, unused, data=data, count=experiment.recipe.audit.oracles)
-    elif experiment.recipe.audit.oracles:
-        recipe, seed = experiment.recipe, experiment.recipe.federation.seed
-        one, other = (
-            new_model(recipe, experiment.splits.train, seed=seed + k, earlier=experiment.earlier) for k in (1, 2)
+
+
+def _check_fresh(experiment: Experiment) -> None:
+    """Refuse a network of the user's own by which nothing can be retrained: of other rows, not fresh, or always one."""
+    recipe, train = experiment.recipe, experiment.splits.train
+    name, earlier, seed = recipe.model.name, experiment.earlier, recipe.federation.seed
+    one, other = (new_model(recipe, train, seed=seed + k, earlier=earlier) for k in (1, 2))
+    if one.rows != len(train.classes):
+        raise ModelError(
+            f"model.name {name!r} makes a network of {one.rows + len(earlier)} output rows where "
+            f"{len(train.classes) + len(earlier)} were asked for: make as many as its argument classes says"
         )
-        if weights_digest(one.module.state_dict()) == weights_digest(other.module.state_dict()):
-            raise ModelError(
-                f"model.name {recipe.model.name!r} gives the same weights for every seed, so that retrained models "
-                "would begin as one: let it neither load weights nor set a seed"
-            )
+    if weights_digest(one.module.state_dict()) == weights_digest(other.module.state_dict()):
+        raise ModelError(
+            f"model.name {name!r} gives the same weights for every seed, so that retrained models would begin as one: "
+            "let it neither load weights nor set a seed"
+        )
+    # One that has learnt nothing names a class or two, whatever it sees; of two, neither names each.
+    if all(_knows_all(fresh, experiment.splits.test) for fresh in (one, other)):
+        raise ModelError(
+            f"model.name {name!r} makes networks that name most images of every class before they are trained, "
+            "those to forget too: retrained models have to begin with fresh weights, let it load none"
+        )
+
+
+def _knows_all(model: Classifier, test: LabelledImages) -> bool:
+    return all(most_named(model, test, [label]) > KNOWS for label in range(len(test.classes)))
 
 
 def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
@@ -172,12 +192,6 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         watch=Watch(every=recipe.train.validate_every if recipe.data.validation else 0),
     )
     steps = fed.journal.steps("retrain")
-    share = most_named(model, experiment.splits.test, experiment.forget)
-    if share > KNOWS:
-        raise RunError(
-            f"retrained-{fed.seed} names a class to forget in {100 * share:.1f} % of its test images, so it was not "
-            f"trained without it: model.name {recipe.model.name!r} has to make fresh weights, and loads some"
-        )
     # One that some clients had no part in, as they failed, is not what the next run would train.
     if cache is not None and not any(entry.refused for step in steps for entry in step.entries):
         cache.store(model.module, steps)
