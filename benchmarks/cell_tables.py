@@ -111,7 +111,8 @@ def _compared(recipe: str, setting: str) -> list[Result]:
 
 def headline() -> str:
     """Return the four cells: U, R, retrained R and both speed-ups, mean and range over the seeds, with controls."""
-    head = ("cell", "model", "U, row in place", "R", "R, retrained", "speed-up to equal R", "whole schedule", "paper")
+    head = ["cell", "model", "U, row in place", "R", "R, retrained", "operations to equal R", "rounds to equal R"]
+    head += ["operations, whole schedule", "paper: R, rounds to equal R"]
     lines = head_of(head)
     for recipe, (unlearned, retrained, ratio) in PAPER.items():
         runs = {setting: results(recipe, setting) for setting in HEADLINE}
@@ -120,34 +121,36 @@ def headline() -> str:
             for name, blocks in _models(setting, of_seeds):
                 if name not in (f"**{setting}**", *_EQUAL_COST):
                     continue
-                ratios = ["", "", ""]
+                ratios = [""] * 4
                 if name not in _EQUAL_COST:
                     whole = spread(
                         [one["speedup_whole"]["client_flops"] for one in of_seeds if "speedup_whole" in one], unit="x"
                     )
-                    ratios = [_to_equal_r(recipe, of_seeds), whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
+                    ours = [_to_equal_r(recipe, of_seeds, unit) for unit in ("client_flops", "rounds")]
+                    ratios = [*ours, whole, f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"]
                 accuracies = [spread([of(block) for block in blocks]) for of in (_u, _r)]
                 lines.append(row_of((recipe, name + some, *accuracies, spread(_retrained(of_seeds[0])), *ratios)))
         if missing := [setting for setting, of_seeds in runs.items() if not of_seeds]:
-            lines.append(row_of((recipe, ", ".join(missing), *[NOT_RUN] * 5, "")))
+            lines.append(row_of((recipe, ", ".join(missing), *[NOT_RUN] * 6, "")))
     return "\n".join(lines) + "\n"
 
 
 def several() -> str:
     """Return U and R where several classes go at once, beside the paper's: one seed, one retrained model."""
-    head = ("classes", "ranking", "U, row in place", "R", "R, retrained", "speed-up to equal R", "paper")
+    head = ["classes", "ranking", "U, row in place", "R", "R, retrained", "operations to equal R", "rounds to equal R"]
+    head += ["paper: R, rounds to equal R"]
     lines = head_of(head)
     for classes, (unlearned, retrained, ratio) in PAPER_CLASSES.items():
         cell = cell_of("cifar10-resnet20", classes)
         for setting in _BY_RECIPE:
             of_seeds = results(cell, setting)
-            found = [NOT_RUN] * 4
+            found = [NOT_RUN] * 5
             if of_seeds:
                 found = [
                     spread([_u(one["unlearned"]) for one in of_seeds]),
                     spread([_r(one["unlearned"]) for one in of_seeds]),
                     spread(_retrained(of_seeds[0])),
-                    _to_equal_r(cell, of_seeds),
+                    *(_to_equal_r(cell, of_seeds, unit) for unit in ("client_flops", "rounds")),
                 ]
             paper = f"{unlearned:.2f} \\| {retrained:.2f}, {ratio}x"
             lines.append(row_of((" + ".join(map(str, classes)), setting, *found, paper)))
@@ -289,27 +292,30 @@ def _retrained(result: Result) -> list[float]:
     return [_r(block) for block in result["oracles"].values()]
 
 
-def _to_equal_r(recipe: str, runs: Sequence[Result]) -> str:
+def _to_equal_r(recipe: str, runs: Sequence[Result], unit: str = "client_flops") -> str:
     """Return the speed-up to equal R of each seed beside each retrained model: which of them is the first is chance."""
     found, reached = [], True
     for one in runs:
         if "speedup" not in one:
             continue
-        for cost, got_there in _beside(recipe, one):
-            found.append(cost / one["cost"]["unlearn"]["client_flops"])
-            reached = reached and got_there
+        for cost in _beside(recipe, one):
+            found.append(cost[unit] / one["cost"]["unlearn"][unit])
+            reached = reached and cost["reached"]
     return ("" if reached else "> ") + spread(found, unit="x")
 
 
-def _beside(recipe: str, one: Result) -> Iterator[tuple[int, bool]]:
+def _beside(recipe: str, one: Result) -> Iterator[dict[str, Any]]:
     """Yield what each retrained model cost until it was as good as the unlearned one, and whether it was ever.
 
     Large models are not kept; results of schema 2 tell it, those before it by the models.
     """
     if one.get("schema", 1) > 1:
-        yield from ((block["client_flops"], block["reached"]) for block in one["retraining"].values())
+        train = one["recipe"]["train"]
+        for block in one["retraining"].values():
+            looks = 1 + sum(flops < block["client_flops"] for flops, _ in block["curve"])
+            rounds = min(looks * train["validate_every"], train["rounds"])
+            yield {"client_flops": block["client_flops"], "rounds": rounds, "reached": block["reached"]}
         return
     for name in one["oracles"]:
         steps = _steps(MODELS / recipe / f"{name}.safetensors")
-        until = cost_until(steps, one["unlearned"]["validation"]["retain"])
-        yield until["client_flops"], until["reached"]
+        yield cost_until(steps, one["unlearned"]["validation"]["retain"])

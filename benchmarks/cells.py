@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import fingerprint
 from fedunlearn.run.kept import KeptModel
+from fedunlearn.run.machine import processor
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.references import retrained_models
 from fedunlearn.run.result import evaluate
@@ -156,13 +159,20 @@ def unlearn(
             if path.exists():
                 _compare(path, figures)
             else:
-                path.write_text(json.dumps(result | {"figures": figures}, indent=1) + "\n")
+                path.write_text(json.dumps(result | {"figures": figures, "made": _made()}, indent=1) + "\n")
             accuracy = result["unlearned"]["accuracy"]
             _say(
                 path.stem,
                 f"U {accuracy['forget_row_kept']:.4f}, R {accuracy['retain']:.4f}, "
                 f"{result.get('speedup', {}).get('client_flops', 0):.1f}x, {result['verdict']}",
             )
+
+
+def _made() -> dict[str, str]:
+    """Return by which commit a file is made, on which processor and when."""
+    git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    told = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {"commit": told.stdout.strip(), "processor": processor(), "date": f"{datetime.now(tz=UTC):%Y-%m-%d}"}
 
 
 def _compare(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:

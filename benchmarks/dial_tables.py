@@ -45,7 +45,11 @@ class Model:
 
 
 def known() -> dict[str, list[Model]]:
-    """Return all audited models by data and class, where one went: those of the cells and of comparisons, each once."""
+    """Return all audited models by data and class, where one went: those of the cells and of comparisons, each once.
+
+    Not those whose R lies below its band, such as the pruned model before its repair: what has forgotten the other classes
+    too says nothing of a dial.
+    """
     sources: list[tuple[str, Mapping[str, Mapping[str, float]], Mapping[str, tuple[float, float]]]] = []
     for path in sorted(CELLS.glob("*.json")):
         value = json.loads(path.read_text("utf-8"))
@@ -82,7 +86,8 @@ def _add(
     bands: Mapping[str, tuple[float, float]],
 ) -> None:
     for name, measured in figures.items():
-        if name != "original" and all(figure in measured for figure in _TRACES):
+        worth = not (band := bands.get("retain")) or measured["retain"] >= band[0]
+        if name != "original" and worth and all(figure in measured for figure in _TRACES):
             # A model stands beside several settings, whose repair decides by which rate it relearns.
             key = tuple(measured[figure] for figure in _TRACES if figure != "relearn")
             model = Model(name.startswith("retrained"), measured, figures["original"], bands)
