@@ -47,8 +47,8 @@ class Model:
 def known() -> dict[str, list[Model]]:
     """Return all audited models by data and class, where one went: those of the cells and of comparisons, each once.
 
-    Not those whose R lies below its band, such as the pruned model before its repair: what has forgotten the other classes
-    too says nothing of a dial.
+    Not those whose R lies below its band, such as the pruned model before its repair: what has forgotten the other
+    classes too says nothing of a dial.
     """
     sources: list[tuple[str, Mapping[str, Mapping[str, float]], Mapping[str, tuple[float, float]]]] = []
     for path in sorted(CELLS.glob("*.json")):
