@@ -1,6 +1,7 @@
 """Models as users bring them: parts called twice, frozen, shared, kept activations, weights that are computed."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
 from fedunlearn.training import evaluation
 from fedunlearn.training.batch_norm import batch_norm_sums
+from fedunlearn.training.compute import Compute
 from fedunlearn.training.sgd import Training, train_locally
 from fedunlearn.unlearn import unlearn
 
@@ -219,14 +221,100 @@ def started(net, start):
         lambda h: h.sort(1).values,
         lambda h: h.amax(1, keepdim=True).expand(-1, 8, -1, -1),
         lambda h: h.softmax(1),
+        # What does nothing to maps of large values.
+        lambda h: torch.cat([(h - 0.3)[:, :4].relu(), (h - 0.3)[:, 4:]], 1),
+        lambda h: torch.where(torch.arange(8)[:, None, None] % 2 == 0, (h - 0.3).relu(), h - 0.3),
+        lambda h: (h - 0.3).relu() - (0.3 - h).relu().flip(1),
+        lambda h: h + (0.3 - h).relu().mean(1, keepdim=True),
     ],
-    ids=["flip", "roll", "shuffle", "sort", "amax", "softmax"],
+    ids=["flip", "roll", "shuffle", "sort", "amax", "softmax", "half", "every other", "negatives", "mean of negatives"],
 )
 def test_channels_that_are_moved_on_the_way_are_left_out_whatever_the_weights_are(mix, start):
     torch.manual_seed(0)
     channels = find_channels(started(Mixing(mix), start), EXAMPLE)
     assert list(channels.taps) == ["c2"]
     assert "cross an operation" in channels.left_out["c1"]
+
+
+@pytest.mark.parametrize("width", [12, 24, 128])  # of which a drawn half has as many of either half
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: (h.view(len(h), 2, -1, 8, 8) * torch.tensor([0.3, 2.0]).view(1, 2, 1, 1, 1)).flatten(1, 2),
+        lambda h: h.reshape(len(h), 2, h.shape[1] // 2, 64).softmax(3).reshape(h.shape),
+    ],
+    ids=["scales", "softmax"],
+)
+def test_channels_that_code_divides_into_equal_parts_are_left_out_at_any_width(mix, width):
+    torch.manual_seed(0)
+    net = Mixing(mix)
+    net.c1, net.c2 = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 8, 3, padding=1)
+    assert "cross an operation" in find_channels(net, EXAMPLE).left_out["c1"]
+
+
+class AttentionPool(nn.Module):
+    """A mean of pixels by weights of another convolution, for each of two groups of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.weights, self.c2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 24, 1)
+        self.fc = nn.Linear(24, 3)
+
+    def forward(self, images):
+        h = self.c1(images).relu()
+        weights = self.weights(h).flatten(2).softmax(-1)
+        values = self.c2(h).view(len(h), 2, -1, weights.shape[-1])
+        return self.fc((values @ weights[..., None]).flatten(1))
+
+
+def test_attention_over_pixels_is_left_out_and_not_followed_for_ever():
+    began = time.monotonic()
+    channels = find_channels(AttentionPool(), torch.rand(2, 1, 16, 16))
+    assert "cross an operation" in channels.left_out["c2"]
+    assert time.monotonic() - began < 60
+
+
+class Shared(nn.Linear):
+    """Rows that are divided by a norm over all of them, or from which their mean is taken."""
+
+    def __init__(self, centred):
+        super().__init__(8, 3)
+        self.centred = centred
+
+    def forward(self, x):
+        w = self.weight
+        return F.linear(x, w - w.mean(0) if self.centred else F.normalize(w, dim=0), self.bias)
+
+
+def test_a_head_of_another_class_than_linear_is_tried_out():
+    for centred in (True, False):
+        net = make_net()
+        net[8] = Shared(centred)
+        if centred:
+            assert classifier(net).without_rows([0]).rows == 2
+        else:
+            with pytest.raises(ModelError, match="the model's output must come straight from a Linear layer"):
+                classifier(net).without_rows([0])
+
+
+class Viewing(nn.Module):
+    """Joins axes by view, which takes contiguous maps only; and has a scale of five axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.fc = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * 64, 3)
+        self.scale = nn.Parameter(torch.ones(1, 1, 1, 1, 1))
+
+    def forward(self, images):
+        h = (self.c1(images).relu()[:, None] * self.scale)[:, 0]
+        return self.fc(h.view(len(h), -1))
+
+
+def test_a_model_that_joins_axes_by_view_is_computed_in_contiguous_maps():
+    assert Compute().able(make_net(), EXAMPLE) == Compute()
+    assert Compute().able(Viewing(), EXAMPLE) == Compute(memory_format="contiguous")
+    done = forgotten(Viewing())
+    assert done.model.labels == (0, 1)
 
 
 def test_channels_that_are_mixed_a_little_are_left_out():

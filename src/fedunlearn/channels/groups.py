@@ -7,8 +7,9 @@ a sign, on zero-padded shortcuts for one, so every group is tried out before it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from fedunlearn.channels.structure import Group, Member
 from fedunlearn.channels.taps import HOOKS, Tap, rectified, with_gradients
 from fedunlearn.channels.trial import CROSSED, try_out
 from fedunlearn.errors import ModelError
+
+_PLACES = 5_000_000  # that channels of a layer are followed into: seconds, flattened maps of 512 x 32 x 32 take a tenth
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +194,19 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
             graph = torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=example.clone(), verbose=False
             )
+            walk = _bounded(graph)
             for module, name in names.items():
                 if name not in called or name in seen or not isinstance(module, nn.Conv2d):
                     continue
                 if module not in graph.module2node:
                     unseen[name] = "autograd does not record it: the model runs it under no_grad, or detached"
                     continue
-                group = _group(graph, module, names)
+                walk.places = 0
+                try:
+                    group = _group(graph, module, names)
+                except _LostError:
+                    unseen[name] = CROSSED
+                    continue
                 seen.update(group.layers)
                 groups.append(group)
     except Exception as error:  # it fails in many ways on what it does not know
@@ -206,6 +215,44 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
             "activation checkpointing and channel shuffles out of its forward pass"
         ) from error
     return groups, unseen
+
+
+class _LostError(Exception):
+    """A layer's channels are followed into too many places."""
+
+
+@dataclass
+class _Walk:
+    """How many places a layer's channels were followed into so far."""
+
+    places: int = 0
+
+
+class _Bounded(list[Any]):
+    """Torch-Pruning's mappings of places along an edge, which give up when a walk has seen too many."""
+
+    walk = _Walk()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each mapping, bounded; None where there is none."""
+        for mapping in super().__iter__():
+            yield mapping and partial(self._followed, mapping)
+
+    def _followed(self, mapping: Callable[[list[Any]], list[Any]], places: list[Any]) -> list[Any]:
+        self.walk.places += len(places)
+        if self.walk.places > _PLACES:
+            raise _LostError
+        return mapping(places)
+
+
+def _bounded(graph: Any) -> _Walk:
+    """Have Torch-Pruning give up where it goes round and round, as through attention over pixels; return its walk."""
+    walk = _Walk()
+    for node in graph.module2node.values():
+        for dependency in node.dependencies:
+            dependency.index_mapping = _Bounded(dependency.index_mapping)  # it puts others in for each layer
+            dependency.index_mapping.walk = walk
+    return walk
 
 
 def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Group:

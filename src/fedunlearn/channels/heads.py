@@ -30,7 +30,8 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     seen = passed(model, example)
     rows = seen.logits.shape[1]
     layers = {name: model.get_submodule(name) for name in [*seen.outputs][::-1]}
-    heads = [name for name, layer in layers.items() if isinstance(layer, nn.Linear) and name in seen.last]
+    # A layer of another class may make more of its rows than a row of the output each: it is tried out.
+    heads = [name for name, layer in layers.items() if type(layer) is nn.Linear and name in seen.last]
     maybe = [name for name, layer in layers.items() if _has_rows(layer, rows)]
     if rows == 1 and len(maybe) > 1:  # nothing tells the last class's row from a gate
         maybe = []

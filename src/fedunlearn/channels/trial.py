@@ -23,6 +23,7 @@ from fedunlearn.seeding import generator
 CROSSED = "its channels cross an operation that cannot be followed, such as a zero-padded shortcut"
 BLIND = "without its channels the output of the trial stays the same, so nothing shows that it was followed rightly"
 _SIGMA = 1.5
+_PARTS = 4  # of the channels, each removed alone
 # Of the largest logit: what a group must move. And of what it moved: how far slicing may be from masking.
 _BOUNDS = {torch.float64: (1e-6, 1e-6), torch.float32: (1e-3, 2e-2)}
 
@@ -36,24 +37,26 @@ def try_out(model: nn.Module, groups: Sequence[Group], shape: tuple[int, ...]) -
         shape: of an image.
     """
     able = [group for group in groups if all(_fits(model, member, group.width) for member in group.members)]
-    open_ = [group for group in able if group.width > group.unit]  # the last channels are never cut
-    for positive in (True, False):  # where no positive value gets through, perhaps one of either sign does
-        if not open_:
+    unseen = [group for group in able if group.width > group.unit]  # the last channels are never cut
+    # Where no positive value gets through, one of either sign may; and code may treat values below zero otherwise.
+    for positive in (True, False):
+        tried = [group for group in able if group.width > group.unit]
+        if not tried:
             break
         net, images = drawn_anew(model, shape, positive=positive)
         least, tolerance = _BOUNDS[images.dtype]
-        moved = _movements(net, open_, images)
-        shown = [group for group in open_ if moved[group] > least]
+        moved = _movements(net, tried, images)
+        shown = [group for group in tried if moved[group] > least]
         right = shown
-        for half in (0, 1):
-            right = _right(net, right, half, images, {group: tolerance * min(1.0, moved[group]) for group in right})
+        for part in range(_PARTS):
+            right = _right(net, right, part, images, {group: tolerance * min(1.0, moved[group]) for group in right})
         able = [group for group in able if group in right or group not in shown]
-        open_ = [group for group in open_ if group not in shown]
+        unseen = [group for group in unseen if group not in shown]
     reasons: dict[str, str] = {}
     for group in groups:
-        if group in open_ or group not in able:
-            reasons |= dict.fromkeys(group.layers, BLIND if group in open_ else CROSSED)
-    return [group for group in able if group not in open_], reasons
+        if group in unseen or group not in able:
+            reasons |= dict.fromkeys(group.layers, BLIND if group in unseen else CROSSED)
+    return [group for group in able if group not in unseen], reasons
 
 
 def _fits(model: nn.Module, member: Member, width: int) -> bool:
@@ -138,12 +141,19 @@ def drawn_anew(model: nn.Module, shape: tuple[int, ...], *, positive: bool = Fal
     return net, images.double()
 
 
-def _removed(group: Group, half: int) -> list[int]:
-    """Return a drawn half of the channels, or the other half: each channel is tried out once."""
+def _removed(group: Group, part: int) -> list[int]:
+    """Return a drawn half of the channels, the other half, the first that can go, or the last, of ``_PARTS``.
+
+    With the halves each channel is tried out once. Both may take as many of each of several parts as of the others,
+    which code that divides channels into equal parts would not notice.
+    """
+    if part > 1:
+        by_place = sorted(channels for _, channels in group.units([0.0] * group.width))
+        return list(by_place[0 if part == 2 else -1])
     order = torch.randperm(group.width, generator=generator(0, "half", group.width)).tolist()
     units = sorted(group.units(order))
     middle = len(units) // 2
-    return sorted(channel for _, channels in (units[:middle] if half == 0 else units[middle:]) for channel in channels)
+    return sorted(channel for _, channels in (units[:middle] if part == 0 else units[middle:]) for channel in channels)
 
 
 def masked(net: nn.Module, sliced: nn.Module, removed: Mapping[Group, Sequence[int]], images: Tensor) -> Tensor:
@@ -196,20 +206,21 @@ def _of_what_stays(
 
 
 def _right(
-    net: nn.Module, groups: list[Group], half: int, images: Tensor, tolerance: Mapping[Group, float]
+    net: nn.Module, groups: list[Group], part: int, images: Tensor, tolerance: Mapping[Group, float]
 ) -> list[Group]:
     """Return the groups that pass, all at once where all do, otherwise by halves."""
-    if not groups or _sliced_equals_masked(net, groups, half, images, min(tolerance[group] for group in groups)):
+    if not groups or _sliced_equals_masked(net, groups, part, images, min(tolerance[group] for group in groups)):
         return groups
     if len(groups) == 1:
         return []
     middle = len(groups) // 2
-    parts = (groups[:middle], groups[middle:])
-    return [group for part in parts for group in _right(net, part, half, images, tolerance)]
+    return [
+        group for some in (groups[:middle], groups[middle:]) for group in _right(net, some, part, images, tolerance)
+    ]
 
 
-def _sliced_equals_masked(net: nn.Module, groups: Sequence[Group], half: int, images: Tensor, tolerance: float) -> bool:
-    sliced, removed = copied(net), {group: _removed(group, half) for group in groups}
+def _sliced_equals_masked(net: nn.Module, groups: Sequence[Group], part: int, images: Tensor, tolerance: float) -> bool:
+    sliced, removed = copied(net), {group: _removed(group, part) for group in groups}
     try:
         slice_tensors(sliced, combine(group.kept(net, channels) for group, channels in removed.items()))
         found, expected = forward(sliced, images), masked(net, sliced, removed, images)

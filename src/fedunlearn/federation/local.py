@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedunlearn.arguments import must_be
 from fedunlearn.channels.copying import copied
+from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.datasets import DatasetImages
 from fedunlearn.data.images import LabelledImages, Meaning
 from fedunlearn.errors import FederationError, listed
@@ -94,7 +95,9 @@ class LocalEngine:
         place = _device(device)
         self._rules = rules
         self._compute = compute or Compute(workers=workers_on(place))
-        self._copies = Copies(self._compute, place)
+        self._place = place
+        self._copies: dict[str, Copies] = {}  # by memory format
+        self._asked: tuple[Callable[[], nn.Module | None], Compute] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -147,17 +150,24 @@ class LocalEngine:
             raise FederationError(f"there is no client {unknown[0]!r}; the clients are {listed(self.clients)}")
         return self._replies(job, names)
 
+    def _able(self, model: Classifier) -> Compute:
+        """Return how clients compute with ``model``, which is asked once as long as it is the same."""
+        if self._asked is None or self._asked[0]() is not model.module:
+            self._asked = weakref.ref(model.module), self._compute.able(model.module, model.example)
+        return self._asked[1]
+
     def _replies(self, job: Job, names: Sequence[str]) -> Iterator[Reply]:
-        values = Values.of(job.model.module)
+        values, compute = Values.of(job.model.module), self._able(job.model)
+        copies = self._copies.setdefault(compute.memory_format, Copies(compute, self._place))
 
         def answer(name: str) -> Reply:
-            with self._copies.filled(values) as copy:
-                reply = handle(job, copy.model, self._data[name], self._rules, self._compute)
+            with copies.filled(values) as copy:
+                reply = handle(job, copy.model, self._data[name], self._rules, compute)
                 if reply.error is None and reply.samples == 0:  # nothing has passed through it
                     copy.holds = values
                 return reply
 
-        workers = min(self._compute.workers, len(names)) or 1
+        workers = min(compute.workers, len(names)) or 1
         ahead: deque[Future[Reply]] = deque()
         with one_torch_thread(), ThreadPoolExecutor(workers) as pool:
             try:

@@ -257,8 +257,8 @@ def _handled(
     """Return the reply of this client's own model with the weights that came."""
     model = rebuild(received, tensors, Classifier(site.built(context), data.train.shape))
     with one_torch_thread():
-        module = site.compute.placed(model.module)
-        reply = handle(received.job(model), module, data, rules, site.compute, told=_told)
+        compute = site.compute.able(model.module, model.example)
+        reply = handle(received.job(model), compute.placed(model.module), data, rules, compute, told=_told)
     # The time until it failed could tell at which image.
     return reply if reply.error is None else replace(reply, seconds=0.0)
 

@@ -6,18 +6,21 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedunlearn.arguments import is_whole
+from fedunlearn.channels.copying import copied
 from fedunlearn.errors import RecipeError
 from fedunlearn.training.small_maps import SmallMaps
 
 PRECISIONS = ("float32", "bfloat16")
+_MAPS = 4  # axes of feature maps and of kernels
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -86,7 +89,28 @@ class Compute:
 
     def placed(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Return ``model`` in the memory format, and on ``device`` where one is given; it is changed in place."""
-        return model.to(device=device).to(memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
+        model = model.to(device=device)
+        for tensor in chain(model.parameters(), model.buffers()):
+            if tensor.ndim == _MAPS:  # the formats are of these alone
+                tensor.data = tensor.data.contiguous(memory_format=self.layout)
+        return model
+
+    def able(self, model: nn.Module, example: Tensor) -> Compute:
+        """Return this, with contiguous maps for a model whose code takes no others: ``view`` joins axes only there.
+
+        Args:
+            model: left as it was.
+            example: images that it takes.
+        """
+        if self.memory_format == "contiguous":
+            return self
+        net = self.placed(copied(model)).eval()
+        try:
+            with torch.no_grad():
+                net(example.to(device_of(net), memory_format=self.layout))
+        except RuntimeError:
+            return replace(self, memory_format="contiguous")
+        return self
 
 
 FLOAT32 = Compute()

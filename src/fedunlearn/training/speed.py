@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import FederationError
@@ -42,8 +43,8 @@ def probe(
         >>> best in dict(tried)
         True
     """
-    first = Compute(workers=cores())
-    formats = [first, replace(first, memory_format="contiguous")]
+    first = Compute(workers=cores()).able(model, example_images(shape))
+    formats = list(dict.fromkeys([first, replace(first, memory_format="contiguous")]))
     rough = replace(first, precision="bfloat16")
     if has_bfloat16() and _trains(rough, model, shape, batch_size):
         formats.append(rough)
