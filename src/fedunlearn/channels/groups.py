@@ -32,7 +32,7 @@ from fedunlearn.channels.taps import HOOKS, Tap, rectified, with_gradients
 from fedunlearn.channels.trial import CROSSED, try_out
 from fedunlearn.errors import ModelError
 
-_PLACES = 5_000_000  # that channels of a layer are followed into: seconds, flattened maps of 512 x 32 x 32 take a tenth
+_TIMES = 4  # the values of the largest map that a layer makes: code between layers may enlarge it
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,14 +194,13 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
             graph = torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=example.clone(), verbose=False
             )
-            walk = _bounded(graph)
+            _bound(graph, called)
             for module, name in names.items():
                 if name not in called or name in seen or not isinstance(module, nn.Conv2d):
                     continue
                 if module not in graph.module2node:
                     unseen[name] = "autograd does not record it: the model runs it under no_grad, or detached"
                     continue
-                walk.places = 0
                 try:
                     group = _group(graph, module, names)
                 except _LostError:
@@ -218,20 +217,13 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str
 
 
 class _LostError(Exception):
-    """A layer's channels are followed into too many places."""
-
-
-@dataclass
-class _Walk:
-    """How many places a layer's channels were followed into so far."""
-
-    places: int = 0
+    """Channels are followed into more places than any map has values."""
 
 
 class _Bounded(list[Any]):
-    """Torch-Pruning's mappings of places along an edge, which give up when a walk has seen too many."""
+    """Torch-Pruning's mappings of places along an edge, which give up where there are more than ``most``."""
 
-    walk = _Walk()
+    most = 0
 
     def __iter__(self) -> Iterator[Any]:
         """Yield each mapping, bounded; None where there is none."""
@@ -239,20 +231,21 @@ class _Bounded(list[Any]):
             yield mapping and partial(self._followed, mapping)
 
     def _followed(self, mapping: Callable[[list[Any]], list[Any]], places: list[Any]) -> list[Any]:
-        self.walk.places += len(places)
-        if self.walk.places > _PLACES:
+        if len(places) > self.most:
             raise _LostError
         return mapping(places)
 
 
-def _bounded(graph: Any) -> _Walk:
-    """Have Torch-Pruning give up where it goes round and round, as through attention over pixels; return its walk."""
-    walk = _Walk()
+def _bound(graph: Any, called: Mapping[str, Sequence[Tensor]]) -> None:
+    """Have Torch-Pruning give up where it goes round and round, as through attention over pixels.
+
+    A channel of a map that is flattened has a place for each pixel, and no layer's map has more places than values.
+    """
+    values = [output[0].numel() for outputs in called.values() for output in outputs]
     for node in graph.module2node.values():
         for dependency in node.dependencies:
             dependency.index_mapping = _Bounded(dependency.index_mapping)  # it puts others in for each layer
-            dependency.index_mapping.walk = walk
-    return walk
+            dependency.index_mapping.most = _TIMES * max(values)
 
 
 def _group(graph: Any, module: nn.Conv2d, names: Mapping[nn.Module, str]) -> Group:

@@ -33,8 +33,8 @@ def head_layer(model: nn.Module, example: Tensor) -> str:
     # A layer of another class may make more of its rows than a row of the output each: it is tried out.
     heads = [name for name, layer in layers.items() if type(layer) is nn.Linear and name in seen.last]
     maybe = [name for name, layer in layers.items() if _has_rows(layer, rows)]
-    if rows == 1 and len(maybe) > 1:  # nothing tells the last class's row from a gate
-        maybe = []
+    if rows == 1 and len(maybe) > 1:  # nothing else tells the last class's row from a gate
+        maybe = [name for name in maybe if name in seen.last and isinstance(layers[name], nn.Linear)]
     shown = (name for name in maybe if _names_classes(model, name, example))
     for name in (*heads, *([] if heads else shown)):
         used = tied_tensors(model).get(name)

@@ -102,15 +102,25 @@ class Compute:
             model: left as it was.
             example: images that it takes.
         """
-        if self.memory_format == "contiguous":
+        plain = replace(self, memory_format="contiguous")
+        if self == plain or self._passes(model, example) or not plain._passes(model, example):
             return self
-        net = self.placed(copied(model)).eval()
+        return plain
+
+    def _passes(self, model: nn.Module, example: Tensor) -> bool:
+        """Return whether a copy of ``model`` takes the example, in evaluation and in training, there and back."""
+        net = self.placed(copied(model))
+        device = device_of(net)
+        images = example.to(device, memory_format=self.layout)
         try:
-            with torch.no_grad():
-                net(example.to(device_of(net), memory_format=self.layout))
-        except RuntimeError:
-            return replace(self, memory_format="contiguous")
-        return self
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+                for training in (False, True):
+                    logits = net.train(training)(images)
+                    if logits.requires_grad:
+                        logits.sum().backward()
+        except Exception:  # the user's own code can fail in any way, and does so again where it is told
+            return False
+        return True
 
 
 FLOAT32 = Compute()
