@@ -36,7 +36,9 @@ from fedunlearn.flower.client import spread
 from fedunlearn.models import build_model
 from fedunlearn.run.audit_file import Candidate, audit_model
 from fedunlearn.run.commands import run
+from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.references import check_kept
 from fedunlearn.run.result import evaluate
 from fedunlearn.seeding import generator
 from fedunlearn.training import evaluation
@@ -412,6 +414,21 @@ def test_a_network_that_is_the_same_for_every_seed_retrains_nothing(tmp_path, mo
     ):
         run(recipe, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_network_that_is_the_same_for_every_seed_takes_models_retrained_before(tmp_path, monkeypatch):
+    first = load_recipe(str(write_set(tmp_path, oracles=3)))
+    run(first, tmp_path / "first")
+
+    def seeded(classes, colours):
+        torch.manual_seed(0)
+        return nets.Tiny(classes, colours)
+
+    monkeypatch.setattr(nets, "tiny", seeded)  # the name stays: the folder's models are of it
+    given = f'audit.models="{tmp_path / "first"}"', f'model.weights="{tmp_path / "first" / "original.safetensors"}"'
+    check_kept(prepare(load_recipe(str(tmp_path / "tiny.toml"), list(given))))
+    with pytest.raises(ModelError, match="'nets:tiny' gives the same weights for every seed"):
+        check_kept(prepare(first))
 
 
 def test_a_network_that_loads_what_was_trained_is_not_retrained_without_the_class(tmp_path, monkeypatch):
