@@ -135,6 +135,32 @@ def headline() -> str:
     return "\n".join(lines) + "\n"
 
 
+def first_screen() -> str:
+    """Return the table of README: pruning and the erase step beside controls in the four cells, means of seeds."""
+    head = ["network, data", "R, retrained", "pruning: U, R", "erase step: U, R", "controls of equal cost: U"]
+    head += ["rounds, times fewer", "the paper's"]
+    lines = head_of(head)
+    for recipe, (_, _, paper) in PAPER.items():
+        data, _, network = recipe.partition("-")
+        # The step that was chosen last, and the one before it where that was not run.
+        erased = results(recipe, "erase-again-rest") or results(recipe, "erase-again")
+        pruned = results(recipe, "contrast")
+        cells = [NOT_RUN] * 5
+        if pruned and erased:
+            controls = [fmean(_u(one["controls"][name]) for one in pruned) for name in ("random", "finetune")]
+            ratios = [fmean(_ratios(recipe, runs, "rounds")[0]) for runs in (pruned, erased)]
+            cells = [f"{fmean(_retrained(pruned[0])):.1f}", _means(pruned), _means(erased)]
+            cells += [", ".join(f"{number:.1f}" for number in pair) for pair in (controls, ratios)]
+        name = f"{network.replace('resnet', 'ResNet').replace('vgg', 'VGG')}, {data.replace('cifar', 'CIFAR-')}"
+        lines.append(row_of((name, *cells, str(paper))))
+    return "\n".join(lines) + "\n"
+
+
+def _means(runs: Sequence[Result]) -> str:
+    u, r = (fmean(of(one["unlearned"]) for one in runs) for of in (_u, _r))
+    return f"{u:.1f}, {r:.1f}" + ("" if len(runs) == len(SEEDS) else f" ({len(runs)} of {len(SEEDS)} seeds)")
+
+
 def several() -> str:
     """Return U and R where several classes go at once, beside the paper's: one seed, one retrained model."""
     head = ["classes", "ranking", "U, row in place", "R", "R, retrained", "operations to equal R", "rounds to equal R"]
@@ -293,7 +319,13 @@ def _retrained(result: Result) -> list[float]:
 
 
 def _to_equal_r(recipe: str, runs: Sequence[Result], unit: str = "client_flops") -> str:
-    """Return the speed-up to equal R of each seed beside each retrained model: which of them is the first is chance."""
+    """Return the speed-up to equal R, ``>`` where a retrained model never was as good as the unlearned one."""
+    found, reached = _ratios(recipe, runs, unit)
+    return ("" if reached else "> ") + spread(found, unit="x")
+
+
+def _ratios(recipe: str, runs: Sequence[Result], unit: str) -> tuple[list[float], bool]:
+    """Return the speed-up of each seed beside each retrained model, the first would be chance, and if all reach R."""
     found, reached = [], True
     for one in runs:
         if "speedup" not in one:
@@ -301,7 +333,7 @@ def _to_equal_r(recipe: str, runs: Sequence[Result], unit: str = "client_flops")
         for cost in _beside(recipe, one):
             found.append(cost[unit] / one["cost"]["unlearn"][unit])
             reached = reached and cost["reached"]
-    return ("" if reached else "> ") + spread(found, unit="x")
+    return found, reached
 
 
 def _beside(recipe: str, one: Result) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results, docs/privacy.md and docs/performance.md from the files in benchmarks.
+"""Write the tables of README, docs/results, docs/privacy.md and docs/performance.md from the files in benchmarks.
 
 ``python -m benchmarks.tables`` replaces what stands between ``<!-- KIND NAME -->`` and ``<!-- end -->``; ``--check``
 only says whether the pages are up to date. Kinds: ``table``, from ``benchmarks/results/NAME-*.json``, one row per file;
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.cell_tables import PAPER, depth_table, headline, levels, picture, settings_table, several
+from benchmarks.cell_tables import PAPER, depth_table, first_screen, headline, levels, picture, settings_table, several
 from benchmarks.depth_tables import pictures as depth_pictures
 from benchmarks.depth_tables import work_table
 from benchmarks.dial_tables import dial_table
@@ -34,7 +34,12 @@ from fedunlearn.evidence.words import MODELS, clipped
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (*sorted((DOCS / "results").glob("*.md")), DOCS / "privacy.md", DOCS / "performance.md")
+PAGES = (
+    DOCS.parent / "README.md",
+    *sorted((DOCS / "results").glob("*.md")),
+    DOCS / "privacy.md",
+    DOCS / "performance.md",
+)
 _BLOCK = re.compile(r"(<!-- (table|audits|measured|cells|methods|depth|dial) ([\w -]+) -->\n).*?(<!-- end -->)", re.S)
 _HEAD = (
     "| run | original | pruned | unlearned | fine-tuning only | retrained | speed-up |\n|---|---|---|---|---|---|---|\n"
@@ -85,11 +90,11 @@ def measured(name: str) -> str:
 
 
 def cell_table(name: str) -> str:
-    """Return a table of the cells: ``headline``, ``levels``, ``several``, or ``settings`` or ``depth`` and a recipe."""
+    """Return a table of the cells: ``first``, ``headline``, ``levels``, ``several``; ``settings``, ``depth`` of one."""
     kind, _, recipe = name.partition(" ")
     if recipe:
         return {"settings": settings_table, "depth": depth_table}[kind](recipe)
-    return {"headline": headline, "levels": levels, "several": several}[kind]()
+    return {"first": first_screen, "headline": headline, "levels": levels, "several": several}[kind]()
 
 
 def methods(name: str) -> str:
