@@ -137,7 +137,7 @@ def headline() -> str:
 
 def first_screen() -> str:
     """Return the table of README: pruning and the erase step beside controls in the four cells, means of seeds."""
-    head = ["network, data", "R, retrained", "pruning: U, R", "erase step: U, R", "controls of equal cost: U"]
+    head = ["network, data", "R, retrained", "pruning: U, R", "its controls: U", "erase step: U, R", "its control: U"]
     head += ["rounds, times fewer", "the paper's"]
     lines = head_of(head)
     for recipe, (_, _, paper) in PAPER.items():
@@ -145,12 +145,17 @@ def first_screen() -> str:
         # The step that was chosen last, and the one before it where that was not run.
         erased = results(recipe, "erase-again-rest") or results(recipe, "erase-again")
         pruned = results(recipe, "contrast")
-        cells = [NOT_RUN] * 5
+        cells = [NOT_RUN] * 6
         if pruned and erased:
             controls = [fmean(_u(one["controls"][name]) for one in pruned) for name in ("random", "finetune")]
+            own = (
+                results(recipe, "erase-again-rest")
+                and f"{fmean(_u(one['controls']['finetune']) for one in erased):.1f}"
+            )
             ratios = [fmean(_ratios(recipe, runs, "rounds")[0]) for runs in (pruned, erased)]
-            cells = [f"{fmean(_retrained(pruned[0])):.1f}", _means(pruned), _means(erased)]
-            cells += [", ".join(f"{number:.1f}" for number in pair) for pair in (controls, ratios)]
+            ours = [", ".join(f"{number:.1f}" for number in pair) for pair in (controls, ratios)]
+            retrained = f"{fmean(_retrained(pruned[0])):.1f}"
+            cells = [retrained, _means(pruned), ours[0], _means(erased), own or NOT_RUN, ours[1]]
         name = f"{network.replace('resnet', 'ResNet').replace('vgg', 'VGG')}, {data.replace('cifar', 'CIFAR-')}"
         lines.append(row_of((name, *cells, str(paper))))
     return "\n".join(lines) + "\n"
