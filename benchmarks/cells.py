@@ -33,7 +33,7 @@ from fedunlearn.federation.journal import Journal
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import Experiment, new_model, original_model, prepare, save_model
 from fedunlearn.run.inputs import fingerprint
-from fedunlearn.run.kept import KeptModel
+from fedunlearn.run.kept import store
 from fedunlearn.run.machine import processor
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.references import retrained_models
@@ -219,7 +219,7 @@ def _retrained(experiment: Experiment, folder: Path, work: Path, *, seed: int, d
         return
     fed = replace(experiment.federation(Journal(work / name, observe=_observer(name))), seed=seed - 1)
     (oracle,) = retrained_models(experiment, fed, data=data, count=1).values()
-    KeptModel(path).store(oracle.model.module, oracle.steps)
+    store(path, oracle.model.module, oracle.steps)
 
 
 def _level(experiment: Experiment, folder: Path, name: str) -> None:

@@ -31,7 +31,7 @@ from fedunlearn.models import build_model
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import prepare
-from fedunlearn.run.kept import KeptModel
+from fedunlearn.run.kept import store
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.training.objectives.erase import Erasing
 from test_cli import PROGRAM, fedunlearn
@@ -353,7 +353,7 @@ def test_models_whose_training_nobody_looked_at_give_no_speed_up_and_nothing_to_
     steps = [replace(Step.from_dict(value), validation=None) for value in rounds]
     oracle = build_model("nets:tiny", classes=4, colours=1)
     oracle.load_state_dict(load_file(signed / "plain" / "oracles" / "retrained-1.safetensors"))
-    KeptModel(tmp_path / "retrained-1.safetensors").store(oracle, steps)
+    store(tmp_path / "retrained-1.safetensors", oracle, steps)
     shutil.copy(signed / "plain" / "original.safetensors", tmp_path)
     given = [f'audit.models="{tmp_path}"', f'model.weights="{tmp_path / "original.safetensors"}"', "audit.oracles=1"]
     recipe = load_recipe(str(signed / "tiny.toml"), given)

@@ -28,7 +28,7 @@ from fedunlearn.models import MODELS, build_model
 from fedunlearn.run import kept, machine
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import prepare
-from fedunlearn.run.kept import KeptModel
+from fedunlearn.run.kept import cached
 from fedunlearn.run.machine import settled
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.tables import ComputeTable
@@ -448,7 +448,7 @@ def test_contradictions_are_refused(overrides, text):
 
 def test_retrained_models_are_kept_by_precision_and_not_by_workers():
     paths = {
-        key: KeptModel.in_cache(load_recipe("digits", overrides), (9,), "data", 1).path
+        key: cached(load_recipe("digits", overrides), (9,), "data", 1)
         for key, overrides in {
             "plain": (),
             "bfloat16": ("compute.precision=bfloat16",),
@@ -464,7 +464,7 @@ def test_retrained_models_are_kept_by_precision_and_not_by_workers():
 
 def test_a_model_that_other_code_or_another_torch_retrained_is_not_taken_from_the_cache(monkeypatch, tmp_path):
     def place():
-        return KeptModel.in_cache(load_recipe("digits"), (9,), "data", 1).path
+        return cached(load_recipe("digits"), (9,), "data", 1)
 
     before, package = place(), Path(kept.__file__).parents[1]
     assert place() == before

@@ -194,7 +194,6 @@ def test_the_grid_of_a_simulation_is_that_of_flower(monkeypatch):
         message = Message(RecordDict({"fedunlearn": ConfigRecord({"hello": 1})}), 101, "train")
         (answer,) = grid.send_and_receive([message], timeout=5.0)
         assert answer.content["fedunlearn"]["client"] == "client-1"
-        assert grid.create_message() is grid.run is grid.set_run(None) is None  # as the loopback gives them
 
 
 class Slow:

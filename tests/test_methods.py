@@ -25,8 +25,7 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.methods.base import LocalSettings, Request, as_many, resolved
-from fedunlearn.methods.erase_only import by_recipe
+from fedunlearn.methods.base import LocalSettings, Request, as_many, resolved, settings_by
 from fedunlearn.methods.negate import negate
 from fedunlearn.methods.salun import SalUn, largest, salun
 from fedunlearn.methods.ssd import Ssd, dampening, ssd
@@ -371,8 +370,7 @@ def test_the_random_control_draws_its_channels_by_the_seed(known):
 
 def test_the_control_takes_the_erase_step_of_the_recipe_and_the_method_its_own():
     erasing = Erasing(0.5, 0.0, 0.4, 0.9)
-    asked = replace(REQUEST, repair=replace(REPAIR, training=replace(REPAIR.training, objective=erasing)))
-    assert by_recipe(asked).objective() == erasing
+    assert settings_by(COMPARED["erase_only"], erasing).objective() == erasing
     assert COMPARED["erase_only"].settings.objective() == Erasing(1.0, 0.1, until=0.3)
 
 
@@ -450,8 +448,8 @@ def test_the_weight_decay_of_the_repair_reaches_controls_and_other_methods(known
 @pytest.mark.parametrize(
     ("name", "values", "text"),
     [
-        ("l1_sparse", {"penalty": -1}, "L1Sparse(penalty=...) is out of range: got -1"),
-        ("neg_grad", {"kept": 1.0}, "NegGrad(kept=...) is out of range: got 1.0"),
+        ("l1_sparse", {"penalty": -1}, "Sparse(penalty=...) is out of range: got -1"),
+        ("neg_grad", {"kept": 1.0}, "Ascend(kept=...) is out of range: got 1.0"),
         ("salun", {"salient": 7}, "SalUn(salient=...) is out of range: got 7"),
         ("ssd", {"above": -1}, "Ssd(above=...) is out of range: got -1"),
         ("svd", {"kept": 0}, "Svd(kept=...) is out of range: got 0"),

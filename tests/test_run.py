@@ -45,7 +45,7 @@ from fedunlearn.models import build_model
 from fedunlearn.run.commands import evaluate_weights, run
 from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import new_model, prepare
-from fedunlearn.run.kept import KeptModel, fill_kept, validation_unseen
+from fedunlearn.run.kept import fill_kept, store, validation_unseen
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.references import Oracle, retrained_models
 from fedunlearn.run.result import cost_blocks, cost_until, evaluate, knew, validation_block, whole_cost
@@ -313,7 +313,7 @@ def test_a_model_that_a_client_had_no_part_in_is_not_kept_for_runs_in_which_it_h
 def test_copies_of_one_retrained_model_are_not_taken_for_several(tmp_path):
     _, oracle, _ = retrained(tmp_path, "one")
     for seed in (1, 2):
-        KeptModel(tmp_path / "models" / f"retrained-{seed}.safetensors").store(oracle.model.module, oracle.steps)
+        store(tmp_path / "models" / f"retrained-{seed}.safetensors", oracle.model.module, oracle.steps)
     recipe = load_recipe(str(tmp_path / "tiny.toml"), [f'audit.models="{tmp_path / "models"}"', "model.name=small-cnn"])
     other = prepare(recipe)
     with pytest.raises(
@@ -1037,12 +1037,12 @@ def test_a_folder_of_models_gives_what_that_of_a_run_gives(signed, tmp_path):
         model = new_model(experiment.recipe, experiment.splits.train, seed=1)
         steps = fill_kept(model, experiment, seed=1)
         found.append((steps, model.module.state_dict()))
-        KeptModel(tmp_path / "retrained-1.safetensors").store(model.module, steps)
+        store(tmp_path / "retrained-1.safetensors", model.module, steps)
     (steps, state), (same_steps, same_state) = found
     assert len(steps) == 3
     # A version that counted otherwise made no network cost more.
     old = [replace(step, entries=tuple(replace(own, flops=4 * own.flops) for own in step.entries)) for step in steps]
-    KeptModel(tmp_path / "retrained-1.safetensors").store(model.module, old)
+    store(tmp_path / "retrained-1.safetensors", model.module, old)
     assert cost_until(fill_kept(model, experiment, seed=1), 2.0) == cost_until(steps, 2.0)
     assert steps == same_steps
     assert all(tensor.equal(same_state[key]) for key, tensor in state.items())
@@ -1113,7 +1113,7 @@ def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_wo
     known.mkdir()
     experiment = prepare(load_recipe(recipe, models))
     model = new_model(experiment.recipe, experiment.splits.train, seed=1)
-    KeptModel(known / "retrained-1.safetensors").store(model.module, fill_kept(model, experiment, seed=1))
+    store(known / "retrained-1.safetensors", model.module, fill_kept(model, experiment, seed=1))
     models[0] = f'audit.models="{known}"'
     text = r"retrained-1.safetensors names a class to forget in .* % of its test images, so it was not retrained"
     with pytest.raises(RunError, match=text):

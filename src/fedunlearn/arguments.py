@@ -57,6 +57,11 @@ def is_share(value: Any) -> bool:
     return is_number(value) and bool(0 < value <= 1)
 
 
+def is_fraction(value: Any) -> bool:
+    """Return whether ``value`` is a number of at least 0 and below 1."""
+    return is_number(value) and bool(0 <= value < 1)
+
+
 def is_part(value: Any) -> bool:
     """Return whether ``value`` is a number between 0 and 1, neither of them."""
     return is_number(value) and bool(0 < value < 1)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 
 from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import (
@@ -131,10 +132,8 @@ def compare(options: Options) -> None:
             )
         )
     assert result is not None  # it was made in this process
-    if options.as_json:
-        typer.echo(json.dumps(result, indent=2))
-    elif not options.quiet:
-        print_table(Console(), comparison_table(result))
+    _show(options, result, comparison_table(result))
+    if not options.as_json:
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
     if result["failed"]:
         _fail(f"{len(result['failed'])} cells failed, the first: {next(iter(result['failed'].values()))}", 1)
@@ -158,7 +157,7 @@ def evaluate(options: Options) -> None:
         observe("evaluate", 0, 1)
         block = evaluate_weights(recipe, tell=partial(console.print, highlight=False, markup=False))
         observe("evaluate", 1, 1)
-    _show({"model": block}, options, block)
+    _show(options, block, result_table({"model": block}), notes({"model": block}))
 
 
 @_command(
@@ -222,13 +221,8 @@ def audit(options: Options) -> None:
             prepared=described,
             observe=observe,
         )
-    if options.as_json:
-        typer.echo(json.dumps(result, indent=2))
-    elif not options.quiet:
-        print_table(Console(), audit_table(result))
-        Console().print(verdict_line(result), highlight=False)
-        if sure := certainty(result):
-            Console().print(sure, highlight=False)
+    _show(options, result, audit_table(result), verdict_line(result), certainty(result))
+    if not options.as_json:
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -342,7 +336,7 @@ def _work(command: str, options: Options) -> None:
     if result is None:
         typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
         return
-    _show(result, options, result)
+    _show(options, result, result_table(result), notes(result))
     if not options.quiet:
         for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
             console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -362,13 +356,15 @@ def _silent(phase: str, done: int, planned: int) -> None:
     """Show nothing."""
 
 
-def _show(result: dict[str, Any], options: Options, value: dict[str, Any]) -> None:
+def _show(options: Options, value: dict[str, Any], table: Table, *said: str) -> None:
+    """Print a result: as JSON where that is asked for, else as a table and what is said below it."""
     if options.as_json:
         typer.echo(json.dumps(value, indent=2))
     elif not options.quiet:
         console = Console()
-        print_table(console, result_table(result))
-        console.print(notes(result), highlight=False)
+        print_table(console, table)
+        for text in filter(None, said):
+            console.print(text, highlight=False)
 
 
 @contextmanager

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedunlearn.errors import RecipeError
+from fedunlearn.federation.jobs import Engine
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import Experiment
@@ -79,7 +79,7 @@ def carry_out(order: Order) -> dict[str, Any] | None:
 
 def local(order: Order) -> dict[str, Any]:
     """Run the clients in this process."""
-    return _here(order)()
+    return _here(order)
 
 
 def flower_simulation(order: Order) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def flower_simulation(order: Order) -> dict[str, Any]:
     except ImportError as error:  # says what to install
         raise RecipeError(str(error)) from error
     with simulation(order.recipe) as grid:
-        return _here(order)(engine=engine_on(grid))
+        return _here(order, engine_on(grid))
 
 
 def flower(order: Order) -> dict[str, Any] | None:
@@ -117,23 +117,23 @@ ENGINES: dict[str, Callable[[Order], dict[str, Any] | None]] = {
 }
 
 
-def _here(order: Order) -> Callable[..., dict[str, Any]]:
+def _here(order: Order, engine: Callable[[Experiment], Engine] | None = None) -> dict[str, Any]:
     if order.compared is not None:
-        return partial(
-            compare,
+        return compare(
             order.recipe,
             order.out,
             order.compared,
+            engine=engine,
             prepared=order.prepared,
             observe=order.observe,
             tell=order.tell,
         )
-    return partial(
-        run,
+    return run(
         order.recipe,
         order.out,
         command=order.command,
         key=order.key,
+        engine=engine,
         prepared=order.prepared,
         observe=order.observe,
     )

@@ -20,7 +20,7 @@ from fedunlearn.channels.plan import Classifier
 from fedunlearn.data.datasets import DatasetImages
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError, ModelError
-from fedunlearn.files import written
+from fedunlearn.files import write_bytes
 from fedunlearn.seeding import generator
 
 _IMAGES = 5  # another number than the example has: the file takes batches of any size
@@ -90,8 +90,7 @@ def export_onnx(path: Path | str, model: Classifier, *, images: LabelledImages) 
     if not apart <= _TOLERANCE:
         raise ModelError(f"{path}: not written: by onnxruntime the logits are {apart:.1e} from torch's, of the largest")
     try:
-        with written(path) as part:
-            part.write_bytes(made.SerializeToString())
+        write_bytes(path, made.SerializeToString())
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be written ({error.strerror}): give a place in a folder that is there, with room for "

@@ -62,14 +62,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         place = values.untyped_storage().data_ptr()
         state[name] = values.clone() if place in places else values
         places.add(place)
-    with written(path) as part:
-        part.write_bytes(save(state, dict(metadata)))
+    write_bytes(path, save(state, dict(metadata)))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data``, whole or not at all."""
     with written(path) as part:
-        part.write_text(text, "utf-8")
+        part.write_bytes(data)
 
 
 def cache_folder() -> Path:

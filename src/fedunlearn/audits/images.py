@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.arguments import is_positive, is_whole, must_be
 from fedunlearn.channels.scores import Classes, forget_classes
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
@@ -100,7 +100,7 @@ def audit_images(
         raise DataError(f"audit_images(per_class=...) must be a whole number of at least 1, got {per_class!r}")
     if not is_whole(seed, 0):
         raise DataError(f"audit_images(seed=...) must be a whole number of at least 0, got {seed!r}")
-    if not is_number(lr) or lr <= 0:
+    if not is_positive(lr):
         raise DataError(f"audit_images(lr=...) must be a number above 0, got {lr!r}")
     if train.classes != test.classes:
         raise DataError(

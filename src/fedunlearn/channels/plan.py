@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.arguments import is_fraction, is_whole, must_be
 from fedunlearn.channels.checks import example_images
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.fit import check_finite, check_module, named_classes
@@ -230,7 +230,7 @@ class Cut:
     scope: str = "layer"
 
     def __post_init__(self) -> None:
-        if not is_number(self.fraction) or not 0 <= self.fraction < 1:
+        if not is_fraction(self.fraction):
             raise PlanError(f"fraction must be at least 0 and below 1, got {self.fraction!r}: check unlearn.fraction")
         if self.end not in ENDS:
             raise PlanError(f"unlearn.end must be one of {', '.join(ENDS)}, got {self.end!r}")

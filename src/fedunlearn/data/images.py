@@ -229,11 +229,10 @@ def joined(parts: Iterable[LabelledImages]) -> LabelledImages:
     if not rest:
         return first
     everyone = (first, *rest)
-    for name in ("shape", "classes", "mean", "std"):
-        found = [tuple(getattr(images, name)) for images in everyone]
-        differing = next((value for value in found if value != found[0]), None)
-        if differing is not None:
-            raise DataError(f"images can be joined where they agree in {name}, got {found[0]} and {differing}")
+    for images in rest:
+        why = Meaning.of(images).difference(Meaning.of(first))
+        if why is not None:
+            raise DataError(f"images that mean different things cannot be joined: {why}")
     groups = [images.groups for images in everyone if images.groups is not None]
     return first.followed_by(rest, torch.cat(groups) if len(groups) == len(everyone) else None)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.arguments import is_fraction, is_number, is_positive, is_whole, must_be
 from fedunlearn.data.images import LabelledImages
 from fedunlearn.errors import DataError
 from fedunlearn.seeding import generator
@@ -100,7 +100,7 @@ def hold_out(
     Raises:
         DataError: ``fraction`` is out of range.
     """
-    if not is_number(fraction) or not 0 <= fraction < 1:
+    if not is_fraction(fraction):
         raise DataError(f"the validation share must lie in [0, 1), got {fraction!r}")
     train, validation = {}, {}
     for name, images in clients.items():
@@ -138,7 +138,7 @@ def _by_group(images: LabelledImages, clients: int | None) -> tuple[Tensor, list
 
 
 def _by_dirichlet(images: LabelledImages, clients: int, alpha: float | None, draw: torch.Generator) -> Tensor:
-    if alpha is None or not is_number(alpha) or alpha <= 0:
+    if alpha is None or not is_positive(alpha):
         raise DataError(f"the dirichlet partition needs alpha above 0, got {alpha!r}")
     for _ in range(_DIRICHLET_TRIES):
         # A Dirichlet draw is a row of Gamma draws over its sum; float64 keeps small alphas from underflow.

@@ -31,7 +31,7 @@ from fedunlearn.evidence.verify import (
     scope,
 )
 from fedunlearn.federation.lock import LOCK, FolderLock
-from fedunlearn.files import written
+from fedunlearn.files import write_bytes, written
 
 _SCHEMA = 2
 _VERIFIER = "verify.py"
@@ -54,7 +54,7 @@ def write_dossier(folder: Path, key: Ed25519PrivateKey, *, time: str | None = No
     run = RunFolder.read(folder)
     _check_named(folder, key)
     verifier = files("fedunlearn").joinpath("evidence", "verify.py").read_bytes()
-    _write(folder / _VERIFIER, verifier)
+    write_bytes(folder / _VERIFIER, verifier)
     with readable(folder):
         value = _content(run, time or now()) | {"key": fingerprint(key.public_key())}
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
@@ -246,8 +246,3 @@ def _names(lines: bytes) -> set[str]:
 
 def _entry(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with written(path) as part:
-        part.write_bytes(data)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedunlearn.arguments import is_number
+from fedunlearn.arguments import is_fraction, is_positive
 from fedunlearn.errors import RecipeError
 from fedunlearn.federation.jobs import Reply
 from fedunlearn.training.sgd import constant
@@ -43,7 +43,7 @@ class Server:
     def __post_init__(self) -> None:
         if not callable(self.schedule):
             raise RecipeError(f"Server(schedule) must be a function, such as one_cycle, got {self.schedule!r}")
-        if not is_number(self.momentum) or not 0 <= self.momentum < 1:
+        if not is_fraction(self.momentum):
             raise RecipeError(f"Server(momentum=...) must be at least 0 and below 1, got {self.momentum!r}")
 
     def rates(self, lr: float, rounds: int) -> list[float]:
@@ -59,7 +59,7 @@ class Server:
                 f"Server(schedule) failed ({type(error).__name__}: {error}): it is called as schedule(round, rounds)"
             ) from error
         for factor in factors:
-            if not is_number(factor) or factor <= 0:
+            if not is_positive(factor):
                 raise RecipeError(f"Server(schedule) must give numbers above 0, got {factor!r}")
         return [lr * factor for factor in factors]
 

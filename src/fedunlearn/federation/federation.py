@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.arguments import is_share, is_whole, must_be
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FederationError, ModelError
 from fedunlearn.federation.about import asked
@@ -66,7 +66,7 @@ class Federation:
             )
         if not is_whole(self.seed, 0):
             raise FederationError(f"Federation(seed=...) must be a whole number of at least 0, got {self.seed!r}")
-        if not is_number(self.participation) or not 0 < self.participation <= 1:
+        if not is_share(self.participation):
             raise FederationError(
                 f"Federation(participation=...) must lie above 0 and at most at 1, got {self.participation!r}"
             )

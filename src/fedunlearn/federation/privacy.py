@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedunlearn.arguments import is_number, is_whole
+from fedunlearn.arguments import is_weight, is_whole
 from fedunlearn.errors import RecipeError
 
 _MECHANISMS = 2  # a Measure job releases sums and counts
@@ -45,7 +45,7 @@ class Privacy:
         for name in ("min_count", "clip", "noise", "min_images"):
             value = getattr(self, name)
             whole = name in ("min_count", "min_images")
-            if not (is_whole(value, 0) if whole else is_number(value) and value >= 0):
+            if not (is_whole(value, 0) if whole else is_weight(value)):
                 raise RecipeError(
                     f"privacy.{name} must be {'a whole number of ' if whole else ''}0 or more, got {value!r}"
                 )

@@ -36,7 +36,6 @@ from fedunlearn.training.moments import (
     moment_layers,
     moment_operations,
     patch_width,
-    squared_gradient_sums,
 )
 
 
@@ -44,7 +43,7 @@ from fedunlearn.training.moments import (
 class Gradients:
     """Sum the gradients of the cross-entropy, or their squares, over images.
 
-    Answer: by parameter, float64, in its shape, see ``gradient_sums`` and ``squared_gradient_sums``.
+    Answer: by parameter, float64, in its shape, see ``gradient_sums``.
 
     Attributes:
         squared: the squares of the gradients of single images.
@@ -63,7 +62,7 @@ class Gradients:
         """Return the sums over the client's images of the other classes."""
         check_rows(job, model, None, data)
         images = kept_sample(job, data, self.exclude, self.sample, rules)
-        found = (squared_gradient_sums if self.squared else gradient_sums)(model, images, compute)
+        found = gradient_sums(model, images, compute, squared=self.squared)
         return Answer(found, len(images), len(images))
 
     def layout(self, model: Classifier) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -335,7 +335,8 @@ def _coarse(total: Tensor, images: int) -> Tensor:
 
 _ROUNDED = 1e-6  # by which a sum of probabilities may exceed their number
 
-TASKS = (Measure, Reestimate, Train, Evaluate, Gradients, Moments)  # all that a message can ask for
+AnyTask = Measure | Reestimate | Train | Evaluate | Gradients | Moments  # all that a message can ask for
+TASKS = get_args(AnyTask)
 
 
 def channels_of(model: Classifier, hook: str) -> Channels:

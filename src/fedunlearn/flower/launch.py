@@ -14,17 +14,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedunlearn.errors import FederationError
 from fedunlearn.evidence.folder import RESULT
 from fedunlearn.flower.app import PATIENCE, PREFIX, built_by, held_by
 from fedunlearn.flower.client import client_app
-from fedunlearn.flower.messages import Context, Grid, Message, ServerApp
+from fedunlearn.flower.messages import Context, Grid, ServerApp
 from fedunlearn.run.inputs import read_data, share_out
 from fedunlearn.run.recipe import PATHS, Recipe
 from fedunlearn.run.tables import ON_FLOWER
@@ -208,7 +208,7 @@ def simulation(recipe: Recipe, *, start: float = START) -> Iterator[Grid]:
         grid = grids.get(timeout=start)
         if grid is None:
             raise FederationError(f"Flower's simulation failed{_reason(failures)}")
-        yield _Watched(grid, thread, failures)
+        yield cast(Grid, _Watched(grid, thread, failures))
     except queue.Empty:
         raise FederationError(f"Flower's simulation did not start within {start:g} s") from None
     finally:
@@ -346,7 +346,7 @@ class _Flwr:
         return str(run["status"]), str(run.get("status-details") or "")
 
 
-class _Watched(Grid):
+class _Watched:
     """The grid of a simulation, which would keep silent if that failed."""
 
     def __init__(self, grid: Grid, thread: threading.Thread, failures: list[BaseException]) -> None:
@@ -354,39 +354,11 @@ class _Watched(Grid):
         self._thread = thread
         self._failures = failures
 
-    def _alive(self) -> Grid:
+    def __getattr__(self, name: str) -> Any:
+        """Return what the grid has by this name, while the simulation lives."""
         if not self._thread.is_alive():
             raise FederationError(f"Flower's simulation failed{_reason(self._failures)}")
-        return self._grid
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the clients' nodes."""
-        return self._alive().get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages and return their ids."""
-        return self._alive().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the answers that are there."""
-        return self._alive().pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and wait for their answers."""
-        return self._alive().send_and_receive(messages, timeout=timeout)
-
-    def create_message(self, *args: Any, **options: Any) -> Message:
-        """Return a message."""
-        return self._grid.create_message(*args, **options)
-
-    def set_run(self, run: Any) -> None:
-        """Set the run that messages are of."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run that messages are of."""
-        return self._grid.run
+        return getattr(self._grid, name)
 
 
 def _reason(failures: list[BaseException]) -> str:

@@ -120,6 +120,7 @@ class LocalSettings:
 
     def __post_init__(self) -> None:
         in_range(self, lr=or_none(is_positive), epochs=or_none(is_positive))
+        self.objective()  # refuses what is out of its range
 
     def objective(self) -> Objective | None:
         """Return what clients minimise, by which it is told who is drawn; None: cross-entropy of images that stay."""
@@ -145,12 +146,7 @@ def settings_by(method: Method, erasing: Erasing | None) -> Any:
     """Return the settings of a method, with the erase step of a recipe in the place of its own where it has one."""
     if erasing is None or not method.erases:
         return method.settings
-    return by_step(method.settings, erasing)
-
-
-def by_step(settings: Any, erasing: Erasing) -> Any:
-    """Return settings of an erase step with the values of ``erasing``."""
-    return replace(settings, **{step.name: getattr(erasing, step.name) for step in fields(EraseStep)})
+    return replace(method.settings, **{step.name: getattr(erasing, step.name) for step in fields(EraseStep)})
 
 
 def passes(settings: LocalSettings, request: Request, fed: Federation) -> float:

@@ -12,12 +12,10 @@ from fedunlearn.methods.base import (
     Method,
     Outcome,
     Request,
-    by_step,
     delivered,
     prunes,
     trained,
 )
-from fedunlearn.training.objectives.erase import Erasing
 
 ERASE_SPACE: dict[str, tuple[float, ...]] = {
     "complement": (0.5, 1.0, 2.0),
@@ -30,22 +28,10 @@ ERASE_SPACE: dict[str, tuple[float, ...]] = {
 class Erase(EraseStep, LocalSettings):
     """Settings: those of the erase step, and of the training."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.objective()  # refuses what is out of range
 
-
-def by_recipe(request: Request) -> Erase:
-    """Return the erase step of the recipe as settings, for the control, which applies where there is one."""
-    known = request.repair.training.objective
-    assert isinstance(known, Erasing)  # a recipe has no other
-    step: Erase = by_step(Erase(), known)
-    return step
-
-
-def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase | None) -> Outcome:
+def erase_only(model: Classifier, fed: Federation, request: Request, settings: Erase) -> Outcome:
     """Train ``model`` as the repair does, from its own weights."""
-    erased = trained(model, fed, request, settings or by_recipe(request), phase="erase_only")
+    erased = trained(model, fed, request, settings, phase="erase_only")
     return Outcome(delivered(erased, request), fed.cost("erase_only"))
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedunlearn.arguments import is_share, is_weight
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
-from fedunlearn.training.objectives.base import in_range
 from fedunlearn.training.objectives.sparse import Sparse
 
 
@@ -23,10 +21,6 @@ class L1Sparse(LocalSettings):
     epochs: float | None = 10.0
     penalty: float = 5e-4
     until: float = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range(self, penalty=is_weight, until=is_share)
 
     def objective(self) -> Sparse:
         """Return what clients minimise."""

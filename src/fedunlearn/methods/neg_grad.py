@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedunlearn.arguments import is_part
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, trained
 from fedunlearn.training.objectives.ascend import Ascend
-from fedunlearn.training.objectives.base import in_range
 
 
 @dataclass(frozen=True)
@@ -17,10 +15,6 @@ class NegGrad(LocalSettings):
     """Settings: ``kept`` is the weight ``b`` of the images that stay; published are .95 to .9999."""
 
     kept: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range(self, kept=is_part)
 
     def objective(self) -> Ascend:
         """Return what clients minimise."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedunlearn.arguments import is_positive, is_weight, or_none
+from fedunlearn.arguments import is_fraction, is_positive, or_none
 from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.channels.scores import Criterion, contrast, tf_idf
@@ -26,7 +26,7 @@ class Prune:
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        in_range(self, fraction=or_none(lambda value: is_weight(value) and value < 1), lr=or_none(is_positive))
+        in_range(self, fraction=or_none(is_fraction), lr=or_none(is_positive))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedunlearn.arguments import is_part, is_positive, is_share, is_weight
+from fedunlearn.arguments import is_share
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.federation.federation import Federation
 from fedunlearn.methods.base import LocalSettings, Method, Outcome, Request, delivered, passes, trained_once
@@ -31,8 +31,8 @@ class Scrub(LocalSettings):
     away: float = 0.1
 
     def __post_init__(self) -> None:
+        in_range(self, ascent=is_share)  # first: its number of turns is made of it
         super().__post_init__()
-        in_range(self, distil=is_weight, temperature=is_positive, ascent=is_share, away=is_part)
 
     def objective(self, turns: int = 1) -> Objective:
         """Return what clients minimise in so many turns."""

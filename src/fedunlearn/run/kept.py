@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,65 +59,59 @@ _TRAINED_BY = (
 )
 
 
-@dataclass(frozen=True)
-class KeptModel:
-    """The file of one retrained model and its rounds, in the cache or in a folder of models.
+def cached(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> Path | None:
+    """Return where the cache has a model of a recipe's data, federation, training and precision, without ``forget``.
 
-    Attributes:
-        path: where it is, or will be.
+    Args:
+        recipe: the recipe; how it unlearns does not matter here.
+        forget: the classes left out.
+        data: fingerprint of the images and of how they are normalised.
+        seed: of the retrained model.
+
+    Returns:
+        None for a model of the user's own, whose code a name does not identify.
     """
+    if ":" in recipe.model.name:
+        return None
+    parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
+    fewest = recipe.rules().min_images  # clients with fewer images take no part, nor count those of validation
+    about = [_code_digest(), torch.__version__, own_device().type, *parts, sorted(forget), data, seed, fewest]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return cache_folder() / "retrained" / f"{key}.safetensors"
 
-    path: Path
 
-    @staticmethod
-    def in_cache(recipe: Recipe, forget: Sequence[int], data: str, seed: int) -> KeptModel | None:
-        """Return the file for a recipe's data, federation, architecture, training and precision, without ``forget``.
+def restore(path: Path, model: nn.Module, rounds: Path | None = None) -> list[Step] | None:
+    """Fill ``model`` with kept weights and return the rounds that they took; None where there is nothing to read.
 
-        Args:
-            recipe: the recipe; how it unlearns does not matter here.
-            forget: the classes left out.
-            data: fingerprint of the images and of how they are normalised.
-            seed: of the retrained model.
+    Args:
+        path: the weights.
+        model: of their network.
+        rounds: the file of a run that has the rounds of all its retrained models; they stand in ``path`` where None.
+    """
+    try:
+        state, about = _read(path)
+        told = json.loads(about["steps"]) if rounds is None else json.loads(rounds.read_text("utf-8"))[path.stem]
+        steps = [Step.from_dict(value) for value in told]
+        copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
+        model.load_state_dict(state)
+    except _UNREADABLE:
+        return None
+    return steps
 
-        Returns:
-            None for a model of the user's own, whose code a name does not identify.
-        """
-        if ":" in recipe.model.name:
-            return None
-        parts = [recipe.digest("data", "federation", "train", "compute"), recipe.model.name, recipe.model.shortcut]
-        fewest = recipe.rules().min_images  # clients with fewer images take no part, nor count those of validation
-        about = [_code_digest(), torch.__version__, own_device().type, *parts, sorted(forget), data, seed, fewest]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return KeptModel(cache_folder() / "retrained" / f"{key}.safetensors")
 
-    def restore(self, model: nn.Module) -> list[Step] | None:
-        """Fill ``model`` with the kept weights and return their rounds; None where there is nothing to read."""
-        try:
-            state, about = _read(self.path)
-            steps = [Step.from_dict(value) for value in json.loads(about["steps"])]
-            _fill(model, state)
-        except _UNREADABLE:
-            return None
-        return steps
-
-    def store(self, model: nn.Module, steps: Sequence[Step]) -> None:
-        """Keep ``model`` and the rounds it took; a cache that cannot be written costs the next run a training."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self.path, model.state_dict(), {"steps": json.dumps(_values(steps))})
-        except OSError as error:
-            _warn_once(cache_folder(), error.strerror or str(error))
+def store(path: Path, model: nn.Module, steps: Sequence[Step]) -> None:
+    """Keep ``model`` and the rounds it took; a cache that cannot be written costs the next run a training."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, model.state_dict(), {"steps": json.dumps(_values(steps))})
+    except OSError as error:
+        _warn_once(cache_folder(), error.strerror or str(error))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Return the tensors in a file, and what stands beside them."""
     with safetensors.safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    copy.deepcopy(model).load_state_dict(state)  # what does not fit would leave a model half filled
-    model.load_state_dict(state)
 
 
 def _values(steps: Sequence[Step]) -> list[Any]:
@@ -156,11 +150,10 @@ def fill_kept(fresh: Classifier, experiment: Experiment, *, seed: int) -> list[S
     """
     folder, name = Path(experiment.recipe.audit.models), f"retrained-{seed}"
     if _is_run(folder):
-        path = retrained_file(folder, name)
-        steps = _of_run(folder, path, fresh.module)
+        path, rounds = retrained_file(folder, name), folder / RETRAINING
     else:
-        path = folder / f"{name}.safetensors"
-        steps = KeptModel(path).restore(fresh.module)
+        path, rounds = folder / f"{name}.safetensors", None
+    steps = restore(path, fresh.module, rounds)
     if steps is None:
         raise RunError(
             f"{path}: expected a retrained model with its rounds, as the recipe gives it: ask for fewer "
@@ -247,13 +240,3 @@ def most_named(model: Classifier, test: LabelledImages, forget: Sequence[int]) -
 
 def _is_run(folder: Path) -> bool:
     return bool(header_of(folder)) or (folder / RESULT).exists()
-
-
-def _of_run(folder: Path, path: Path, model: nn.Module) -> list[Step] | None:
-    """Fill ``model`` with a run's retrained model and return its rounds; None where there is nothing to read."""
-    try:
-        steps = [Step.from_dict(value) for value in json.loads((folder / RETRAINING).read_text("utf-8"))[path.stem]]
-        _fill(model, _read(path)[0])
-    except _UNREADABLE:
-        return None
-    return steps

@@ -15,11 +15,10 @@ from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.rounds import Watch, train_rounds
-from fedunlearn.methods.base import Outcome, Request, as_many
-from fedunlearn.methods.erase_only import ERASE_ONLY
+from fedunlearn.methods.base import Outcome, Request, as_many, settings_by
 from fedunlearn.methods.table import CONTROLS
 from fedunlearn.run.experiment import Experiment, new_model, save_model
-from fedunlearn.run.kept import KNOWS, KeptModel, check_folder_of_models, fill_kept, most_named
+from fedunlearn.run.kept import KNOWS, cached, check_folder_of_models, fill_kept, most_named, restore, store
 from fedunlearn.unlearn import Forgotten, Unlearned
 
 
@@ -50,8 +49,9 @@ def controls(experiment: Experiment, original: Classifier, unlearned: Forgotten,
     cut = replace(unlearned.cut, fraction=as_many(unlearned)) if isinstance(unlearned, Unlearned) else experiment.cut()
     asked = request(experiment, fed, cut=cut, clients=unlearned.clients, spent=unlearned.cost)
     asked = replace(asked, unlearned=unlearned)
+    erasing = experiment.recipe.erase.erasing()
     return {
-        control.name: control.run(original, fed, asked, None if control is ERASE_ONLY else control.settings)
+        control.name: control.run(original, fed, asked, settings_by(control, erasing))
         for control in CONTROLS
         if control.applies(asked)
     }
@@ -178,9 +178,9 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
         return Oracle(fresh, fill_kept(fresh, experiment, seed=fed.seed), True)
     # The shares of clients depend on the images of all classes.
     place = f"{data} of {experiment.all_classes} without {earlier}" if earlier else data
-    cache = KeptModel.in_cache(recipe, experiment.forget, place, fed.seed)
+    cache = cached(recipe, experiment.forget, place, fed.seed)
     if cache is not None and not fed.journal.steps("retrain"):
-        restored = cache.restore(fresh.module)
+        restored = restore(cache, fresh.module)
         if restored is not None:
             return Oracle(fresh, restored, True)
     kept = fed.keeping(exclude=experiment.forget, clients=experiment.keepers())
@@ -196,5 +196,5 @@ def _retrained(experiment: Experiment, fed: Federation, data: str) -> Oracle:
     steps = fed.journal.steps("retrain")
     # One that some clients had no part in, as they failed, is not what the next run would train.
     if cache is not None and not any(entry.refused for step in steps for entry in step.entries):
-        cache.store(model.module, steps)
+        store(cache, model.module, steps)
     return Oracle(model, steps, False)

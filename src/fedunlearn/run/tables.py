@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
-from fedunlearn.arguments import is_number
+from fedunlearn.arguments import is_fraction
 from fedunlearn.channels.scores import CRITERIA
 from fedunlearn.data.batches import AUGMENTATIONS
 from fedunlearn.data.readers import READERS
@@ -36,7 +36,7 @@ def _among(table: Collection[str]) -> AfterValidator:
 def _fraction(value: Any) -> float | Literal["auto"]:
     if value == "auto":
         return "auto"
-    if not is_number(value) or not 0 <= value < 1:
+    if not is_fraction(value):
         raise ValueError('Input should be at least 0 and below 1, or "auto"')
     return float(value)
 

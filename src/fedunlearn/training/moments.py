@@ -17,23 +17,14 @@ from fedunlearn.training.evaluation import in_order
 _ROWS = 2  # for each value that a row has
 
 
-def gradient_sums(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
+def gradient_sums(
+    model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool = False
+) -> dict[str, Tensor]:
     """Return ``sum_i g_i`` by parameter, float64, ``g_i`` the gradient of the cross-entropy of image ``i``.
 
-    The model is in evaluation mode, so that no image has a part in the gradient of another.
+    ``squared``: ``sum_i g_i^2``, element by element: ``n`` times the diagonal of the empirical Fisher matrix. The model
+    is in evaluation mode, so that no image has a part in the gradient of another.
     """
-    return _gradients(model, images, compute, squared=False)
-
-
-def squared_gradient_sums(model: nn.Module, images: LabelledImages, compute: Compute) -> dict[str, Tensor]:
-    """Return ``sum_i g_i^2`` by parameter, element by element: ``n`` times the diagonal of the empirical Fisher matrix.
-
-    One image at a time; otherwise as ``gradient_sums``.
-    """
-    return _gradients(model, images, compute, squared=True)
-
-
-def _gradients(model: nn.Module, images: LabelledImages, compute: Compute, *, squared: bool) -> dict[str, Tensor]:
     frozen = [weight for weight in model.parameters() if weight.is_floating_point() and not weight.requires_grad]
     try:
         return _summed(with_gradients(model.eval()), images, compute, squared=squared)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.sgd import sgd
 from torch.utils.data import Dataset
 
-from fedunlearn.arguments import is_number, is_whole, must_be
+from fedunlearn.arguments import is_count, is_fraction, is_positive, is_weight, is_whole, must_be
 from fedunlearn.channels.copying import copied
 from fedunlearn.channels.taps import head_input, input_of, reading
 from fedunlearn.data.batches import AUGMENTATIONS, batches
@@ -23,7 +23,7 @@ from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
 from fedunlearn.training.compute import FLOAT32, Compute
 from fedunlearn.training.mixing import again_and_again, is_forgotten, mixed
-from fedunlearn.training.objectives.base import Fading, Seen, first_rounds
+from fedunlearn.training.objectives.base import Fading, Seen, first_rounds, in_range
 from fedunlearn.training.objectives.table import OBJECTIVES, Objective
 
 _WARM_UP = 0.2
@@ -65,16 +65,8 @@ class Training:
     objective: Objective | None = None
 
     def __post_init__(self) -> None:
-        for name, valid in {
-            "lr": is_number(self.lr) and self.lr > 0,
-            "batch_size": is_whole(self.batch_size, 1),
-            "local_epochs": is_number(self.local_epochs) and self.local_epochs > 0,
-            "momentum": is_number(self.momentum) and 0 <= self.momentum < 1,
-            "weight_decay": is_number(self.weight_decay) and self.weight_decay >= 0,
-            "label_smoothing": is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
-        }.items():
-            if not valid:
-                raise RecipeError(f"Training({name}=...) is out of range: got {getattr(self, name)!r}")
+        in_range(self, lr=is_positive, batch_size=is_count, local_epochs=is_positive)
+        in_range(self, momentum=is_fraction, weight_decay=is_weight, label_smoothing=is_fraction)
         too_fast = self.decays_too_fast(self.lr)
         if too_fast is not None:
             raise RecipeError(f"Training(weight_decay=...): {too_fast}")
