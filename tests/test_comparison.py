@@ -103,14 +103,12 @@ def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared, t
     assert f"> {row['speedup'][0]:.1f}" in lines["contrast"]
     assert "> " not in lines["relabel"]
     assert "> is a lower bound" in text.export_text(clear=False)
-    for cell in told["cells"].values():
-        cell.pop("speedup_range", None)
     shutil.copytree(folder / "out", tmp_path / "out")
-    for shown, words in ((value, "beside each retrained model"), (told, "beside the first retrained model")):
+    for shown in (value, told):
         (tmp_path / "out" / "compare.json").write_text(json.dumps(shown))
         write_comparison(tmp_path / "out")
         page = (tmp_path / "out" / "report.html").read_text()
-        assert (words in page, f"&gt; {row['speedup'][0]:.1f}" in page) == (True, shown is told)
+        assert (f"&gt; {row['speedup'][0]:.1f}" in page) == (shown is told)
     row = next(row for row in summary(value) if row["name"] == "contrast")
     cells = [value["cells"][f"contrast-seed{seed}"] for seed in (0, 1)]
     assert row["speedup"][1:] == (

@@ -165,7 +165,7 @@ def test_where_no_cut_passes_the_words_say_so():
         {"fraction": 0.2, "probability": 0.3, "forget": 0.0},
         {"fraction": 0.4, "probability": 0.1, "forget": 0},
     ]
-    said = words.chosen({"chosen": 0.4, "passed": False, "attempts": attempts})
+    said = words.chosen({"chosen": 0.4, "removed": 0.4, "passed": False, "attempts": attempts})
     assert said.startswith(
         "40 % of the channels went, by a cut of 40 %: of the cuts that were tried none brought the probability that"
     )

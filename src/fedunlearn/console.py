@@ -292,8 +292,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(MODELS.get(name, name), *_figures(block, block.get("cost")))
     took = result.get("retraining", {})
     for name, block in result.get("oracles", {}).items():
-        spent = took.get(name) if isinstance(took, Mapping) else None  # of schema 1 it is of the first alone
-        table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, spent))
+        table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, took.get(name)))
     table.columns = [column for column in table.columns if any(column.cells)]  # of one model there is no cost
     return table
 

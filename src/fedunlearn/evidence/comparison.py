@@ -53,7 +53,6 @@ def _page(value: Mapping[str, Any]) -> str:
         "cannot": blind(value),
         "plot": plots.compared(rows, value["retrained"], told, FIGURES[told].label),
         "told": FIGURES[told].label,
-        "ranged": all("speedup_range" in cell for cell in value["cells"].values() if "speedup" in cell),
     }
     return rendered("comparison.html", values)
 
@@ -107,10 +106,10 @@ def summary(value: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def speedup(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float, float] | None:
-    """Return the speed-up to equal R over seeds and retrained models; an older cell has that beside the first alone."""
+    """Return the speed-up to equal R over seeds and retrained models."""
     if not all("speedup" in cell for cell in cells):
         return None
-    ranges = [cell.get("speedup_range", [cell["speedup"]]) for cell in cells]
+    ranges = [cell["speedup_range"] for cell in cells]
     return mean(cell["speedup"] for cell in cells), min(map(min, ranges)), max(map(max, ranges))
 
 

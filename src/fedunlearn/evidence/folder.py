@@ -50,12 +50,17 @@ class RunFolder:
         """Return the run in ``path``.
 
         Raises:
-            RunError: there is none, or it is not finished.
+            RunError: there is none, it is not finished, or another version of this program wrote it.
         """
         file = path / RESULT
         if not file.is_file():
             raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
         result = read_json(file)
+        if result.get("schema") != SCHEMA:
+            raise RunError(
+                f"{file}: expected a result of schema {SCHEMA}, got {result.get('schema')!r}: read it by the version "
+                "of fedunlearn that wrote it"
+            )
         audits = sorted((path / "audits").glob("*.json"))
         return RunFolder(path, result, {audit.stem: read_json(audit) for audit in audits})
 

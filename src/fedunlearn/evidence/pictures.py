@@ -15,7 +15,6 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.folder import BEFORE, MAPS, PLAN, SCORES, RunFolder
 from fedunlearn.evidence.maps import FeatureMaps
-from fedunlearn.evidence.speedup import retraining
 from fedunlearn.evidence.words import sent_to
 from fedunlearn.tabular import amount, percent
 
@@ -120,7 +119,7 @@ def _classes(run: RunFolder) -> Plot:
 def _work(run: RunFolder) -> Plot:
     result = run.result
     spent, r = result["cost"]["unlearn"]["client_flops"], result["unlearned"]["validation"]["retain"]
-    found = retraining(result)
+    found = list(result["retraining"].values())
     there = sorted(oracle["client_flops"] for oracle in found if oracle["reached"])
     late = sorted(oracle["curve"][-1][0] for oracle in found if not oracle["reached"])
     beside = []

@@ -151,7 +151,7 @@ def _rows(run: RunFolder) -> list[dict[str, Any]]:
         {"text": text, "block": block, "verdict": _short(block), "candidate": name == "unlearned"}
         for name, text in MODELS.items()
         for block in [{**_own(result, name), **result.get("controls", {}).get(name, {})}]
-        if "accuracy" in block  # that of a file audited by an older version has none
+        if "accuracy" in block  # not every run has every model
     ]
     for row in rows:
         if row["candidate"]:

@@ -60,20 +60,9 @@ def to_equal_r(result: Mapping[str, Any]) -> Speedup | None:
     """Return the speed-ups over all retrained models; None where the run has none."""
     if "speedup" not in result:
         return None
-    found = retraining(result)
+    found = list(result["retraining"].values())
     ratios = [oracle["speedup"] for oracle in found]
     late = sum(not oracle["reached"] for oracle in found)
     spent = result["cost"]["unlearn"]["client_flops"]
     whole = [oracle["curve"][-1][0] / spent for oracle in found]  # the last round is looked at
     return Speedup(fmean(ratios), min(ratios), max(ratios), len(ratios), late, fmean(whole))
-
-
-def retraining(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return of each retrained model its curve, what it took to equal R, whether it got there, and the speed-up."""
-    found = result.get("retraining")
-    if isinstance(found, Mapping):
-        return list(found.values())
-    # A result of schema 1 has the first model alone, and in the beginning no curve.
-    cost = {key: result["cost"]["retrain"][key] for key in ("client_flops", "reached")}
-    curve = found or [[result["cost"]["retrain_whole"]["client_flops"], 0.0]]
-    return [cost | {"curve": curve, "speedup": result["speedup"]["client_flops"]}]

@@ -273,12 +273,12 @@ def chosen(fraction: Mapping[str, Any]) -> str:
         f"{_share(attempt['fraction'])} ({_share(attempt['probability'])}, U {_share(attempt['forget'])})"
         for attempt in fraction["attempts"]
     ]
-    removed = fraction.get("removed", fraction["chosen"])  # older results do not tell
+    removed = fraction["removed"]
     went = f"{_share(removed)} of the channels went, by a cut of {_share(fraction['chosen'])}"
     if removed < fraction["chosen"] - _ROUNDED:
         went += " (the others of that share do not speak for the class)"
     went += ": of the cuts that were tried"
-    if fraction.get("passed", True):  # older results were there only where one did
+    if fraction["passed"]:
         why = (
             ", the smallest after which the clients' validation images of the class are given little probability for "
             "it, 5 % in the mean or less"
