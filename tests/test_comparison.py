@@ -33,6 +33,7 @@ from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import prepare
 from fedunlearn.run.kept import store
 from fedunlearn.run.recipe import load_recipe
+from fedunlearn.run.tuning import score
 from fedunlearn.training.objectives.erase import Erasing
 from test_cli import PROGRAM, fedunlearn
 
@@ -277,6 +278,11 @@ def test_a_method_of_ones_own_is_a_row_and_a_failure_costs_its_cell(compared, mo
     page = (folder / "out" / "report.html").read_text()
     assert "made up" in page
     assert "broken-seed0: ZeroDivisionError: nothing is left" in page
+
+
+def test_a_trial_is_scored_by_its_u_and_what_its_r_lacks():
+    assert score(0.1, 0.7, 0.9) == pytest.approx(0.3)
+    assert score(0.1, 0.95, 0.9) == pytest.approx(0.1)
 
 
 def test_settings_are_tried_on_validation_images_and_all_trials_are_told(tmp_path, monkeypatch):

@@ -114,6 +114,24 @@ def test_bad_partitions_are_refused(options, text):
         partition(numbered(), **options)
 
 
+def test_half_of_the_pictures_are_mirrored_left_to_right():
+    picture = torch.arange(6.0).reshape(1, 1, 2, 3).expand(2000, -1, -1, -1)
+    found = AUGMENTATIONS["flip"](picture, torch.Generator().manual_seed(0))
+    mirrored = (found == torch.tensor([[2.0, 1, 0], [5, 4, 3]])).all((1, 2, 3))
+    assert ((found == picture).all((1, 2, 3)) | mirrored).all()
+    assert 0.45 < mirrored.float().mean() < 0.55
+
+
+def test_a_small_alpha_gives_a_class_to_few_clients_and_a_large_one_to_all():
+    images = make_images(4000, 4)
+    largest = {}
+    for alpha in (0.1, 100.0):
+        clients = partition(images, by="dirichlet", clients=4, alpha=alpha, seed=0)
+        largest[alpha] = max(int(own.counts().max()) for own in clients.values()) / 1000
+    assert largest[0.1] > 0.8
+    assert largest[100.0] < 0.35
+
+
 def test_other_bad_arguments_are_refused(images):
     with pytest.raises(DataError, match="the bias partition leaves client-3 without images"):
         partition(numbered(8).without([3]), by="bias", clients=4, bias=1.0)

@@ -773,8 +773,26 @@ def test_the_cost_of_phases_is_that_of_their_entries(net):
     reestimate(classifier(net), fed)
     assert fed.cost("train") == Cost.of(fed.journal.entries("train"))
     assert fed.cost("train").rounds == 2
+    one = Entry("train", ("a",), samples=2, flops=3, seconds=0.5, bytes_down=5, bytes_up=7)
+    two = Entry("evaluate", ("a", "b"), samples=20, flops=30, seconds=1.0, bytes_down=50, bytes_up=70)
+    assert Cost.of([one, two]) == Cost(
+        rounds=1, client_samples=22, client_flops=33, client_seconds=1.5, bytes_up=77, bytes_down=55, clients=2
+    )
     assert fed.cost("train", "reestimate") == Cost.of(fed.journal.entries("train", "reestimate"))
     assert fed.cost("repair") == Cost()
+
+
+@pytest.mark.parametrize(
+    ("task", "operations"),
+    [
+        (Measure(classes=3), 100),
+        (Reestimate(), 100),
+        (Evaluate(), 100),
+        (Train(training=Training(0.1), lr=0.1), 300),
+    ],
+)
+def test_an_image_of_a_job_costs_a_pass_forth_and_in_training_one_back(net, task, operations):
+    assert task.operations(classifier(net), forward=100, training=300) == operations
 
 
 def test_a_part_of_a_federation_records_its_steps_under_its_own_name(net):

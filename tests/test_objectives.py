@@ -16,7 +16,7 @@ from fedunlearn.federation.tasks import Train
 from fedunlearn.training.objectives.ascend import Ascend
 from fedunlearn.training.objectives.base import Seen, kl
 from fedunlearn.training.objectives.distil import Distil
-from fedunlearn.training.objectives.erase import complement
+from fedunlearn.training.objectives.erase import Erasing, complement, separation
 from fedunlearn.training.objectives.relabel import Relabel
 from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.objectives.sparse import Sparse
@@ -169,6 +169,22 @@ def answer(objective, *, images=IMAGES, epochs=1.0, rules=ANY):
     training = Training(0.1, 8, epochs, objective=objective)
     asked = job(Train(training=training, lr=0.05, exclude=(2,)), classifier(make_net()))
     return handle(asked, make_net(), ClientData("a", images), rules)
+
+
+def test_images_to_forget_count_by_their_share_of_the_batch():
+    """Two of six: no sum of the two halves with their shares exchanged, or with a sign turned, is the same."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    of = labels == 2
+    logits, features = values(), torch.tensor([[0.0], [1], [5], [2], [1], [7]])
+    before = torch.tensor([[0.0, 1, 9]]).expand(6, 3)  # class 1 is the likeliest of those that stay
+    batch = replace(seen(logits, before=before), labels=labels, forgotten=of, features=features)
+    log_p = logits.log_softmax(1)
+    kept = -log_p[~of][range(4), [0, 1, 0, 1]].mean()
+    away = -torch.log1p(-log_p[of].exp()[:, 2]).mean()
+    erased = 2 / 3 * kept + 1 / 3 * (2 * away + 0.5 * separation(features, of))
+    assert float(Erasing(complement=2.0, separation=0.5).loss(batch)) == pytest.approx(float(erased))
+    relabelled = 2 / 3 * kept - 1 / 3 * log_p[of][:, 1].mean()
+    assert float(Relabel("likeliest").loss(batch)) == pytest.approx(float(relabelled))
 
 
 @pytest.mark.parametrize("objective", [Sparse(1e-3), Ascend(0.9), Relabel("random"), Relabel("likeliest"), Scrub(0.5)])

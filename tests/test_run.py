@@ -1134,6 +1134,13 @@ def test_a_run_that_is_not_finished_or_of_another_version_gives_no_models(signed
         run(recipe, tmp_path / "out")
 
 
+def test_a_model_has_so_many_multiply_adds_an_image_and_parameters():
+    """A convolution of 3 x 3 from 1 to 4 channels on 8 x 8 pixels, and a layer of 256 inputs and 3 outputs."""
+    layers = [torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 3)]
+    found = evaluate(torch.nn.Sequential(*layers), make_images(30), forget=2)
+    assert (found["macs"], found["parameters"]) == (9 * 4 * 64 + 256 * 3, 9 * 4 + 4 + 256 * 3 + 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "controls"),
     [

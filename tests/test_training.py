@@ -1,6 +1,7 @@
 """What training takes from torch and scikit-learn: their own results, without all that they import for them."""
 
 import copy
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,6 +113,28 @@ def test_steps_are_those_of_torchs_sgd_to_the_bit(settings):
         assert all(parameter.grad is None for parameter in ours.parameters())
         for name, tensor in theirs.state_dict().items():
             assert ours.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+def test_a_client_takes_the_steps_of_nesterov_with_weight_decay():
+    """``g + decay * w``, ``v = momentum * v + g``, ``w -= lr * (g + momentum * v)``, over three steps by hand."""
+    net, images, velocity = make_net(), make_images(6), None
+    slow = copy.deepcopy(net).train()
+    weights = list(slow.parameters())
+    train_locally(net, images, Training(0.1, 6, 3.0, momentum=0.9, weight_decay=0.01), lr=0.1, draw=torch.Generator())
+    for _ in range(3):
+        found = torch.autograd.grad(F.cross_entropy(slow(normalised(images)), images.labels), weights)
+        steps = [gradient + 0.01 * weight.detach() for gradient, weight in zip(found, weights)]
+        velocity = steps if velocity is None else [0.9 * v + step for v, step in zip(velocity, steps)]
+        with torch.no_grad():
+            for weight, step, v in zip(weights, steps, velocity):
+                weight.sub_(0.1 * (step + 0.9 * v))
+    for expected, weight in zip(weights, net.parameters()):
+        torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_rate_rises_in_a_line_over_a_fifth_and_falls_by_a_cosine():
+    rates = [one_cycle(round, 10) for round in (0, 1, 5)]
+    assert rates == pytest.approx([0.25, 0.75, (1 + math.cos(math.pi * 0.35 / 0.8)) / 2])
 
 
 def test_a_layer_that_is_skipped_at_first_takes_the_steps_of_torchs_sgd():
