@@ -205,6 +205,13 @@ def signed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied(signed: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a copy of the signed run to do damage to, and the public key."""
+    shutil.copytree(signed / "run", tmp_path / "run")
+    return tmp_path / "run", signed / "operator.pub"
+
+
 def _signed(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     recipe = load_recipe(str(write_set(folder, oracles=4)), ['evidence.request="case 7"', "evidence.feature_maps=true"])
