@@ -83,6 +83,29 @@ def with_marked_client(engine_clients):
     }
 
 
+@pytest.mark.parametrize("objective", [None, Erasing(0.5)])
+def test_a_network_that_drops_out_repeats_whichever_thread_trains_it(objective):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = make_net()[:-1], make_net()[-1]
+
+        def forward(self, images):
+            return self.head(F.dropout(self.features(images), 0.5, self.training))
+
+    training = Training(0.1, batch_size=8, local_epochs=2.0, objective=objective)
+    asked = job(Train(training=training, lr=0.1, exclude=(2,)), Dropping())
+    before = torch.get_rng_state()
+    found = [list(make_engine(workers=workers).run(asked)) for workers in (1, 3, 3)]
+    assert torch.get_rng_state().equal(before)
+    for replies in found[1:]:
+        for first, other in zip(found[0], replies, strict=True):
+            assert first.error is other.error is None
+            assert all(other.tensors[name].equal(tensor) for name, tensor in first.tensors.items())
+    # Each step and each client has draws of its own.
+    assert not found[0][0].tensors["head.weight"].equal(found[0][1].tensors["head.weight"])
+
+
 def test_the_result_does_not_depend_on_the_number_of_workers(net):
     one, two = (list(make_engine(workers=workers).run(make_train(net))) for workers in (1, 3))
     assert [reply.client for reply in one] == [reply.client for reply in two] == [f"client-{k}" for k in range(4)]

@@ -32,8 +32,8 @@ from fedunlearn.training.compute import FLOAT32, Compute, one_torch_thread, own_
 class LocalEngine:
     """Clients inside this process.
 
-    Results do not depend on the number of workers: each client's draws have their own generator, and replies are
-    merged in client-id order. A model with dropout draws from torch's global generator and does not repeat.
+    Results do not depend on the number of workers: each client's draws have their own generator, those of its layers
+    (dropout) too, and replies are merged in client-id order.
 
     Args:
         clients: client id to training images.

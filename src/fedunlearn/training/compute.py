@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from fedunlearn.arguments import is_whole
 from fedunlearn.channels.copying import copied
 from fedunlearn.errors import RecipeError
+from fedunlearn.seeding import drawing
 from fedunlearn.training.small_maps import SmallMaps
 
 PRECISIONS = ("float32", "bfloat16")
@@ -41,6 +42,8 @@ class Compute:
             the learning rate; returns how many images it saw, repeats counted, from which costs follow. The model is a
             copy for this round, of which the values of its tensors are taken, nothing else. The function's draws are
             its own: a run repeats bit for bit only if they do, whichever thread runs it.
+        draws: whether layers of the model draw in training, as dropout does: ``able`` finds out. Each step of a client
+            has a seed of its own then, and the forward passes of clients side by side wait for each other.
 
     Raises:
         RecipeError: a value is none of these, or both an optimiser and a train function are given.
@@ -51,6 +54,7 @@ class Compute:
     workers: int = 1
     optimiser: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] | None = None
     train: Callable[[nn.Module, Dataset[Any], float], int] | None = None
+    draws: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -96,31 +100,44 @@ class Compute:
         return model
 
     def able(self, model: nn.Module, example: Tensor) -> Compute:
-        """Return this, with contiguous maps for a model whose code takes no others: ``view`` joins axes only there.
+        """Return this as ``model`` needs it: whether it draws, and contiguous maps where its code takes no others.
+
+        (``view`` joins axes only there.)
 
         Args:
             model: left as it was.
             example: images that it takes.
         """
-        plain = replace(self, memory_format="contiguous")
-        if self == plain or self._passes(model, example) or not plain._passes(model, example):
-            return self
-        return plain
+        for compute in (self, replace(self, memory_format="contiguous")):
+            draws = compute._tried(model, example)
+            if draws is not None:
+                return replace(compute, draws=draws)
+        return self
 
-    def _passes(self, model: nn.Module, example: Tensor) -> bool:
-        """Return whether a copy of ``model`` takes the example, in evaluation and in training, there and back."""
+    def _tried(self, model: nn.Module, example: Tensor) -> bool | None:
+        """Return whether a copy of ``model`` draws; None where it does not take the example.
+
+        It is asked in evaluation and in training, there and back.
+        """
         net = self.placed(copied(model))
         device = device_of(net)
         images = example.to(device, memory_format=self.layout)
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+            with drawing(0, device), torch.enable_grad():
+                before = _generators(device)
                 for training in (False, True):
                     logits = net.train(training)(images)
                     if logits.requires_grad:
                         logits.sum().backward()
+                return not before.equal(_generators(device))
         except Exception:  # the user's own code can fail in any way, and does so again where it is told
-            return False
-        return True
+            return None
+
+
+def _generators(device: torch.device) -> Tensor:
+    """Return the state of all that layers draw from."""
+    own = torch.get_rng_state()
+    return torch.cat([own, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else own
 
 
 FLOAT32 = Compute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from fedunlearn.data.batches import AUGMENTATIONS, batches
 from fedunlearn.data.datasets import as_dataset
 from fedunlearn.data.images import MOST_IMAGES, LabelledImages
 from fedunlearn.errors import FederationError, ModelError, RecipeError
+from fedunlearn.seeding import drawing, generator
 from fedunlearn.training.compute import FLOAT32, Compute
 from fedunlearn.training.mixing import again_and_again, is_forgotten, mixed
 from fedunlearn.training.objectives.base import Fading, Seen, first_rounds, in_range
@@ -265,12 +267,13 @@ def train_locally(
     earlier: float | None = None
     while wanted - seen > (seen > 0):  # one image left over is no batch: batch normalisation cannot train on it
         for batch, labels in drawn(images, training.batch_size, limit=wanted - seen):
+            layers = _layers(compute, draw, seen, device)
             if objective is None or forgetting is None:
-                with compute.autocast(device):
+                with compute.autocast(device), layers:
                     logits = model(batch)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
             else:
-                step = _seen(model, teacher, batch, labels, forgetting, compute)
+                step = _seen(model, teacher, batch, labels, forgetting, compute, layers)
                 at, smoothing = seen / wanted, training.label_smoothing
                 loss = objective.loss(step(smoothing=smoothing, progress=at, earlier=earlier, draw=draw))
                 earlier = at
@@ -285,6 +288,13 @@ def train_locally(
             seen += len(labels)
     optimiser.zero_grad()  # the model waits for its next client without gradients
     return seen
+
+
+def _layers(compute: Compute, draw: torch.Generator, seen: int, device: torch.device) -> AbstractContextManager[None]:
+    """Return what the forward pass after ``seen`` images runs in: its own seed where layers draw."""
+    if not compute.draws:
+        return nullcontext()
+    return drawing(generator(draw.initial_seed(), "layers", seen).initial_seed(), device)
 
 
 def _by_function(
@@ -344,6 +354,7 @@ def _seen(
     labels: Tensor,
     forgetting: Forgetting,
     compute: Compute,
+    layers: AbstractContextManager[None],
 ) -> Callable[..., Seen]:
     """Return what the models make of a batch, short of what the batch does not tell."""
     before = None
@@ -351,7 +362,7 @@ def _seen(
         with torch.no_grad(), compute.autocast(batch.device):
             before = teacher(batch).float()
     taps = {_HEAD: input_of(forgetting.head)}
-    with reading(model, taps) as read, compute.autocast(batch.device):
+    with reading(model, taps) as read, compute.autocast(batch.device), layers:
         logits = model(batch)
     return partial(
         Seen,
