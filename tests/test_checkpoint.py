@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +239,14 @@ def test_rows_are_numbered_by_the_classes_of_the_images_that_are_given(net, tmp_
     other = replace(images, classes=(images.classes[2], images.classes[0], images.classes[1]))
     assert load_weights(classifier(make_net()), read_weights(path)).labels == (0, 1, 2)
     assert load_weights(classifier(make_net()), read_weights(path), images=other).labels == (1, 2, 0)
+
+
+def test_weights_without_permission_are_refused_as_such(tmp_path, monkeypatch):
+    torch.save(make_net().state_dict(), tmp_path / "w.pt")
+
+    def closed(self, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ModelError, match=r"w.pt: cannot be read \(Permission denied\); check its permissions"):
+        read_weights(tmp_path / "w.pt")

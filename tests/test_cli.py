@@ -399,6 +399,13 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(recipe
     assert fedunlearn(*arguments).returncode == 0
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    write_set(tmp_path)
+    done = fedunlearn("init", tmp_path / "set.npz", "--forget", "1", "--out", "/proc/nowhere")
+    assert done.returncode == 1
+    assert done.stderr.endswith("No such file or directory: give a place that is there and can be written\n")
+
+
 def test_ctrl_c_ends_with_a_word_and_the_run_goes_on(recipe, tmp_path):
     arguments = ["train", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--set", "train.rounds=25"]
     arguments += ["--set", "model.name=small-cnn"]

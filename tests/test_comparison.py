@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import in_browser, write_set
-from fedunlearn.console import comparison_table
+from fedunlearn.console import comparison_notes, comparison_table
 from fedunlearn.errors import DataError, RecipeError, RunError
 from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
@@ -93,6 +93,11 @@ def test_the_speed_up_of_a_cell_is_that_beside_every_retrained_model(compared, t
         assert cell["speedup"] == pytest.approx(sum(ratios) / 3)
         assert cell["speedup_range"] == [min(ratios), max(ratios)]
         assert cell["speedup_reached"] == (late == 0)
+    # What the page says of the bands and of one seed stands below the table of the terminal.
+    assert "One seed" not in comparison_notes(value)
+    assert comparison_notes(value | {"seeds": [0]}).startswith("One seed: nothing is known of the spread.\nCannot tell")
+    blind = comparison_notes(value | {"controls": {"head_only": "indistinguishable from retraining"}})
+    assert blind.endswith("A pass counts for little here: head only passes too.")
     # Where one of them was late it is a bound, on the page and on the terminal.
     told = copy.deepcopy(value)
     told["cells"]["contrast-seed1"]["speedup_reached"] = False

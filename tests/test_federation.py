@@ -253,7 +253,10 @@ def test_a_claim_of_images_does_not_make_the_model_that_of_one_client(net, caplo
 
     fed = Federation(Boasting(partition(make_images(), by="iid", clients=3)))
     train_rounds(net, fed, Training(lr=0.1, batch_size=8), rounds=1)
-    assert "client-1 claims 1000000000 images, the others 40 together: it weighs as much" in caplog.text
+    assert (
+        "client-1 says that it has 1000000000 images, more than all others together (40): it counts as 40"
+        in caplog.text
+    )
 
 
 class Claiming(LocalEngine):

@@ -20,6 +20,7 @@ from rich.console import Console
 from conftest import EXAMPLES
 from fedunlearn.console import describe
 from fedunlearn.data.folders import read_pictures
+from fedunlearn.data.images import in_both
 from fedunlearn.data.readers import read_folder
 from fedunlearn.errors import DataError, PlanError
 from fedunlearn.run.experiment import prepare
@@ -207,6 +208,8 @@ def test_a_number_is_a_place_and_text_is_a_name(forget, names, expected):
         ([2], ("001", "002", "003"), r"the class '003' and the name of class 1: say which by name"),
         ([2], ("0", "1", "10", "2"), r"the class '10' and the name of class 3: say which by name"),
         ([7], CAT, r"must lie in 0 .. 2, got 7"),
+        (["Ships"], CAT, r"no class is named 'Ships' \(did you mean 'ship'\?\); the classes are cat, dog, ship"),
+        (["[ship]"], CAT, r"check unlearn.forget, a list of names as in unlearn.forget=\[\"a\", \"b\"\]"),
         (["bird"], CAT, r"no class is named 'bird'; the classes are cat, dog, ship: check unlearn.forget"),
     ],
 )
@@ -228,8 +231,9 @@ def test_what_is_about_to_be_forgotten_is_said_by_name_and_count(tmp_path):
     )
     file = io.StringIO()
     Console(file=file, width=200).print(describe(prepare(recipe)), highlight=False)
-    assert file.getvalue().splitlines()[:2] == [
+    assert file.getvalue().splitlines()[:3] == [
         "24 training and 6 test images in 3 classes",
+        "6 of the test images are training images too: what is measured on them proves nothing",
         "to forget: class 0 ([bold]), 8 images to train on and 2 to test with",
     ]
 
@@ -243,6 +247,25 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); check its permissions"):
         read_folder(root)
+
+
+def test_a_picture_without_permission_is_refused_as_such(tmp_path, monkeypatch):
+    root = classes(tmp_path, "a", "b")
+
+    def closed(self, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(DataError, match=r"png: cannot be read \(Permission denied\); check its permissions"):
+        read_folder(root)
+
+
+def test_test_images_that_are_training_images_are_told(tmp_path):
+    root = classes(tmp_path / "all" / "train", "a", "b", count=5)
+    shutil.copytree(root, tmp_path / "all" / "test")
+    picture(tmp_path / "all" / "test" / "a" / "0.png", 99)
+    train, test = read_folder(tmp_path / "all")
+    assert (in_both(train, test), in_both(train, train), in_both(test.only([0]), train.only([1]))) == (9, 10, 0)
 
 
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])

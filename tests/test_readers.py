@@ -304,8 +304,11 @@ def test_idx_files_that_do_not_fit_together_are_refused_by_name(tmp_path):
 def test_missing_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="expected the folder cifar-10-batches-py with the file data_batch_1"):
         read_cifar10(tmp_path)
-    with pytest.raises(DataError, match="expected a folder with one folder of images per class"):
+    with pytest.raises(DataError, match=r"none: there is nothing at this path; check data.path"):
         read_folder(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="expected a folder with one folder of images per class"):
+        read_folder(tmp_path / "file")
     with pytest.raises(DataError, match=r"expected an .npz of plain arrays"):
         load_npz(tmp_path / "none.npz")
 

@@ -69,6 +69,7 @@ def test_the_digest_ignores_where_the_data_lies_and_what_is_not_named():
     [
         ("unlearn.fracton=0.2", "unknown recipe key unlearn.fracton, did you mean 'fraction'?"),
         ("unlern.fraction=0.2", "unknown recipe key unlern, did you mean 'unlearn'?"),
+        ("trian.rounds=2", "unknown recipe key trian, did you mean 'train'?"),
         ("data.zzz=1", "unknown recipe key data.zzz; known here: source, path, validation, official, size"),
         *((f"unlearn.fraction={f}", f"recipe key unlearn.fraction: .*, got {f}") for f in ("2", "1", "-0.1", "nan")),
         *(
@@ -136,6 +137,23 @@ def test_recipes_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "broken.toml").write_text("[data\n")
     with pytest.raises(RecipeError, match="expected a recipe in TOML, but"):
         load_recipe(str(tmp_path / "broken.toml"))
+    (tmp_path / "misspelt.toml").write_text('[data]\nsource = "digits"\n[trian]\nrounds = 2\n')
+    with pytest.raises(RecipeError, match=r"^unknown recipe key trian, did you mean 'train'\?$"):
+        load_recipe(str(tmp_path / "misspelt.toml"))
+    (tmp_path / "short.toml").write_text('[data]\nsource = "digits"\n')
+    with pytest.raises(RecipeError, match=r"^recipe key model: Field required$"):
+        load_recipe(str(tmp_path / "short.toml"))
+
+
+def test_a_recipe_without_permission_is_refused_as_such(tmp_path, monkeypatch):
+    (tmp_path / "closed.toml").write_text("")
+
+    def closed(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(RecipeError, match=r"closed.toml: cannot be read \(Permission denied\); check its permissions"):
+        load_recipe(str(tmp_path / "closed.toml"))
 
 
 def test_the_recipe_page_lists_every_key():

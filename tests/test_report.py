@@ -11,10 +11,11 @@ from PIL import Image
 
 from conftest import in_browser, write_set
 from fedunlearn.audits.table import FIGURES
+from fedunlearn.console import verdict_line
 from fedunlearn.evidence import plots
 from fedunlearn.evidence.pages import signed
 from fedunlearn.evidence.report import write_report
-from fedunlearn.evidence.words import GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to
+from fedunlearn.evidence.words import GLOSSARY, MODELS, VERDICTS, certainty, outside, sent_to, summary
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.tabular import amount
@@ -226,8 +227,8 @@ def test_each_audit_is_counted_once_whatever_the_verdict(data):
 def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
     passing, failing = "indistinguishable from retraining", "suppressed, not erased"
     found = judged(failing, controls=(failing, passing), held=(passing, failing, passing), probe="above")
-    assert "of the 3 here 2 passed when the others judged them. Of 2 controls, which must fail, 1 did;" in certainty(
-        found
+    assert "of the 3 here 2 passed when the others judged them. Of 2 controls, which must fail, 1 did (passed: 1);" in (
+        certainty(found)
     )
     assert certainty(judged(passing, controls=(failing,), probe="inside")).startswith(
         "How sure: of 1 control, which must fail, 1 did; how often a model that still knows the class "
@@ -235,6 +236,19 @@ def test_how_sure_the_verdict_is_counts_held_out_models_and_controls():
     assert "No model that must fail was audited" in certainty(judged(failing, probe="above"))
     assert certainty(judged("no verdict", controls=(failing,))) == ""
     assert certainty(judged(failing, held=(), probe="above")) == ""
+
+
+def test_a_pass_says_first_how_many_of_the_audits_can_tell():
+    found = judged("indistinguishable from retraining", probe="inside", relearn="inside", cka="inside")
+    found |= {"classes": ["a", "b", "c", "d"], "reason": "all 3 figures lie inside"}
+    assert summary(found).startswith("Passed. In every audit the model behaves towards “c” like models retrained")
+    assert summary(found, ["probe", "relearn"]).startswith(
+        "Passed, by the 1 figure that can tell here, of 3: the model"
+    )
+    said = verdict_line(found, ["probe", "relearn"]).splitlines()
+    assert said[1] == "  cannot tell here, as the original itself lies in the band: linear probe, relearning"
+    assert said[2].startswith("How sure: ")
+    assert len(verdict_line(found).splitlines()) == 2
 
 
 def test_numbers_keep_three_digits_and_nothing_has_a_minus_zero():

@@ -137,6 +137,7 @@ def read_weights(path: Path | str) -> Weights:
     if not path.is_file():
         raise ModelError(f"{path}: expected a file of weights, found none; check the path")
     try:
+        path.open("rb").close()  # safetensors takes a file that it may not read for none
         weights = reader(path)
         _check_tensors(weights)
         return weights
@@ -144,6 +145,8 @@ def read_weights(path: Path | str) -> Weights:
         raise ModelError(str(error)) from error
     except ModelError:
         raise
+    except PermissionError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except pickle.UnpicklingError as error:  # its text has many lines, and says how to run what the file holds
         raise ModelError(
             f"{path}: the weights cannot be read: the file is damaged, or holds objects besides tensors, which are "

@@ -23,6 +23,7 @@ from fedunlearn.checkpoint import read_weights
 from fedunlearn.console import (
     RunProgress,
     audit_table,
+    comparison_notes,
     comparison_table,
     describe,
     expected,
@@ -35,9 +36,9 @@ from fedunlearn.console import (
 )
 from fedunlearn.errors import FedUnlearnError, PlanError, RecipeError
 from fedunlearn.evidence import verify as verifier
-from fedunlearn.evidence.folder import REPORT, RESULT
+from fedunlearn.evidence.folder import REPORT, RESULT, RunFolder
 from fedunlearn.evidence.keys import make_keys, read_private_key
-from fedunlearn.evidence.words import certainty
+from fedunlearn.evidence.words import unable_of
 from fedunlearn.options import OPTIONS, RECIPE, SHOWN, WORK, DebugOption, Options, argument, option
 from fedunlearn.run.experiment import Experiment
 from fedunlearn.run.recipe import SHIPPED
@@ -132,7 +133,7 @@ def compare(options: Options) -> None:
             )
         )
     assert result is not None  # it was made in this process
-    _show(options, result, comparison_table(result))
+    _show(options, result, comparison_table(result), comparison_notes(result))
     if not options.as_json:
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
     if result["failed"]:
@@ -221,7 +222,8 @@ def audit(options: Options) -> None:
             prepared=described,
             observe=observe,
         )
-    _show(options, result, audit_table(result), verdict_line(result), certainty(result))
+    cannot = unable_of(RunFolder.read(folder))
+    _show(options, result, audit_table(result, cannot), verdict_line(result, cannot))
     if not options.as_json:
         console.print(f"report: {folder / REPORT}", soft_wrap=True, highlight=False, markup=False)
 
@@ -336,7 +338,7 @@ def _work(command: str, options: Options) -> None:
     if result is None:
         typer.echo(f"the run is finished; its files are in {folder.absolute()} where the SuperLink runs", err=True)
         return
-    _show(options, result, result_table(result), notes(result))
+    _show(options, result, result_table(result), notes(result, unable_of(RunFolder.read(folder))))
     if not options.quiet:
         for text in (f"report: {folder / REPORT}",) * (command == "run") + (f"files: {folder}",):
             console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -381,11 +383,13 @@ def _told(debug: bool) -> Iterator[None]:
     except OSError as error:
         if debug:
             raise
-        _fail(
-            f"{error.filename or 'a file'}: {error.strerror or error}: what was finished is kept; "
-            "mend this and run the same command again",
-            1,
+        elsewhere = isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError))
+        mend = (
+            "give a place that is there and can be written"
+            if elsewhere
+            else "what was finished is kept; mend this and run the same command again"
         )
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}: {mend}", 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,11 +22,12 @@ from rich.progress import (
 from rich.table import Table
 
 from fedunlearn.audits.table import FIGURES
-from fedunlearn.audits.verdict import FEWEST, NO_VERDICT, unseen
+from fedunlearn.audits.verdict import FEWEST, INDISTINGUISHABLE, NO_VERDICT, unseen
 from fedunlearn.checkpoint import Weights
-from fedunlearn.evidence.comparison import summary, telling
+from fedunlearn.data.images import in_both
+from fedunlearn.evidence.comparison import blind, summary, telling
 from fedunlearn.evidence.speedup import to_equal_r
-from fedunlearn.evidence.words import MODELS, apart, chosen, clipped
+from fedunlearn.evidence.words import MODELS, apart, certainty, chosen, clipped
 from fedunlearn.methods.base import Method
 from fedunlearn.methods.table import METHODS
 from fedunlearn.run.experiment import Experiment
@@ -162,8 +163,12 @@ def describe(experiment: Experiment, weights: Weights | None = None) -> str:
     used, precision = int(sizes.sum()), experiment.recipe.compute.precision
     names = ", ".join(escape(experiment.all_classes[label]) for label in experiment.earlier)
     before = f"forgotten before, so without images now: {names}\n" if names else ""
+    both = in_both(train, test)
+    seen = (
+        f"{both} of the test images are training images too: what is measured on them proves nothing\n" if both else ""
+    )
     return (
-        f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n"
+        f"{len(train)} training and {len(test)} test images in {len(train.classes)} classes\n{seen}"
         f"{before}{forgotten}{normalised_by(train, experiment.recipe, weights or experiment.weights)}\n"
         f"{len(sizes)} clients: {used} images to train on, {len(train) - used} held out for validation\n"
         f"{_from_to(int(sizes[0]), int(sizes[-1]))} images per client (median {sizes[len(sizes) // 2]}), "
@@ -292,7 +297,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(MODELS.get(name, name), *_figures(block, block.get("cost")))
     took = result.get("retraining", {})
     for name, block in result.get("oracles", {}).items():
-        table.add_row(f"{name} (cache)" if block["cached"] else name, *_figures(block, took.get(name)))
+        table.add_row(f"{name} (kept)" if block["cached"] else name, *_figures(block, took.get(name)))
     table.columns = [column for column in table.columns if any(column.cells)]  # of one model there is no cost
     return table
 
@@ -316,8 +321,8 @@ def print_table(console: Console, table: Table) -> None:
         console.print(f"Not shown on a screen this narrow: {'; '.join(left)}.", highlight=False)
 
 
-def audit_table(result: Mapping[str, Any]) -> Table:
-    """Return the figures of an audit beside their bands."""
+def audit_table(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> Table:
+    """Return the figures of an audit beside their bands; ``cannot_tell`` as ``unable`` gives them."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("audit", no_wrap=True)
     for column in ("figure", "band", "sd away", ""):
@@ -333,11 +338,12 @@ def audit_table(result: Mapping[str, Any]) -> Table:
                 if counted
                 else (percent(audit["figure"], digits=2), band or "", away)
             )
-            table.add_row(figure.label, *shown, audit["verdict"] or "no band")
+            said = "cannot tell" if name in cannot_tell and audit["verdict"] == "inside" else audit["verdict"]
+            table.add_row(figure.label, *shown, said or "no band")
     return table
 
 
-def verdict_line(result: Mapping[str, Any]) -> str:
+def verdict_line(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> str:
     """Return the verdict, why, and the figures outside their bands by what that means, with their distances."""
     audits = result["audits"]
     lines = [f"Verdict: {result['verdict']}: {result['reason']}."]
@@ -345,11 +351,30 @@ def verdict_line(result: Mapping[str, Any]) -> str:
         for what, names in apart(audits):
             far = ", ".join(f"{FIGURES[name].label} {audits[name]['distance']:+.1f} sd" for name in names)
             lines.append(f"  {what}: {far}")
+        open_ones = [FIGURES[name].label for name in cannot_tell if audits[name]["verdict"] == "inside"]
+        if open_ones:
+            lines.append(f"  cannot tell here, as the original itself lies in the band: {', '.join(open_ones)}")
+    if sure := certainty(result):
+        lines.append(sure)
     return "\n".join(lines)
 
 
-def notes(result: Mapping[str, Any]) -> str:
-    """Return what a reader of the table must know, a line each."""
+def comparison_notes(value: Mapping[str, Any]) -> str:
+    """Return what a reader of the table of a comparison must know, a line each."""
+    lines = []
+    if len(value["seeds"]) == 1:
+        lines.append("One seed: nothing is known of the spread.")
+    if cannot := blind(value):
+        labels = ", ".join(FIGURES[name].label for name in cannot)
+        lines.append(f"Cannot tell here, as the original itself lies in the band: {labels}.")
+    passed = [name for name, verdict in value["controls"].items() if verdict == INDISTINGUISHABLE]
+    if passed:
+        lines.append(f"A pass counts for little here: {', '.join(MODELS[name] for name in passed)} passes too.")
+    return "\n".join(lines)
+
+
+def notes(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> str:
+    """Return what a reader of the table must know, a line each; ``cannot_tell`` as ``unable`` gives them."""
     lines = ["Accuracy in % on test images: U on the forgotten classes, R on the others."]
     if "unlearned" in result:
         lines.append("Without its output row a class is never named (U = 0): read U with the row kept.")
@@ -377,7 +402,7 @@ def notes(result: Mapping[str, Any]) -> str:
             f"Noise: epsilon {epsilon:.3g} at delta {result['privacy']['delta']:g}, of one image in what was measured."
         )
     if "verdict" in result:
-        lines.append(verdict_line(result))
+        lines.append(verdict_line(result, cannot_tell))
     elif "unlearned" in result and not knew(result["original"]["accuracy"], len(result["classes"])):
         u = result["original"]["accuracy"]["forget_row_kept"]
         lines.append(

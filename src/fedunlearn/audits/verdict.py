@@ -229,7 +229,7 @@ def controlled(
     reason = "" if controls else NO_CONTROL
     if passing:
         names = " and ".join(passing)
-        reason = f"the audits cannot tell {names} from retraining, so a pass means nothing: use more images"
+        reason = f"the audits cannot tell {names} from retraining, so a pass means nothing: use more images or models"
     return {**judgement, "verdict": NO_VERDICT, "reason": reason, "decided_by": []} if reason else dict(judgement)
 
 

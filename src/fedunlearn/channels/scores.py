@@ -8,6 +8,7 @@ classes to forget are pooled into one: their images become one class ``t``.
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,13 @@ def _number(label: object, names: Sequence[str], count: int) -> int:
         composed = [unicodedata.normalize("NFC", name) for name in names]
         if unicodedata.normalize("NFC", label) not in composed:
             several = ", several as in unlearn.forget=[9, 8]" if "," in label else ""
+            quoted = ', a list of names as in unlearn.forget=["a", "b"]' if label.startswith("[") else ""
+            near = difflib.get_close_matches(label.casefold(), {name.casefold(): name for name in names}, 1)
+            meant = [name for name in names if near and name.casefold() == near[0]]
+            hint = f" (did you mean {meant[0]!r}?)" if meant else ""
             raise PlanError(
-                f"no class is named {label!r}; the classes are {', '.join(names)}: check unlearn.forget{several}"
+                f"no class is named {label!r}{hint}; the classes are {', '.join(names)}: check unlearn.forget"
+                f"{quoted or several}"
             )
         return composed.index(unicodedata.normalize("NFC", label))
     # A truth value is a number to Python, and 9.0 may be the outcome of a sum: neither is meant as a class.

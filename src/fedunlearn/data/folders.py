@@ -221,6 +221,8 @@ def _read_picture(file: Path, size: int) -> _Picture:
                 return _pixels(opened, size)
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
+    except PermissionError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
     except Exception as error:  # a damaged picture can fail in any way
         unknown = isinstance(error, UnidentifiedImageError)  # whose text names an object that reads the file
         why = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__

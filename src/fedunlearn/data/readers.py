@@ -139,8 +139,10 @@ def read_folder(path: Path | str, *, size: int = 0) -> Splits:
         DataError: no such folder, classes or images that do not fit together, or a picture that cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: there is nothing at this path; check data.path (--data)")
     if not path.is_dir():
-        raise DataError(f"{path}: expected a folder with one folder of images per class; check --data")
+        raise DataError(f"{path}: expected a folder with one folder of images per class; check data.path (--data)")
     if (path / "train").is_dir() and (path / "test").is_dir():
         tell_beside(path, ("train", "test"))
         train, test = read_pictures(path / "train", size), read_pictures(path / "test", size)

@@ -31,7 +31,7 @@ from fedunlearn.evidence.words import (
     outside,
     sent_to,
     summary,
-    unable,
+    unable_of,
 )
 
 MARKDOWN = "report.md"
@@ -55,11 +55,11 @@ def write_report(folder: Path) -> None:
 def _values(run: RunFolder) -> dict[str, Any]:
     """Return what the templates ask for."""
     plan = run.path / PLAN
-    cannot_tell = unable(run.result["audits"], run.figures("original"))
+    cannot_tell = unable_of(run)
     return {
         "result": run.result,
         "names": ", ".join(run.result["classes"][label] for label in run.result["forget"]),
-        "summary": summary(run.result),
+        "summary": summary(run.result, cannot_tell),
         "outside": outside(run.result, cannot_tell),
         "certainty": certainty(run.result) or hint(run.result, run.figures("original")),
         "verdicts": VERDICTS,
@@ -106,7 +106,7 @@ def write_card(folder: Path) -> None:
     weights = read_weights(folder / MODEL)
     values = {
         "result": run.result,
-        "summary": summary(run.result),
+        "summary": summary(run.result, unable_of(run)),
         "forgotten": [classes[label] for label in run.result["forget"]],
         "means": means(run.result),
         "kept": [name for label, name in enumerate(classes) if label not in run.result["forget"]],

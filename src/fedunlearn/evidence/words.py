@@ -15,6 +15,7 @@ from fedunlearn.audits.verdict import (
     UNLIKE,
     speaking_against,
 )
+from fedunlearn.evidence.folder import RunFolder
 from fedunlearn.methods.table import CONTROLS
 
 _LABELS = {control.name: control.label for control in CONTROLS}
@@ -90,15 +91,20 @@ def clipped(band: Sequence[float], name: str) -> tuple[float, float]:
     return max(low, 0.0), min(high, FIGURES[name].largest)
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """Return the verdict in plain words."""
-    text = _verdict_words(result)
+def summary(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> str:
+    """Return the verdict in plain words.
+
+    Args:
+        result: content of result.json.
+        cannot_tell: audits without a say, see ``unable``.
+    """
+    text = _verdict_words(result, cannot_tell)
     if len(result["classes"]) - len(result["forget"]) == 1:
         text += " One class stays, which any model names: R is 100 and says nothing."
     return text
 
 
-def _verdict_words(result: Mapping[str, Any]) -> str:
+def _verdict_words(result: Mapping[str, Any], cannot_tell: Sequence[str]) -> str:
     names = ", ".join(f"“{result['classes'][label]}”" for label in result["forget"])
     row = "no output row for the class" if len(result["forget"]) == 1 else "no output rows for the classes"
     named = f"It has {row}, so its accuracy there says nothing."
@@ -110,7 +116,12 @@ def _verdict_words(result: Mapping[str, Any]) -> str:
     if result["verdict"] == NOT_FORGOTTEN:
         return f"Not passed. The model still answers {names}. {named}"
     if result["verdict"] == INDISTINGUISHABLE:
-        return f"Passed. In every audit the model behaves towards {names} like models retrained without it. {named}"
+        like = f"the model behaves towards {names} like models retrained without it"
+        if cannot_tell:
+            among = len(result["audits"])
+            told = f"the {_number(among - len(cannot_tell), 'figure')} that can tell here, of {among}"
+            return f"Passed, by {told}: {like}. {named}"
+        return f"Passed. In every audit {like}. {named}"
     if result["verdict"] == SUPPRESSED:
         it = "it" if len(result["forget"]) == 1 else "them"
         if any(_shows_class(result["audits"], name) for name in result["decided_by"]):
@@ -227,10 +238,12 @@ def certainty(result: Mapping[str, Any]) -> str:
         "a truly retrained model would be failed by mistake at most once in 20 times, as the bands are computed; of "
         f"the {len(held)} here {passed} passed when the others judged them"
     )
-    controls = [block["verdict"] for block in result.get("controls", {}).values() if "verdict" in block]
-    failed = sum(verdict in (SUPPRESSED, NOT_FORGOTTEN) for verdict in controls)
+    controls = {name: block["verdict"] for name, block in result.get("controls", {}).items() if "verdict" in block}
+    failed = sum(verdict in (SUPPRESSED, NOT_FORGOTTEN) for verdict in controls.values())
+    like = [MODELS.get(name, name) for name, verdict in controls.items() if verdict == INDISTINGUISHABLE]
+    passing = f" (passed: {', '.join(like)})" if like else ""
     known = (
-        f"of {_number(len(controls), 'control')}, which must fail, {failed} did; how often a model that still "
+        f"of {_number(len(controls), 'control')}, which must fail, {failed} did{passing}; how often a model that still "
         "knows the class would pass is not known"
         if controls
         else "no model that must fail was audited, so nothing says whether one would"
@@ -312,6 +325,11 @@ def unable(audits: Mapping[str, Any], original: Mapping[str, float]) -> list[str
             if original.get(name, float("inf")) <= high or (low <= 0 and high >= 1):
                 names.append(name)
     return names
+
+
+def unable_of(run: RunFolder) -> list[str]:
+    """Return the same of a run; none where it was not audited."""
+    return unable(run.result.get("audits", {}), run.figures("original"))
 
 
 def means(result: Mapping[str, Any]) -> str:

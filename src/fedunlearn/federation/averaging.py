@@ -114,7 +114,11 @@ def outweighing(claims: Mapping[str, int]) -> tuple[str, float] | None:
     for client, images in claims.items():
         others = total - images
         if len(claims) >= _CROWD and images > others:
-            _logger.warning("%s claims %d images, the others %d together: it weighs as much", client, images, others)
+            _logger.warning(
+                "%s says that it has %d images, more than all others together (%d): it counts as %d, so that no client "
+                "decides alone",
+                *(client, images, others, others),
+            )
             return client, others / images
     return None
 

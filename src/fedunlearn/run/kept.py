@@ -203,8 +203,6 @@ def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
     other = [name for name in ("data", "federation", "train") if there.digest(name) != here.digest(name)]
     if header_of(folder).get("data") != data and "data" not in other:  # images, names of classes, normalisation
         other.insert(0, "data")
-    if there.compute.precision != here.compute.precision:
-        other.append("compute.precision")
     edited = header_of(folder).get("network") != network_of(experiment).get("network")
     if (there.model.name, there.model.shortcut) != (here.model.name, here.model.shortcut) or edited:
         other.append("model")
@@ -214,6 +212,12 @@ def check_folder_of_models(experiment: Experiment, *, data: str) -> None:
         raise RunError(
             f"{folder}: its models were retrained by another recipe ({', '.join(other)} differ): give the folder of "
             "a run with the same (audit.models), or leave audit.models out to retrain"
+        )
+    if there.compute.precision != here.compute.precision:
+        raise RunError(
+            f"{folder}: its models were retrained in {there.compute.precision}, and this run computes in "
+            f"{here.compute.precision}: ask for --precision {there.compute.precision}, or leave audit.models out to "
+            "retrain"
         )
 
 

@@ -281,7 +281,9 @@ def _read(name: str) -> dict[str, Any]:
         )
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: expected a recipe in TOML, but {error}") from error
 
 
@@ -305,7 +307,9 @@ def _override(value: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    found = error.errors()
+    # A misspelt table is unknown, and the one that was meant is missing: the first of these says more.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         table = Recipe.model_fields.get(str(first["loc"][0]))
@@ -315,7 +319,8 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, 1)
         hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(keys)}"
         return f"unknown recipe key {where}{hint}"
-    return f"recipe key {where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    return f"recipe key {where}: {first['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _keys(table: str) -> Sequence[str]:
