@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/results/cells.md, from the files in benchmarks/cells and benchmarks/models."""
+"""The tables and pictures of the pages of cells, docs/results/cell*.md, from benchmarks/cells and benchmarks/models."""
 
 from __future__ import annotations
 
