@@ -283,7 +283,7 @@ def test_a_claim_of_images_does_not_make_validation_or_normalisation_that_of_one
     others = sum(counts for name, counts in own.items() if name != "client-1")
     accuracy, _ = validation_accuracy(classifier(net), claimed, phase="train")
     assert accuracy == pytest.approx((float(others[2] / others.sum()) + 1) / 2)
-    assert "client-1 claims" in caplog.text
+    assert "client-1 says that it has" in caplog.text
     assert validation_accuracy(classifier(net), honest, phase="train")[0] < accuracy
 
     def mean_of(names):

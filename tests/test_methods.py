@@ -212,7 +212,7 @@ def test_a_client_that_lies_in_a_sum_is_refused_by_name_or_weighs_as_all_others(
     boasting.lie = "images"
     caplog.clear()
     chosen.run(known, Federation(boasting), request, settings)
-    assert f"{NAMES[1]} claims 1000000000 images" in caplog.text
+    assert f"{NAMES[1]} says that it has 1000000000 images" in caplog.text
 
 
 def test_a_claim_weighs_in_a_sum_as_much_as_all_others_together():

@@ -107,6 +107,29 @@ def test_each_space_of_the_projection_has_its_own_scale(monkeypatch):
         torch.testing.assert_close(layer.weight.flatten(1), expected)
 
 
+def test_what_of_the_class_lies_in_the_space_of_the_others_stays(monkeypatch):
+    """The class along (1, 0), the others along (1, 1): of the class's input half of (1, 1) is left, by hand."""
+    from fedunlearn.methods import svd as module
+
+    def sums(model, fed, task, *, phase):
+        corner = [[1.0, 0.0], [0.0, 0.0]] if phase == "svd-forgotten" else [[1.0, 1.0], [1.0, 1.0]]
+        found = {}
+        for name, layer in module.moment_layers(model.module).items():
+            d = layer.weight[0].numel()
+            found[name] = torch.zeros(d, d, dtype=torch.float64)
+            found[name][:2, :2] = torch.tensor(corner)
+        return found, 10
+
+    monkeypatch.setattr(module, "summed", sums)
+    net = classifier(make_net())
+    kept = svd(net, Federation(LocalEngine(CLIENTS)), REQUEST, Svd(kept=1e9, forgotten=1e9)).subject.row_kept
+    for name, layer in module.moment_layers(kept.module).items():
+        before = net.module.get_submodule(name).weight.flatten(1)
+        expected = before.clone()
+        expected[:, 0] = before[:, :2].sum(1) / 2  # W (1/2, 1/2), of the input (1, 0)
+        torch.testing.assert_close(layer.weight.flatten(1), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "rate"),  # in rounds of the recipe's schedule, of half the rate; once where a teacher stands still
     [("contrast", 0.01), ("negate", 0.01), ("l1_sparse", 0.01), ("finetune", 0.01), ("delete", 0.02), ("scrub", 0.02)],

@@ -29,7 +29,12 @@ class Svd:
 
 
 def svd(model: Classifier, fed: Federation, request: Request, settings: Svd) -> Outcome:
-    """Take out of the weights of each layer what the forgotten classes' inputs span and the others' do not."""
+    """Take out of the weights of each layer what the forgotten classes' inputs span and the others' do not.
+
+    ``W <- W (I - P_f + P_r P_f)``: an input loses its part in the forgotten classes' space, but for what of that part
+    lies in the others'. (The released code multiplies by the transpose of ``I - P_f (I - P_r)``; not transposed,
+    it leaves the inputs that stay as they are, and forgets little.)
+    """
     stay = fed.besides(request.forget)
     sample = request.rank.sample
     holders = fed.keeping(clients=request.holders)
@@ -42,8 +47,8 @@ def svd(model: Classifier, fed: Federation, request: Request, settings: Svd) -> 
             if not (gone[name].any() and kept[name].any()):
                 continue  # clients told nothing of it, and what is told of one kind alone protects nothing
             w = layer.weight
-            p = projection(gone[name], settings.forgotten), projection(kept[name], settings.kept)
-            left = w.flatten(1).double() @ (torch.eye(len(p[0]), dtype=torch.float64) - (p[0] - p[0] @ p[1]))
+            p_f, p_r = projection(gone[name], settings.forgotten), projection(kept[name], settings.kept)
+            left = w.flatten(1).double() @ (torch.eye(len(p_f), dtype=torch.float64) - p_f + p_r @ p_f)
             w.copy_(left.reshape(w.shape))
     return Outcome(delivered(edited, request), fed.cost("svd"))
 
