@@ -100,6 +100,7 @@ def test_what_is_no_key_or_not_signed_is_said(copied, tmp_path):
     )
     (tmp_path / "text").write_text("-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----\n")
     assert "expected a public key in PEM, but" in problems(folder, tmp_path / "text")[0]
+    assert problems(tmp_path / "nowhere", key) == [f"{tmp_path / 'nowhere'}: there is no such folder: check the path"]
     (folder / "dossier.sig").unlink()
     assert problems(folder, key) == [f"{folder}: there is no dossier.sig: the folder was not signed"]
 

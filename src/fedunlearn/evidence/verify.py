@@ -179,6 +179,8 @@ def _signed(folder: Path, path: Path) -> bytes:
         raise _ProblemError(f"{path}: expected a public key in PEM, but {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise _ProblemError(f"{path}: expected an Ed25519 public key")
+    if not folder.is_dir():
+        raise _ProblemError(f"{folder}: there is no such folder: check the path")
     for name in (DOSSIER, SIGNATURE):
         if not (folder / name).is_file():
             raise _ProblemError(f"{folder}: there is no {name}: the folder was not signed")
