@@ -71,18 +71,18 @@ def jobs(name, request=REQUEST, fed=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "phase", "exclude", "clients"),
+    ("name", "phase", "exclude", "clients", "sample"),
     [
-        ("svd", "svd-forgotten", (0, 1), NAMES[:2]),
-        ("svd", "svd-kept", (2,), NAMES[1:]),
-        ("ssd", "ssd-forgotten", (0, 1), NAMES[:2]),
-        ("ssd", "ssd-all", (), None),
-        ("salun", "salun-gradients", (0, 1), NAMES[:2]),
+        ("svd", "svd-forgotten", (0, 1), NAMES[:2], 30),
+        ("svd", "svd-kept", (2,), NAMES[1:], 30),
+        ("ssd", "ssd-forgotten", (0, 1), NAMES[:2], None),
+        ("ssd", "ssd-kept", (2,), NAMES[1:], None),
+        ("salun", "salun-gradients", (0, 1), NAMES[:2], 30),
     ],
 )
-def test_sums_are_over_the_images_of_their_name_at_the_clients_that_hold_them(name, phase, exclude, clients):
+def test_sums_are_over_the_images_of_their_name_at_the_clients_that_hold_them(name, phase, exclude, clients, sample):
     asked = {job.phase: job for job in jobs(name, replace(REQUEST, holders=NAMES[:2], clients=NAMES[1:]))}
-    assert (asked[phase].task.exclude, asked[phase].clients, asked[phase].task.sample) == (exclude, clients, 30)
+    assert (asked[phase].task.exclude, asked[phase].clients, asked[phase].task.sample) == (exclude, clients, sample)
 
 
 def test_each_space_of_the_projection_has_its_own_scale(monkeypatch):

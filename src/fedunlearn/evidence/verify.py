@@ -101,7 +101,7 @@ _OF_METHOD: dict[str, dict[str, tuple[str, int | None]]] = {
     "salun": {"salun-gradients": ("gradients", 1), "salun": ("train", None)},
     "delete": {"distil": ("train", 1)},
     "scrub": {"scrub": ("train", 1)},
-    "ssd": {"ssd-forgotten": ("gradients", 1), "ssd-all": ("gradients", 1)},
+    "ssd": {"ssd-forgotten": ("gradients", 1), "ssd-kept": ("gradients", 1)},
     "svd": {"svd-forgotten": ("moments", 1), "svd-kept": ("moments", 1)},
 }
 _FRACTIONS = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]  # cuts of which the smallest is chosen

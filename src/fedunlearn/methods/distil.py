@@ -12,9 +12,9 @@ from fedunlearn.training.objectives.distil import Distil
 
 @dataclass(frozen=True)
 class Delete(LocalSettings):
-    """Settings: those of the one round."""
+    """Settings: those of the one round, as the released code has them for CIFAR-10."""
 
-    lr: float | None = 1e-4
+    lr: float | None = 1e-3
     epochs: float | None = 20.0
 
     def objective(self) -> Distil:

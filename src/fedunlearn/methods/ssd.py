@@ -19,7 +19,11 @@ from fedunlearn.training.objectives.base import in_range
 
 @dataclass(frozen=True)
 class Ssd:
-    """Settings: weights ``above`` times as important for the class as for all are damped, by ``damping``."""
+    """Settings: weights ``above`` times as important for the class as for all are damped, by ``damping``.
+
+    Images of the class are among all, so that no weight is more than ``n / n_forgotten`` times as important: 10 of ten
+    equal classes, where the published 10, of 20 and of 100 classes, damps nothing.
+    """
 
     above: float = 10.0
     damping: float = 1.0
@@ -29,20 +33,18 @@ class Ssd:
 
 
 def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> Outcome:
-    """Damp the weights whose Fisher diagonal is larger on the forgotten classes than on all images."""
+    """Damp the weights whose Fisher diagonal is larger on the forgotten classes than on all images, these among them.
+
+    All images are used: of two samples, one with more of the class, ratios are chance.
+    """
     stay = fed.besides(request.forget)
-    sample = request.rank.sample
-    squares, count = summed(
-        model,
-        fed.keeping(clients=request.holders),
-        Gradients(squared=True, exclude=stay, sample=sample),
-        phase="ssd-forgotten",
-    )
-    all_sums, images = summed(model, fed, Gradients(squared=True, sample=sample), phase="ssd-all")
+    holders, able = fed.keeping(clients=request.holders), fed.keeping(clients=request.clients)
+    gone, own = summed(model, holders, Gradients(squared=True, exclude=stay), phase="ssd-forgotten")
+    kept, others = summed(model, able, Gradients(squared=True, exclude=request.forget), phase="ssd-kept")
     damped = model.copy()
     factors = dampening(
-        {name: value / count for name, value in squares.items()},
-        {name: value / images for name, value in all_sums.items()},
+        {name: value / own for name, value in gone.items()},
+        {name: (value + kept[name]) / (own + others) for name, value in gone.items()},
         settings,
     )
     with torch.no_grad():
@@ -72,7 +74,7 @@ SSD = Method(
     "squared gradients on images of all classes, one pass",
     ssd,
     settings=Ssd(),
-    space={"above": (1.5, 2.0, 4.0, 10.0), "damping": (0.3, 1.0)},
+    space={"above": (2.0, 3.0, 4.0, 5.0, 7.0, 10.0), "damping": (0.3, 1.0)},
     source="Foster et al., AAAI 2024",
     other_sums=True,
     sums=True,
