@@ -38,6 +38,6 @@ NEG_GRAD = Method(
     "gradients on images of all classes",
     neg_grad,
     settings=NegGrad(),
-    space={"kept": (0.5, 0.8, 0.95, 0.99), "lr": (0.01, 0.03), "epochs": (None, 5.0, 10.0)},
+    space={"kept": (0.5, 0.8, 0.95, 0.99), "lr": (None, 0.01), "epochs": (None, 5.0, 10.0)},
     source="Kurmanji et al., NeurIPS 2023",
 )
