@@ -197,6 +197,11 @@ def test_the_page_names_each_method_with_its_spread_and_needs_nothing_else(compa
     with pytest.raises(RunError, match=r"expected what fedunlearn compare writes, but"):
         write_comparison(folder)
     (other / "compare.json").write_text('{"schema": 1}')
+    with pytest.raises(
+        RunError, match=r"compare.json: expected a result of schema 2, got 1: read it by the version of"
+    ):
+        write_comparison(other)
+    (other / "compare.json").write_text('{"schema": 2}')
     with pytest.raises(RunError, match=r"once: its files cannot be read .* \(KeyError: 'cells'\)"):
         write_comparison(other)
 

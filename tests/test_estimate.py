@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import write_set
 from fedunlearn.audits.base import share
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.audits.verdict import calibrate, unseen
@@ -40,6 +41,11 @@ def test_what_a_run_trains_on_is_counted_before_it_starts(monkeypatch):
     assert both == pytest.approx(one + 2 * held * stay + 3 / 3 * sampled)  # two measurements, one repair
     elsewhere = replace(experiment, recipe=load_recipe("digits", ["federation.engine=flower-simulation"]))
     assert seconds_to_train(elsewhere, "run") is None
+
+
+def test_a_network_that_joins_axes_by_view_is_timed_as_it_is_trained(tmp_path):
+    experiment = prepare(load_recipe(str(write_set(tmp_path, model="nets:viewing")), ["compute.precision=float32"]))
+    assert seconds_to_train(experiment, "train") > 0
 
 
 def test_what_a_verdict_cannot_see_is_told_before_anything_is_trained():

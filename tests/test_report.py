@@ -246,7 +246,7 @@ def test_a_pass_says_first_how_many_of_the_audits_can_tell():
         "Passed, by the 1 figure that can tell here, of 3: the model"
     )
     said = verdict_line(found, ["probe", "relearn"]).splitlines()
-    assert said[1] == "  cannot tell here, as the original itself lies in the band: linear probe, relearning"
+    assert said[1] == "  cannot tell here, as the original or everything lies in the band: linear probe, relearning"
     assert said[2].startswith("How sure: ")
     assert len(verdict_line(found).splitlines()) == 2
 

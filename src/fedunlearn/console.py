@@ -353,7 +353,7 @@ def verdict_line(result: Mapping[str, Any], cannot_tell: Sequence[str] = ()) -> 
             lines.append(f"  {what}: {far}")
         open_ones = [FIGURES[name].label for name in cannot_tell if audits[name]["verdict"] == "inside"]
         if open_ones:
-            lines.append(f"  cannot tell here, as the original itself lies in the band: {', '.join(open_ones)}")
+            lines.append(f"  cannot tell here, as the original or everything lies in the band: {', '.join(open_ones)}")
     if sure := certainty(result):
         lines.append(sure)
     return "\n".join(lines)
@@ -366,7 +366,7 @@ def comparison_notes(value: Mapping[str, Any]) -> str:
         lines.append("One seed: nothing is known of the spread.")
     if cannot := blind(value):
         labels = ", ".join(FIGURES[name].label for name in cannot)
-        lines.append(f"Cannot tell here, as the original itself lies in the band: {labels}.")
+        lines.append(f"Cannot tell here, as the original or everything lies in the band: {labels}.")
     passed = [name for name, verdict in value["controls"].items() if verdict == INDISTINGUISHABLE]
     if passed:
         lines.append(f"A pass counts for little here: {', '.join(MODELS[name] for name in passed)} passes too.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedunlearn.audits.table import FIGURES
 from fedunlearn.errors import RunError
-from fedunlearn.evidence.folder import REPORT, readable
+from fedunlearn.evidence.folder import REPORT, check_schema, readable
 from fedunlearn.evidence.pages import rendered
 from fedunlearn.evidence.words import clipped, in_short, unable
 from fedunlearn.files import write_text
@@ -32,6 +32,7 @@ def write_comparison(folder: Path) -> None:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: expected what fedunlearn compare writes, but {error}") from error
+    check_schema(file, value)
     with readable(folder):
         text = _page(value)
     write_text(folder / REPORT, text)

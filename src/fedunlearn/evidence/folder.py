@@ -56,11 +56,7 @@ class RunFolder:
         if not file.is_file():
             raise RunError(f"{path}: expected the folder of a finished run, but there is no {RESULT}: check the folder")
         result = read_json(file)
-        if result.get("schema") != SCHEMA:
-            raise RunError(
-                f"{file}: expected a result of schema {SCHEMA}, got {result.get('schema')!r}: read it by the version "
-                "of fedunlearn that wrote it"
-            )
+        check_schema(file, result)
         audits = sorted((path / "audits").glob("*.json"))
         return RunFolder(path, result, {audit.stem: read_json(audit) for audit in audits})
 
@@ -85,6 +81,23 @@ class RunFolder:
     def oracles(self) -> list[str]:
         """Names of the retrained models."""
         return list(self.result.get("oracles", {}))
+
+
+def check_schema(file: Path, value: Mapping[str, Any]) -> None:
+    """Refuse a result that another version of this program wrote.
+
+    Args:
+        file: where it stands.
+        value: its content.
+
+    Raises:
+        RunError: it has another schema.
+    """
+    if value.get("schema") != SCHEMA:
+        raise RunError(
+            f"{file}: expected a result of schema {SCHEMA}, got {value.get('schema')!r}: read it by the version of "
+            "fedunlearn that wrote it"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,8 @@ class LocalEngine:
     """Clients inside this process.
 
     Results do not depend on the number of workers: each client's draws have their own generator, those of its layers
-    (dropout) too, and replies are merged in client-id order.
+    (dropout) too, and replies are merged in client-id order. Layers that draw again in the backward pass, as under
+    ``torch.utils.checkpoint``, do not repeat.
 
     Args:
         clients: client id to training images.

@@ -16,7 +16,7 @@ from fedunlearn.audits.base import Subject
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.errors import FedUnlearnError, RecipeError
 from fedunlearn.evidence.comparison import COMPARISON, write_comparison
-from fedunlearn.evidence.folder import BEFORE, check_folder
+from fedunlearn.evidence.folder import BEFORE, SCHEMA, check_folder
 from fedunlearn.federation.jobs import Engine
 from fedunlearn.files import write_text
 from fedunlearn.methods.base import Method, settings_by
@@ -35,7 +35,6 @@ from fedunlearn.run.work import Observe, Work, opened
 from fedunlearn.tabular import percent
 from fedunlearn.version import __version__
 
-_SCHEMA = 2
 _TUNED = "tuned"
 _MINUTES = 120.0  # seconds above which the time left is told in minutes
 _READ = 0.2  # seconds: what takes less was read back
@@ -231,7 +230,7 @@ class _Bench:
                     cells |= self._cells(method, f"{method.name}-{_TUNED}", made(method, best))
         portable = {key: value for key, value in work.recipe.items() if key != "compute"}
         return {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "version": __version__,
             "recipe": json.loads(json.dumps(portable)) | {"compute": experiment.recipe.compute.precision},
             "forget": list(forget),

@@ -52,6 +52,7 @@ def seconds_to_train(experiment: Experiment, command: str) -> float | None:
     if recipe.federation.engine != "local" or own_device().type != "cpu" or recipe.compute.precision == "auto":
         return None
     compute = Compute(recipe.compute.precision, recipe.compute.memory_format, recipe.compute.workers or cores())
+    compute = compute.able(experiment.model.module, experiment.model.example)
     images = images_to_train(experiment, command)
     shape = experiment.splits.train.shape
     return images / rate(compute, experiment.model.module, shape, batch_size=recipe.train.batch_size)
