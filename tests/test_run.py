@@ -1099,7 +1099,6 @@ def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_wo
         ("unlearn.forget=1", "unlearn.forget"),
         ("train.rounds=4", "train"),
         ("data.validation=0.4", "data"),
-        ("compute.precision=bfloat16", "compute.precision"),
         ("federation.seed=5", "federation"),
         (f'data.path="{tmp_path / "set.npz"}"', "data"),
         ("model.shortcut=B", "model"),
@@ -1107,6 +1106,11 @@ def test_retrained_models_of_another_request_or_recipe_are_refused_before_any_wo
         given = models[:1] if name == "model" else models  # weights say what their network is
         with pytest.raises(RunError, match=rf"its models were retrained by another recipe \({name} differ\)"):
             run(load_recipe(recipe, [*given, change]), out)
+    text = (
+        r"plain: its models were retrained in float32, and this run computes in bfloat16: ask for --precision float32"
+    )
+    with pytest.raises(RunError, match=text):
+        run(load_recipe(recipe, [*models, "compute.precision=bfloat16"]), out)
     with pytest.raises(RunError, match=r"its models were retrained by another recipe \(train differ\)"):
         compare(load_recipe(recipe, [*models, "train.rounds=4"]), out, Plan(("finetune",), 1))
     known = tmp_path / "models"
