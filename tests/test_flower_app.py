@@ -95,13 +95,12 @@ def test_a_run_configuration_that_makes_no_sense_is_refused(config, text):
 
 
 @pytest.mark.parametrize(("command", "sharp"), [("run", True), ("unlearn", False)])
-def test_a_run_over_sites_says_how_sharp_its_verdict_will_be_before_a_site_is_asked(
-    tmp_path, capsys, monkeypatch, command, sharp
-):
-    monkeypatch.setattr(logging.getLogger("fedunlearn"), "handlers", [])  # the server has its own, until the test ends
+def test_a_run_over_sites_says_how_sharp_its_verdict_will_be_before_a_site_is_asked(tmp_path, capsys, command, sharp):
+    before = logging.getLogger("fedunlearn").handlers
     own = Context(1, 0, {}, RecordDict(), {"recipe": "digits", "command": command, "out": str(tmp_path), "patience": 0})
     with pytest.raises(FederationError, match="only 0 of 10 clients"):
         server_app()(Loopback({}), own)
+    assert logging.getLogger("fedunlearn").handlers is before  # the server had its own until it ended
     said = capsys.readouterr().out
     assert "to forget: class 9" in said
     assert ("the verdict holds the model against 5 retrained ones" in said) is sharp

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, cast
@@ -152,6 +153,17 @@ class _Marked(io.TextIOBase):
         return len(text)
 
 
+@contextmanager
+def _warnings_to(output: IO[str]) -> Iterator[None]:
+    """Write what this program warns of, such as who was refused, to ``output`` alone."""
+    log = logging.getLogger("fedunlearn")
+    before, log.handlers = log.handlers, [logging.StreamHandler(output)]
+    try:
+        yield
+    finally:
+        log.handlers = before
+
+
 def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
     """Return a complete Flower server: it does what ``command`` of the run configuration asks.
 
@@ -180,7 +192,6 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
             raise RecipeError(f"out of the run configuration must be an absolute path on the server, got {str(out)!r}")
         key = str(config.get("key", ""))
         output = cast(IO[str], _Marked())
-        logging.getLogger("fedunlearn").handlers = [logging.StreamHandler(output)]  # warnings: who was refused
         console = Console(file=output, width=200)
 
         def described(experiment: Experiment) -> None:
@@ -188,7 +199,7 @@ def server_app(recipe: Callable[[Context], Recipe] = recipe_of) -> ServerApp:
             if command == "run":
                 console.print(sharpness(experiment), highlight=False)
 
-        with one_torch_thread():
+        with one_torch_thread(), _warnings_to(output):
             run(
                 recipe(context),
                 out,
