@@ -50,13 +50,13 @@ _BESIDE = {
     "contrast": ("original", "head_only", "finetune", "random"),
     "erase": ("random",),
     "erase-only": ("finetune",),
-    "erase-again-decay": ("finetune",),
+    "erase-again-rest": ("finetune",),  # it is that of erase-again-decay too
     "tf_idf-paper": ("random", "finetune"),
 }
 _OWN_LABELS = {
     ("erase", "random"): "random, erased and repaired",
     ("erase-only", "finetune"): "fine-tuning only, the step's rate",
-    ("erase-again-decay", "finetune"): "fine-tuning only, the same decay",
+    ("erase-again-rest", "finetune"): "fine-tuning only, the same decay",
     ("tf_idf-paper", "random"): "random + repair, as many channels as the paper",
     ("tf_idf-paper", "finetune"): "fine-tuning only, beside tf_idf-paper",
 }
@@ -145,23 +145,25 @@ def first_screen() -> str:
         # The step that was chosen last, and the one before it where that was not run.
         erased = results(recipe, "erase-again-rest") or results(recipe, "erase-again")
         pruned = results(recipe, "contrast")
-        cells = [NOT_RUN] * 6
-        if pruned and erased:
-            controls = [fmean(_u(one["controls"][name]) for one in pruned) for name in ("random", "finetune")]
-            own = (
-                results(recipe, "erase-again-rest")
-                and f"{fmean(_u(one['controls']['finetune']) for one in erased):.1f}"
-            )
-            ratios = [fmean(_ratios(recipe, runs, "rounds")[0]) for runs in (pruned, erased)]
-            ours = [", ".join(f"{number:.1f}" for number in pair) for pair in (controls, ratios)]
-            retrained = f"{fmean(_retrained(pruned[0])):.1f}"
-            cells = [retrained, _means(pruned), ours[0], _means(erased), own or NOT_RUN, ours[1]]
+        first = next(iter((*pruned, *erased)), None)
+        cells = [NOT_RUN if first is None else f"{fmean(_retrained(first)):.1f}", _means(pruned)]
+        cells += [", ".join(_of_control(pruned, name) for name in ("random", "finetune")) if pruned else NOT_RUN]
+        # Fine-tuning of the same decay: erase-again has none, and the fine-tuning beside it is that of pruning.
+        cells += [_means(erased), _of_control(results(recipe, "erase-again-rest"), "finetune")]
+        rounds = [f"{fmean(_ratios(recipe, runs, 'rounds')[0]):.1f}" if runs else NOT_RUN for runs in (pruned, erased)]
+        cells += [", ".join(rounds) if first else NOT_RUN]
         name = f"{network.replace('resnet', 'ResNet').replace('vgg', 'VGG')}, {data.replace('cifar', 'CIFAR-')}"
         lines.append(row_of((name, *cells, str(paper))))
     return "\n".join(lines) + "\n"
 
 
+def _of_control(runs: Sequence[Result], name: str) -> str:
+    return f"{fmean(_u(one['controls'][name]) for one in runs):.1f}" if runs else NOT_RUN
+
+
 def _means(runs: Sequence[Result]) -> str:
+    if not runs:
+        return NOT_RUN
     u, r = (fmean(of(one["unlearned"]) for one in runs) for of in (_u, _r))
     return f"{u:.1f}, {r:.1f}" + ("" if len(runs) == len(SEEDS) else f" ({len(runs)} of {len(SEEDS)} seeds)")
 

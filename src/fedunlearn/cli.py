@@ -48,7 +48,7 @@ from fedunlearn.version import __version__
 _ALL = "all"  # of --methods
 
 app = typer.Typer(
-    help="Make a federated image classifier forget classes, fast, and show that it did.",
+    help="Make a federated image classifier forget classes, fast, and show what became of them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
