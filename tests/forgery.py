@@ -109,3 +109,23 @@ def asked_for(folder, signed, forget):
     header["recipe"]["unlearn"]["forget"] = forget
     (folder / "rounds.jsonl").write_text("\n".join([json.dumps(header), *steps, ""]))
     forged(folder, signed, told(forget, "recipe", "unlearn", "forget"))
+
+
+def dossier_of(folder):
+    return json.loads((folder / "dossier.json").read_text())
+
+
+def resigned(folder, signed, **change):
+    """Sign a dossier that says something else, and change nothing else."""
+    data = json.dumps(dossier_of(folder) | change).encode()
+    (folder / "dossier.json").write_bytes(data)
+    (folder / "dossier.sig").write_bytes(read_private_key(signed / "operator", outside=folder).sign(data))
+
+
+def in_events(folder, signed, change):
+    """Change what the events say, and chain and sign them anew."""
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        change(line)
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    forged(folder, signed, lambda result: None)

@@ -10,10 +10,10 @@ import pytest
 
 from fedunlearn.errors import EvidenceError, RunError
 from fedunlearn.evidence import verify
-from fedunlearn.evidence.dossier import acknowledge, sign
+from fedunlearn.evidence.dossier import acknowledge, sign, write_dossier
 from fedunlearn.evidence.events import EventLog
 from fedunlearn.evidence.keys import make_keys, read_private_key
-from fedunlearn.evidence.verify import problems
+from fedunlearn.evidence.verify import fingerprint, problems
 from fedunlearn.run.commands import run
 from fedunlearn.run.recipe import load_recipe
 from test_cli import fedunlearn
@@ -137,3 +137,36 @@ def test_who_confirmed_is_held_against_the_events(signed, tmp_path):
     assert "dossier.json and events.jsonl differ in who confirmed a deletion" in problems(
         folder, signed / "operator.pub"
     )
+
+
+def test_no_other_key_signs_with_a_confirmation_what_names_one(signed, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(signed / "plain", folder)
+    make_keys(tmp_path / "other")
+    own, other = (read_private_key(path, outside=folder) for path in (signed / "operator", tmp_path / "other"))
+    EventLog(folder / "events.jsonl").once("operator named", key=fingerprint(own.public_key()))
+    for signs in (lambda: acknowledge(folder, ["client-0"], other), lambda: write_dossier(folder, other)):
+        with pytest.raises(EvidenceError, match="its report names the key"):
+            signs()
+    assert not (folder / "dossier.json").exists()
+
+
+def test_no_client_confirms_where_one_of_them_took_no_part(copied, signed):
+    folder, _ = copied
+    with pytest.raises(EvidenceError, match="no client 'client-7' took part"):
+        acknowledge(folder, ["client-0", "client-7"], read_private_key(signed / "operator", outside=folder))
+    assert "client-0" not in (folder / "events.jsonl").read_text()
+
+
+def test_a_file_that_went_since_it_was_signed_keeps_it_from_being_signed_again(copied, signed):
+    folder, _ = copied
+    (folder / "plan.json").unlink()
+    with pytest.raises(EvidenceError, match=r"since it was signed plan\.json changed, came or went"):
+        sign(folder, read_private_key(signed / "operator", outside=folder))
+
+
+def test_a_folder_signed_with_an_older_verifier_is_signed_again(copied, signed):
+    folder, key = copied
+    (folder / "verify.py").write_text("# of an earlier version\n")
+    sign(folder, read_private_key(signed / "operator", outside=folder))
+    assert problems(folder, key) == []

@@ -79,3 +79,20 @@ def test_a_changed_or_foreign_event_log_is_refused(tmp_path):
     path.write_bytes(b"nothing\n")
     with pytest.raises(RunError, match="line 1 is no event"):
         EventLog(path)
+
+
+def test_an_event_is_recorded_once_by_one_log(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.once("a")
+    log.once("a")
+    log.once("b")
+    seen = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(own["seq"], own["event"]) for own in seen] == [(0, "a"), (1, "b")]
+
+
+def test_a_key_that_lies_in_the_folder_by_a_link_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    make_keys(tmp_path / "run" / "operator")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(EvidenceError, match="the private key lies in the folder of the run"):
+        read_private_key(tmp_path / "link" / "operator", outside=tmp_path / "run")

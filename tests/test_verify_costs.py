@@ -211,3 +211,65 @@ def test_retraining_json_is_held_against_the_rounds_of_the_models_trained_here(c
     (folder / "retraining.json").write_text(json.dumps(kept))
     forged(folder, signed, lambda result: None)
     assert "the rounds of retrained-2 in retraining.json are not those of rounds.jsonl" in problems(folder, key)
+
+
+@pytest.mark.parametrize("unit", ["client_samples", "client_flops", "bytes_up", "bytes_down"])
+def test_each_cost_of_unlearning_is_added_up(copied, signed, unit):
+    folder, key = copied
+    forged(folder, signed, told(7, "cost", "unlearn", unit))
+    assert f"the cost of unlearning, {unit}, does not follow from rounds.jsonl" in problems(folder, key)
+
+
+def test_images_of_a_retrained_model_are_those_of_retraining_json(copied, signed):
+    folder, key = copied
+    forged(folder, signed, told(10**6, "retraining", "retrained-2", "client_samples"))
+    assert problems(folder, key) == ["the cost of retraining of retrained-2 does not follow from retraining.json"]
+
+
+@pytest.mark.parametrize("unit", ["flops", "bytes_up", "bytes_down"])
+def test_every_count_of_a_retrained_model_is_that_of_its_rounds(copied, signed, unit):
+    folder, key = copied
+    kept = json.loads((folder / "retraining.json").read_text())
+    kept["retrained-2"][0]["entries"][0][unit] += 1
+    (folder / "retraining.json").write_text(json.dumps(kept))
+    forged(folder, signed, lambda result: None)
+    assert "the rounds of retrained-2 in retraining.json are not those of rounds.jsonl" in problems(folder, key)
+
+
+def test_what_was_measured_of_a_retrained_model_is_that_of_its_rounds(copied, signed):
+    folder, key = copied
+    kept = json.loads((folder / "retraining.json").read_text())
+    kept["retrained-2"][1]["validation"] = 0.5
+    (folder / "retraining.json").write_text(json.dumps(kept))
+    forged(folder, signed, lambda result: None)
+    assert "the rounds of retrained-2 in retraining.json are not those of rounds.jsonl" in problems(folder, key)
+
+
+def test_steps_in_another_order_are_found(copied, signed):
+    folder, key = copied
+
+    def turned(steps):
+        places = [place for place, step in enumerate(steps) if step["phase"] == "repair"]
+        steps[places[0]], steps[places[1]] = steps[places[1]], steps[places[0]]
+        return steps
+
+    in_rounds(folder, turned)
+    forged(folder, signed, lambda result: None)
+    assert "rounds.jsonl: the steps of repair are not numbered one after another" in problems(folder, key)
+
+
+def test_a_speed_up_is_that_of_the_costs_to_four_digits(copied, signed):
+    folder, key = copied
+    own = json.loads((folder / "result.json").read_text())["retraining"]["retrained-3"]["speedup"]
+    forged(folder, signed, told(1.005 * own, "retraining", "retrained-3", "speedup"))
+    assert problems(folder, key) == ["the speed-up beside retrained-3 does not follow from the costs"]
+
+
+def test_a_dossier_counts_clients_refusals_and_bytes_of_a_step_by_hand():
+    entry = {"clients": ["a", "b"], "refused": ["c"], "bytes_up": 5, "bytes_down": 7}
+    other = {"clients": ["b"], "refused": ["c", "d"], "bytes_up": 10, "bytes_down": 20}
+    assert verify.rounds([{"phase": "repair", "round": 3, "entries": [entry, other]}]) == [
+        {"phase": "repair", "round": 3, "clients": 2, "refused": 3, "bytes_up": 15, "bytes_down": 27}
+    ]
+    files = {"original.safetensors": "0", "model.safetensors": "1"}
+    assert verify.models({}, files) == {"before": "0", "after": "1"}

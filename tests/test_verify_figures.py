@@ -556,3 +556,90 @@ def test_the_verifier_asks_for_the_controls_that_the_tool_asks_for(oracles, cand
 @pytest.mark.parametrize("figures", [1, 5, 14])
 def test_the_verifier_knows_the_quantiles_of_student(df, figures):
     assert verify._t(df, 0.05 / figures) == pytest.approx(stats.t.ppf(1 - 0.025 / figures, df), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("value", "key_of_audit"), [(0.3, "error"), ([0.0, 1.0], "band"), ("above", "verdict"), (0.123, "figure")]
+)
+def test_each_part_of_an_audit_is_held_against_its_file(copied, signed, value, key_of_audit):
+    folder, key = copied
+    forged(folder, signed, told(value, "audits", "probe", key_of_audit))
+    assert problems(folder, key) == ["result.json: the audit probe does not follow from audits/unlearned.json"]
+
+
+def test_an_audit_is_not_left_out_of_a_result(copied, signed):
+    folder, key = copied
+    forged(folder, signed, lost("audits", "probe"))
+    assert problems(folder, key) == ["result.json: the audit probe does not follow from audits/unlearned.json"]
+
+
+def test_figures_said_to_decide_where_none_does_are_found(copied, signed):
+    folder, key = copied
+    forged(folder, signed, told(["probe"], "decided_by"))
+    assert any("the verdict 'no verdict' does not follow from the figures" in line for line in problems(folder, key))
+
+
+def test_a_standard_error_is_that_of_its_images_to_the_last_digits(copied, signed):
+    folder, key = copied
+    in_audit(
+        folder,
+        "retrained-1",
+        lambda value: value["figures"]["probe"].update(error=value["figures"]["probe"]["error"] + 0.005),
+    )
+    forged(folder, signed, lambda result: None)
+    assert "audits/retrained-1.json: the standard error of probe does not follow from its images" in problems(
+        folder, key
+    )
+
+
+def test_no_image_of_any_class_is_named_as_one_whose_row_is_gone(copied, signed):
+    folder, key = copied
+    for name in ("pruned", "retrained-1"):
+        in_audit(folder, name, lambda value: value["details"]["confusion"].__setitem__(0, [14, 0, 1, 0]))
+    forged(folder, signed, lambda result: None)
+    found = problems(folder, key)
+    for name in ("pruned", "retrained-1"):
+        assert f"audits/{name}.json: classes are named whose output rows are gone" in found
+
+
+def test_the_confusion_has_a_column_for_each_class(copied, signed):
+    folder, key = copied
+    in_audits(folder, lambda value: [row.append(0) for row in value["details"]["confusion"]])
+    forged(folder, signed, lambda result: None)
+    assert "audits/unlearned.json: the confusion is not one of 4 classes" in problems(folder, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "follows"),
+    [({}, True), ({"others": 10}, False), ({"others": 14}, False), ({"others": 16}, False)],
+)
+def test_no_test_image_of_the_class_is_left_out_of_membership_untold(change, follows):
+    forget = {"auc": 0.5, "members": 20, "others": 15} | change
+    details = {
+        "confusion": [[15, 0], [0, 45]],
+        "membership": {"duplicates_left_out": 0, "forget": forget, "retain": {"others": 60 - forget["others"]}},
+    }
+    assert verify._counted(0.5, details, [0]) == follows
+
+
+def test_an_auc_is_a_share_of_the_pairs():
+    forget = {"auc": 0.5003, "members": 20, "others": 15}
+    details = {
+        "confusion": [[15, 0], [0, 45]],
+        "membership": {"duplicates_left_out": 0, "forget": forget, "retain": {"others": 45}},
+    }
+    assert not verify._counted(0.5003, details, [0])
+
+
+def test_a_retrained_model_is_not_audited_as_the_unlearned_one(copied, signed):
+    folder, key = copied
+    shutil.copy(folder / "audits" / "retrained-1.json", folder / "audits" / "unlearned.json")
+    forged(folder, signed, lambda result: None)
+    assert "audits/retrained-1.json is of the same model as another" in problems(folder, key)
+
+
+def test_a_result_tells_of_no_figure_that_its_file_lacks(copied, signed):
+    folder, key = copied
+    in_audit(folder, "unlearned", lambda value: value["figures"].pop("artefacts"))
+    forged(folder, signed, lambda result: None)
+    assert "result.json: the audit artefacts does not follow from audits/unlearned.json" in problems(folder, key)
