@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import classifier, make_images
 from fedunlearn.checkpoint import read_weights, save_checkpoint
-from fedunlearn.errors import DataError, EvidenceError, ModelError
+from fedunlearn.errors import DataError, EvidenceError, ModelError, RunError
 from fedunlearn.models import build_model
-from fedunlearn.run.audit_file import Candidate, audit_model
+from fedunlearn.run import audit_file
+from fedunlearn.run.audit_file import Candidate, _of_client, audit_model
+from fedunlearn.run.experiment import prepare
 from fedunlearn.run.recipe import load_recipe
 from test_cli import fedunlearn
 
@@ -179,3 +181,53 @@ def test_a_retrained_model_of_other_classes_is_refused(signed, oracles, tmp_path
         ModelError, match=r"has output rows for the classes \[0, 1, 2, 3\], without \[2\] it needs \[0, 1\]: check unl"
     ):
         audit_model(other, tmp_path / "out", Candidate(model=model, oracles=[tmp_path / "nameless.safetensors"]))
+
+
+def test_a_finished_audit_is_not_given_for_another_question(signed, recipe, oracles, tmp_path):
+    model, before = signed / "run" / "model.safetensors", signed / "run" / "original.safetensors"
+    first = Candidate(model=model, oracles=oracles[:1])
+    audit_model(recipe, tmp_path / "out", first)
+    for other in ({"client": "client-1"}, {"oracles": oracles[1:2]}, {"original": before}):
+        with pytest.raises(RunError, match="holds another run"):  # not the result of another question
+            audit_model(recipe, tmp_path / "out", replace(first, **other))
+
+
+def test_the_audited_model_is_no_retrained_model_of_its_own(recipe, oracles, tmp_path):
+    with pytest.raises(EvidenceError, match="are the same model"):
+        audit_model(recipe, tmp_path / "out", Candidate(model=oracles[0], oracles=oracles))
+
+
+def test_a_client_audits_by_its_own_images(signed, recipe, oracles, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        audit_file, "evaluate", lambda model, images, **how: given.append(len(images)) or {"accuracy": {}}
+    )
+    monkeypatch.setattr(audit_file, "_page", lambda out: None)
+    model = signed / "run" / "model.safetensors"
+    audit_model(recipe, tmp_path / "out", Candidate(model=model, oracles=oracles[:1], client="client-1"))
+    assert given == [8, 8]  # its validation images
+
+
+def test_a_copy_of_the_audited_model_is_no_retrained_model(signed, recipe, oracles, tmp_path):
+    shutil.copy(oracles[0], tmp_path / "candidate.safetensors")
+    with pytest.raises(
+        EvidenceError, match=r"retrained-1\.safetensors and .*candidate\.safetensors are the same model"
+    ):
+        audit_model(recipe, tmp_path / "out", Candidate(model=tmp_path / "candidate.safetensors", oracles=oracles))
+
+
+def test_models_of_other_deviations_are_not_compared(signed, recipe, oracles, tmp_path):
+    weights = read_weights(signed / "run" / "model.safetensors")
+    about = json.dumps({"normalise": {"mean": weights.mean, "std": [0.5]}})
+    state = {key: tensor.numpy() for key, tensor in read_weights(oracles[0]).state.items()}
+    np.savez(tmp_path / "other.npz", meta=np.frombuffer(about.encode(), dtype=np.uint8), **state)
+    with pytest.raises(EvidenceError, match="models that see images differently cannot be compared"):
+        audit_model(recipe, tmp_path / "out", Candidate(model=weights.path, oracles=[tmp_path / "other.npz"]))
+
+
+def test_an_audit_of_a_client_has_the_settings_of_its_recipe(signed):
+    asked = ["audit.images=10", "audit.lr=0.07", "federation.seed=3", "federation.clients=2"]
+    images = _of_client(prepare(load_recipe(str(signed / "tiny.toml"), asked)), "client-1")
+    assert int(images.known.counts().max()) == 10
+    assert images.lr == 0.07
+    assert images.seed == 3

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from conftest import logits, make_images, make_net, normalised
+from conftest import classifier, logits, make_images, make_net, normalised
 from fedunlearn.audits import audit as auditing
 from fedunlearn.audits import verdict
 from fedunlearn.audits.accuracy import confusion
@@ -34,6 +34,7 @@ from fedunlearn.audits.base import (
     error_by_class,
     share,
 )
+from fedunlearn.audits.findings import Findings
 from fedunlearn.audits.images import audit_images
 from fedunlearn.audits.linear_probe import linear_probe
 from fedunlearn.audits.membership import membership, rmia, signal
@@ -54,6 +55,7 @@ from fedunlearn.evidence import words
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.sgd import Training, train_locally
 
+IMAGES = audit_images(make_images(160, 4), make_images(80, 4, seed=1), forget=[2], per_class=30, seed=0)
 distributions = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda p: sum(p) > 0.01)
 
 
@@ -914,3 +916,50 @@ def test_on_cifar10_held_out_retrained_models_pass_and_head_only_and_fine_tuning
         own != verdict.INDISTINGUISHABLE for held in found["models"].values() for own in held["controls"].values()
     )
     assert found["false_positives"] == 0
+
+
+def test_figures_are_kept_by_weights_rows_and_labels():
+    model, other = classifier(make_net(classes=4)), classifier(make_net(classes=4, seed=1))
+    small = model.without_rows([2])
+    subjects = (Subject(small), Subject(replace(small, labels=(0, 3, 1))), Subject(small, model), Subject(small, other))
+    a, b, c, d = map(auditing._state_hash, subjects)
+    assert a != b
+    assert a != c
+    assert c != d
+
+
+def test_an_error_that_is_no_number_is_refused(monkeypatch):
+    odd = Audit("odd", {"odd": FigureKind("odd", "?", "class")}, lambda *_: Found({"odd": Figure(0.5, math.nan)}))
+    monkeypatch.setattr(auditing, "AUDITS", (odd,))
+    net = classifier(make_net(classes=4))
+    with pytest.raises(EvidenceError, match=r"odd is 0\.5 with an error of nan, which no"):
+        audit(Subject(net), IMAGES, oracles={})
+
+
+def test_a_control_is_judged_by_the_figures_that_the_candidate_has(monkeypatch):
+    nets = [classifier(make_net(classes=4, seed=seed)) for seed in range(5)]
+    names = ("retain", "probe", "relearn", "neighbours")
+
+    def measured(subject, images, seen, references):
+        figures = {name: Figure(0.5) for name in names}
+        if subject.row_kept is None:  # the candidate's row is gone, by which alone the control would fail
+            return Found(figures)
+        return Found(figures | {"forget": Figure(float(subject.row_kept.module is nets[4].module))})
+
+    kinds = {name: FigureKind(name, "?", verdict.KINDS[name]) for name in (*names, "forget")}
+    monkeypatch.setattr(auditing, "AUDITS", (Audit("all", kinds, measured),))
+    oracles = {str(k): Subject.without_rows(net, [2]) for k, net in enumerate(nets[:3])}
+    controls = {"finetune": Subject.without_rows(nets[4], [2])}
+    found = audit(Subject(nets[3].without_rows([2])), IMAGES, oracles=oracles, controls=controls)
+    assert found.judgements["finetune"]["verdict"] == verdict.INDISTINGUISHABLE
+    assert {own["controls"]["finetune"] for own in found.held_out["models"].values()} == {verdict.INDISTINGUISHABLE}
+
+
+def test_a_band_is_no_finer_than_a_tenth_of_a_percent():
+    assert verdict.calibrate([{"cka": Figure(0.5)}] * 3)["cka"].sd == 0.001
+
+
+def test_a_table_of_findings_has_bands_of_what_can_be():
+    held = {"figure": 0.1, "band": [-0.2, 3.0], "verdict": "inside"}
+    rows = Findings({}, {}, {"unlearned": {"audits": {"probe": held, "procrustes": held}}}, {}).table()
+    assert [(row["low"], row["high"]) for row in rows] == [(0.0, 1.0), (0.0, 2.0)]

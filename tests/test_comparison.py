@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,16 +19,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import in_browser, write_set
+from fedunlearn.audits import verdict
 from fedunlearn.console import comparison_notes, comparison_table
 from fedunlearn.errors import DataError, RecipeError, RunError
 from fedunlearn.evidence.comparison import summary, write_comparison
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
-from fedunlearn.federation.journal import Step
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.methods.base import Method, Outcome, delivered, settings_by
 from fedunlearn.methods.table import COMPARED, METHODS
 from fedunlearn.models import build_model
+from fedunlearn.run.cells import Cells
 from fedunlearn.run.commands import run
 from fedunlearn.run.compare import Plan, compare
 from fedunlearn.run.experiment import prepare
@@ -571,3 +574,43 @@ def test_settings_of_a_recipe_reach_the_method(tmp_path):
     result = run(recipe, tmp_path / "out", command="unlearn")
     images = prepare(recipe).table[:, [k for k in range(4) if k not in result["forget"]]].sum()
     assert result["cost"]["unlearn"]["client_samples"] == pytest.approx(int(images), rel=0.1)
+
+
+def test_the_erase_step_stays_out_of_methods_that_have_none(tmp_path):
+    experiment = prepare(load_recipe(str(write_set(tmp_path)), ["erase.complement=3"]))
+    assert experiment.repair().training.objective is not None
+    cells = Cells(SimpleNamespace(experiment=experiment), None, {}, None, chosen=[])
+    asked = cells._request(METHODS["contrast"], experiment.federation(Journal()), 0)
+    assert asked.repair.training.objective is None
+
+
+def test_a_comparison_tells_what_it_did(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPARED, "scaled", replace(SCALED, settings=Scaled(1.0)))  # the original without its row
+    said = ["train.rounds=2", "evidence.feature_maps=false", "unlearn.seed=7", "compute.precision=bfloat16"]
+    recipe, lines = load_recipe(str(write_set(tmp_path, oracles=3)), said), []
+    value = compare(recipe, tmp_path / "out", Plan(("scaled",), seeds=1, tune=9), tell=lines.append)
+    assert list(value["cells"])[:1] == ["scaled-seed7"]
+    assert value["recipe"]["compute"] == "bfloat16"
+    assert value["validation_unseen"] is True
+    fixed = json.loads((tmp_path / "out" / "thresholds.json").read_text())["bands"]
+    assert value["bands"] == {name: [band["low"], band["high"]] for name, band in fixed.items()}
+    assert all(oracle["forget_row_kept"] == oracle["figures"]["forget"] for oracle in value["retrained"].values())
+    last = {}  # R of each retrained model after its last round
+    for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()[1:]:
+        step = json.loads(line)
+        if step["phase"].endswith(".retrain"):
+            last[step["phase"]] = step["validation"]
+    wanted = sum(last.values()) / 3
+    trials = [trial for trial in value["methods"]["scaled"]["trials"] if "failed" not in trial]
+    assert all(trial["score"] == pytest.approx(trial["u"] + max(0.0, wanted - trial["r"])) for trial in trials)
+    (cell, *_) = value["cells"].values()
+    beyond = []
+    for name, figure in cell["figures"].items():
+        kind, band = verdict.KINDS[name], fixed[name]
+        below, above = figure < band["low"], figure > band["high"]
+        if (below and kind != "apart") or (above and kind != "near"):
+            beyond.append(name)
+    assert cell["verdict"] == "not forgotten"
+    assert cell["outside"] == beyond != ["forget"]
+    done = [line for line in lines if " of " in line]
+    assert f"({len(done)} of {len(done)}" in done[-1]

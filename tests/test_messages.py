@@ -236,3 +236,9 @@ def test_spreading_undoes_cutting_with_zeros_between(first, second):
         assert torch.equal(tensor, small[name])
         assert int((again[name] != 0).sum()) == int((small[name] != 0).sum())
         assert torch.equal(again[name][again[name] != 0], whole[name][again[name] != 0])
+
+
+def test_tensors_of_another_kind_than_the_text_says_are_refused():
+    tensors, text = encode_job(TRAIN)
+    with pytest.raises(FederationError, match="does not fit its tensors"):
+        decode_job({name: tensor.double() for name, tensor in tensors.items()}, text)

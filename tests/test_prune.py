@@ -915,3 +915,38 @@ def test_an_output_in_which_classes_scale_each_other_is_refused_for_any_number_o
     net = nn.Sequential(*layers, last)
     with pytest.raises(ModelError, match="the model's output must come straight from a Linear layer"):
         head_layer(net, torch.rand(2, 1, 8, 8))
+
+
+def test_a_later_plan_numbers_channels_as_the_first_model_did(net):
+    first = plan_for(net, {"0": torch.tensor([9.0, 0, 8, 0, 0, 0])}, fraction=0.34)
+    second = plan_for(prune(net, first), {"0": torch.tensor([0, 5.0, 0, 0])}, fraction=0.25)
+    assert first.then(second).pruned["0"] == (0, 2, 3)
+
+
+def test_a_later_plan_says_what_it_left_out(net):
+    first = plan_for(net, {"0": torch.ones(6), "3": torch.ones(8)}, fraction=0.5)
+    second = plan_for(prune(net, first), {"0": torch.ones(3)}, fraction=0.5)
+    assert first.then(second).left_out == {"3": "it was not scored"}
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        maps = self.c1(x).relu()
+        return self.fc((maps + self.c2(maps).relu()).mean((2, 3)))
+
+
+def test_tied_layers_are_ranked_by_the_mean_of_their_scores():
+    torch.manual_seed(0)
+    scores = {"c1": torch.tensor([1.0, 4, 0, 0]), "c2": torch.tensor([5.0, 0, 0, 0])}
+    plan = plan_for(Added(), scores, fraction=0.25)
+    assert plan.pruned == {"c1": (0,), "c2": (0,)}
+
+
+def test_a_global_share_is_of_all_channels_together():
+    scores = {"0": torch.full((6,), 9.0), "3": torch.ones(8)}
+    plan = plan_for(make_net(), scores, fraction=0.3, scope="global")
+    assert {layer: len(channels) for layer, channels in plan.pruned.items()} == {"0": 4, "3": 0}  # floor(.3 * 14)

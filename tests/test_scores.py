@@ -118,3 +118,15 @@ def test_criteria_refuse_what_they_cannot_score():
         contrast(stats, 0)
     with pytest.raises(PlanError, match=r"unlearn.reference must be one of class, channel, got 'rows'"):
         tf_idf(stats, 0, reference="rows")
+
+
+def test_several_classes_are_pooled_by_their_images():
+    stats, one = stats_of([[4.0, 0.0], [0.0, 4.0], [1.0, 1.0]], [3, 1, 4]), stats_of([[3.0, 1.0], [1.0, 1.0]])
+    for criterion in (tf_idf, contrast, margin):
+        torch.testing.assert_close(criterion(stats, [0, 1])["conv"], criterion(one, 0)["conv"])
+
+
+def test_random_scores_are_drawn_anew_for_each_layer_and_seed():
+    stats = ChannelStats({"a": torch.ones(2, 50), "b": torch.ones(2, 50)}, torch.ones(2).long())
+    assert not random_scores(stats, 0)["a"].equal(random_scores(stats, 0)["b"])
+    assert not random_scores(stats, 0)["a"].equal(random_scores(stats, 1)["a"])

@@ -3,6 +3,7 @@
 import copy
 import io
 import sys
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from conftest import classifier, collected, job, make_images, make_net
 from fedunlearn.channels.groups import find_channels
@@ -30,7 +32,7 @@ from fedunlearn.federation.tasks import Measure, Train
 from fedunlearn.flower import secure
 from fedunlearn.flower.client import add_secure_measure, client_app, unlearning_mod
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.flower.messages import encode_job, to_arrays
+from fedunlearn.flower.messages import encode_job, life, to_arrays
 from fedunlearn.flower.secure import BITS, FRACTION, LIMBS, answer, decode, encode, secure_mod, secure_sum
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.sgd import Training
@@ -475,3 +477,44 @@ def test_a_client_that_measures_nothing_it_knows_is_left_out():
     failures = [message.error.reason for message in grid.seen if message.has_error()]
     assert len(failures) == 7
     assert all("the job is for 2 classes, this client has 3" in why for why in failures)
+
+
+@pytest.mark.parametrize(
+    "terms", [{"max_weight": 2.0}, {"clipping_range": 8.0}, {"target_range": 2**20}, {"share_num": 4}]
+)
+def test_terms_of_another_weight_range_or_number_of_shares_are_refused(terms):
+    Loopback({})
+    message = Message(RecordDict({"secaggplus_configs": ConfigRecord(TERMS | terms)}), 100, "train.measure")
+    with pytest.raises(FederationError, match=r"secure aggregation (of 5 clients with threshold 4 )?is refused"):
+        APP(message, Context(1, 100, {"partition-id": 0}, RecordDict(), {}))
+
+
+def test_a_client_that_refuses_keeps_no_keys():
+    bad = answering(lambda own: own | {"counts": torch.tensor([float("nan")])})
+    grid = Loopback(nodes(APP, 7) | {102: (bad, 2)})
+    collected(engine(grid), measure_job())
+    assert "secaggplus_state" not in grid.contexts[102].state.config_records
+
+
+def test_messages_of_a_secure_sum_live_as_long_as_its_deadline_says():
+    grid = Wiretap(nodes(APP, 7))
+    chosen = engine(grid)
+    grid.sent.clear()
+    chosen.run(measure_job())
+    assert [message.metadata.ttl for message in grid.sent] == [life(0.5, 7)] * 28
+
+
+def test_sums_go_to_their_layers_in_whatever_order_these_are_named():
+    def build(context=None):
+        torch.manual_seed(0)
+        layers = {"z": nn.Conv2d(1, 4, 3), "r": nn.ReLU(), "a": nn.Conv2d(4, 4, 3), "s": nn.ReLU()}
+        layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "head": nn.Linear(4, 3)}
+        return nn.Sequential(OrderedDict(layers))
+
+    app = client_app(build, load_images, secure=True)
+    asked = job(Measure(classes=3), build(), phase="measure-0")
+    ((reply,), _) = collected(engine(Loopback(nodes(app, 7))), asked)
+    plain = [own.tensors for own in LocalEngine(CLIENTS).run(asked)]
+    for name in ("sums.z", "sums.a"):
+        expected = torch.stack([own[name].double() for own in plain]).sum(0)
+        assert float((reply.tensors[name] - expected).abs().max()) <= 7 * 2.0 ** -(FRACTION + 1)

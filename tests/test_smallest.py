@@ -14,7 +14,7 @@ from fedunlearn.channels.plan import Cut
 from fedunlearn.channels.scores import Ranking
 from fedunlearn.console import RunProgress, notes
 from fedunlearn.data.partition import hold_out, partition
-from fedunlearn.errors import FederationError, PlanError, RecipeError
+from fedunlearn.errors import FederationError, PlanError, RecipeError, RunError
 from fedunlearn.evidence import words
 from fedunlearn.evidence.keys import make_keys
 from fedunlearn.evidence.verify import problems
@@ -278,3 +278,56 @@ def test_a_fraction_that_nobody_can_choose_is_refused_before_any_work(tmp_path):
         run(recipe, tmp_path / "out", command="unlearn")
     assert not (tmp_path / "out").exists()
     assert "original" in run(recipe, tmp_path / "out", command="train")  # which chooses none
+
+
+def test_u_of_an_attempt_is_counted_over_the_clients_images(clients, most):
+    most(0.0)
+    done = smallest(make_net(classes=4), federation(clients))
+    for own in done.attempts:
+        model = unlearn(
+            make_net(classes=4), federation(clients), forget=2, cut=Cut(own.fraction), repair=REPAIR
+        ).repaired
+        right = counts = 0
+        for images in clients[1].values():
+            x = (images.only([2]).images.float() / 255 - torch.tensor(images.mean)) / torch.tensor(images.std)
+            right += int((model.module.eval()(x).argmax(1) == 2).sum())
+            counts += len(x)
+        assert own.forget == pytest.approx(right / counts)
+        assert done.clients == tuple(sorted(clients[0]))
+
+
+def test_the_smallest_cut_has_the_scope_that_was_asked_for(clients, most):
+    most(0.6)
+    fed = federation(clients)
+    net = make_net(classes=4)
+    done = smallest(net, fed, scope="global")
+    assert done.cut.scope == "global"
+    slow = unlearn(net, federation(clients), forget=2, cut=done.cut, repair=REPAIR)
+    assert done.model.plan == slow.model.plan
+
+
+def test_all_clients_are_asked_what_the_model_still_names(clients, most):
+    """Those chosen to train are not alone asked what the model still names."""
+    most(0.6)
+    asked = []
+
+    class Told(LocalEngine):
+        def run(self, job):
+            if job.task.kind == "evaluate":
+                asked.append(job.clients)
+            return super().run(job)
+
+    fed = federation(clients)
+    fed = replace(fed, engine=Told(clients[0], validation=clients[1]), clients=tuple(clients[0])[:1])
+    smallest(make_net(classes=4), fed)
+    assert set(asked) == {None}
+
+
+def test_attempts_by_another_threshold_are_not_taken_up(clients, most, tmp_path):
+    most(0.6)
+    journal = Journal(tmp_path, header={})
+    smallest(make_net(classes=4), federation(clients, journal))
+    journal.leave()
+    most(0.0)
+    with pytest.raises(RunError):
+        smallest(make_net(classes=4), federation(clients, Journal(tmp_path, header={})))

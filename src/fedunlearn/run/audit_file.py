@@ -178,9 +178,12 @@ def _retrained(paths: Sequence[Path], experiment: Experiment, *, besides: Sequen
     named: dict[str, Subject] = {}
     for path in paths:
         weights = _comparable(path, experiment)
-        same = hashes.setdefault(_digest(weights), path)
-        if same != path:
-            raise EvidenceError(f"{path} and {same} are the same model: give retrained models of different seeds")
+        digest = _digest(weights)
+        if digest in hashes:
+            raise EvidenceError(
+                f"{path} and {hashes[digest]} are the same model: give retrained models of different seeds"
+            )
+        hashes[digest] = path
         if path.stem in named or path.stem in MODELS:
             raise EvidenceError(f"{path}: the name {path.stem!r} is taken by another model: rename the file")
         named[path.stem] = _without_forgotten(_subject(weights, experiment), experiment.forget)
