@@ -72,7 +72,7 @@ GLOSSARY = {
 
 
 # Lowest and highest figure of retrained models over that of their original, where both were measured: CIFAR-10,
-# CIFAR-100 and digits, docs/results/erasing.md.
+# CIFAR-100 and digits, docs/results/stopping.md.
 RETRAINED_SHARE = {"probe": (0.72, 1.0), "prototype_1": (0.33, 0.57)}
 _GONE = 0.01  # U below which a class is said not to be answered
 
