@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +24,15 @@ from fedunlearn.errors import FederationError, RecipeError, RunError, listed
 from fedunlearn.federation.ask import _reasons, ask, refusal
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import SUM, Answer, ClientData, Reply, handle
-from fedunlearn.federation.journal import Journal
+from fedunlearn.federation.jobs import SUM, Answer, ClientData, Reply, handle, sampled
+from fedunlearn.federation.journal import Journal, Step
 from fedunlearn.federation.ledger import Cost, Entry, Meter, flops_per_image, size_in_bytes
 from fedunlearn.federation.local import LocalEngine
 from fedunlearn.federation.measuring import Holdings, measure, reestimate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.federation.rounds import Repair, Watch, train_rounds, validation_accuracy
+from fedunlearn.federation.rounds import Repair, Watch, _drawn, train_rounds, validation_accuracy
 from fedunlearn.federation.tasks import Evaluate, Measure, Reestimate, Train
+from fedunlearn.training.batch_norm import fit_batch_norm
 from fedunlearn.training.compute import Compute
 from fedunlearn.training.evaluation import count_correct
 from fedunlearn.training.objectives.distil import Distil
@@ -980,3 +982,97 @@ def test_statistics_that_contradict_themselves_are_refused(net, change, text):
     tensors = {"counts": torch.tensor([1, 0, 1]), "held": torch.tensor([1, 1, 1]), "sums.0": sums}
     tensors |= {"sums.3": torch.zeros(3, 8, dtype=torch.float64)} | change
     assert refusal(Reply("a", tensors, images=2), job(task, net), task.layout(classifier(net))) == text
+
+
+def test_training_stops_at_exactly_the_target():
+    assert Watch(target=0.5).reached([Step("train", 0, (), 0.5)])
+    assert not Watch(target=0.5).reached([Step("train", 0, (), 0.49)])
+
+
+def test_classes_that_are_left_out_stay_left_out():
+    fed = Federation(LocalEngine({"a": make_images(12), "b": make_images(12)}), exclude=(1,))
+    assert fed.keeping(exclude=(2,)).exclude == (1, 2)
+
+
+def test_the_largest_counter_stays_whichever_client_comes_last():
+    states = [({"n": torch.tensor(n)}, images) for n, images in ((3, 1), (8, 1), (5, 9))]
+    assert int(fedavg(states)["n"]) == 8
+
+
+def test_who_takes_part_is_drawn_by_the_seed():
+    ten = {f"client-{k}": make_images(12, seed=k) for k in range(10)}
+    one, other = (Federation(LocalEngine(ten), participation=0.3, seed=seed) for seed in (1, 2))
+    drawn = [[_drawn(fed, None, "train", round, ()) for round in range(4)] for fed in (one, one, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_client_shuffles_anew_in_each_round_and_phase():
+    def trained(**values):
+        asked = job(Train(training=Training(0.1, 8), lr=0.1), make_net(), **values)
+        return handle(asked, make_net(), ClientData("a", make_images(30))).tensors["0.weight"]
+
+    first = trained(phase="train", round=0)
+    assert first.equal(trained(phase="train", round=0))
+    assert not first.equal(trained(phase="train", round=1))
+    assert not first.equal(trained(phase="repair", round=0))
+
+
+def test_clients_draw_samples_of_their_own():
+    images = make_images(60)
+    asked = job(Measure(classes=3, sample=20), make_net())
+    one, same, other = (sampled(asked, ClientData(name, images), images, 20).images for name in "aab")
+    assert one.equal(same)
+    assert not one.equal(other)
+
+
+def test_a_client_holds_what_it_holds_whatever_the_sample():
+    reply = handle(job(Measure(classes=3, sample=20), make_net()), make_net(), ClientData("a", make_images(60)))
+    assert int(reply.tensors["counts"].sum()) == 20
+    assert reply.tensors["held"].tolist() == [20, 20, 20]
+
+
+def test_the_time_of_a_refused_client_counts():
+    meter = Meter(job(Measure(classes=3), make_net()), (1, 8, 8), 2)
+    meter.count(Reply("a", seconds=1.5), refused=None)
+    meter.count(Reply("b", seconds=2.0), refused="late")
+    assert meter.entry().seconds == 3.5
+
+
+def test_each_client_of_a_secure_sum_sends_two_numbers_for_one():
+    meter = Meter(job(Measure(classes=3), make_net()), (1, 8, 8), 3)
+    meter.count(Reply(SUM, {"x": torch.zeros(5)}, 30, 30, members=("a", "b", "c")), refused=None)
+    entry = meter.entry()
+    assert entry.bytes_up == 3 * 2 * 20
+    assert entry.clients == ("a", "b", "c")
+
+
+def test_a_sum_of_clients_that_were_not_asked_is_not_taken():
+    asked = job(Measure(classes=3), make_net())
+    reply = handle(asked, make_net(), ClientData("a", make_images(60)))
+    whole = replace(reply, client=SUM, members=("a", "stranger"))
+    engine = SimpleNamespace(clients=("a", "b"), shape=(1, 8, 8), classes=3, run=lambda job: iter([whole]))
+    with pytest.raises(FederationError, match="only 0 of 2 clients"):
+        collected(engine, asked)
+
+
+def test_what_clients_hold_is_told_by_labels_and_validation_images_too():
+    images = make_images(60)
+    held = {"a": images, "b": images}
+    other = replace(images, labels=images.labels.flip(0))
+    digests = {
+        LocalEngine(held).digest,
+        LocalEngine({"a": images, "b": other}).digest,
+        LocalEngine(held, validation={"a": images}).digest,
+        LocalEngine(held, validation={"a": other}).digest,
+    }
+    assert len(digests) == 4
+
+
+def test_sums_that_no_images_have_make_no_negative_variance():
+    net = make_net()
+    parts = {"images": torch.tensor(10.0)}
+    for name, width in (("1", 6), ("4", 8)):
+        parts[f"mean:{name}"] = torch.full((width,), 1000.0, dtype=torch.float64)
+        parts[f"square:{name}"] = torch.full((width,), 99950.0, dtype=torch.float64)  # as flaw lets pass
+    fit_batch_norm(net, [parts])
+    assert net[1].running_var.tolist() == [0] * 6

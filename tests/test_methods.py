@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -25,16 +26,22 @@ from fedunlearn.federation.privacy import DEFAULT_RULES, Privacy
 from fedunlearn.federation.rounds import Repair, train_rounds
 from fedunlearn.federation.sums import Moments
 from fedunlearn.flower.engine import FlowerEngine
-from fedunlearn.methods.base import LocalSettings, Request, as_many, resolved, settings_by
+from fedunlearn.methods import scrub as scrub_module
+from fedunlearn.methods.base import LocalSettings, Request, as_many, prunes, resolved, settings_by
+from fedunlearn.methods.erase_only import ERASE_ONLY
+from fedunlearn.methods.finetune import finetune
 from fedunlearn.methods.negate import negate
+from fedunlearn.methods.prune import _ranked
 from fedunlearn.methods.salun import SalUn, largest, salun
+from fedunlearn.methods.scrub import Scrub
 from fedunlearn.methods.ssd import Ssd, dampening, ssd
 from fedunlearn.methods.svd import Svd, projection, svd
 from fedunlearn.methods.table import COMPARED, METHODS
 from fedunlearn.run.result import evaluate
 from fedunlearn.training.objectives.erase import Erasing
+from fedunlearn.training.objectives.scrub import Scrub as Objective
 from fedunlearn.training.sgd import Training, one_cycle
-from fedunlearn.unlearn import unlearn
+from fedunlearn.unlearn import Unlearned, unlearn
 
 CLIENTS = partition(make_images(120), by="iid", clients=3)
 TEST = make_images(90, seed=5)
@@ -534,3 +541,67 @@ def test_validation_images_are_never_trained_on(known):
     other = Federation(LocalEngine(held[0], validation={name: make_images(9, seed=9) for name in held[1]}))
     assert same(done("scrub", known, fed).subject.model, done("scrub", known, other).subject.model)
     assert classifier(make_net()).labels is None
+
+
+def test_a_method_beside_a_repair_without_rounds_has_one():
+    none = replace(REQUEST, repair=replace(REQUEST.repair, rounds=0))
+    outcome = negate(classifier(make_net()), Federation(LocalEngine(CLIENTS)), none, LocalSettings())
+    assert outcome.cost.rounds == 1
+
+
+def test_fine_tuning_beside_a_pruning_without_repair_has_a_round():
+    spent = Cost(rounds=0, client_flops=10**7)
+    outcome = finetune(
+        classifier(make_net()), Federation(LocalEngine(CLIENTS)), replace(REQUEST, spent=spent), LocalSettings()
+    )
+    assert outcome.cost.rounds == 1
+
+
+def test_a_ranking_keeps_the_options_that_the_recipe_gives_it():
+    rank = Ranking(partial(contrast))
+    assert _ranked(replace(REQUEST, rank=rank), contrast, None).rank is rank
+    assert _ranked(replace(REQUEST, rank=rank), tf_idf, None).rank.criterion is tf_idf
+
+
+def test_controls_of_pruning_stand_beside_runs_that_prune():
+    pruned = object.__new__(Unlearned)
+    erasing = replace(REQUEST.repair, training=replace(REQUEST.repair.training, objective=Erasing()))
+    with_step = replace(REQUEST, repair=erasing, unlearned=pruned)
+    assert prunes(with_step)
+    assert ERASE_ONLY.applies(with_step)
+    uncut = replace(with_step, cut=Cut(0))
+    assert not prunes(uncut)
+    assert not ERASE_ONLY.applies(uncut)
+    assert not ERASE_ONLY.applies(replace(REQUEST, unlearned=pruned))
+
+
+def test_two_of_three_epochs_of_scrub_go_away(monkeypatch):
+    told = []
+
+    def trained_once(model, fed, request, settings, *, objective, phase):
+        told.append(objective)
+        return model
+
+    monkeypatch.setattr(scrub_module, "trained_once", trained_once)
+    fed = Federation(LocalEngine(CLIENTS))
+    scrub_module.scrub(classifier(make_net()), fed, REQUEST, Scrub(epochs=4.0))
+    assert told == [Objective(1e-3, 4.0, turns=4, ascents=3, away=0.1)]
+
+
+def counting():
+    net = make_net()
+    net.register_parameter("steps", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    return net
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_leaves_a_weight_of_whole_numbers_as_it_is(momentum):
+    fed, server = Federation(LocalEngine(CLIENTS)), Server(momentum=momentum)
+    net = train_rounds(counting(), fed, Training(0.05, 20), rounds=2, server=server)
+    assert net.module.steps.item() == 3
+
+
+@pytest.mark.parametrize(("method", "settings"), [(ssd, Ssd()), (salun, SalUn(0.05, 1.0))], ids=["ssd", "salun"])
+def test_methods_by_gradients_leave_a_weight_of_whole_numbers_as_it_is(method, settings):
+    outcome = method(classifier(counting()), Federation(LocalEngine(CLIENTS)), REQUEST, settings)
+    assert outcome.subject.row_kept.module.steps.item() == 3

@@ -19,6 +19,7 @@ from fedunlearn.federation.measuring import summed
 from fedunlearn.federation.privacy import Privacy
 from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.training.compute import FLOAT32
+from fedunlearn.training.evaluation import count_correct
 from fedunlearn.training.moments import (
     gradient_sums,
     input_moments,
@@ -224,3 +225,21 @@ def test_replies_have_the_layout_that_is_asked_for():
         replies, entry = collected(engine, job(task, make_net()))
         assert len(replies) == 2
         assert entry.refused == {}
+
+
+def states_equal(one, other):
+    return all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda net, images: gradient_sums(net, images, FLOAT32),
+        lambda net, images: input_moments(net, images, FLOAT32, hide=False),
+        lambda net, images: {"p": count_correct(net, images).probability},
+    ],
+    ids=["gradients", "moments", "answers"],
+)
+def test_a_model_that_was_left_in_training_is_read_in_evaluation(of):
+    images = make_images(24)
+    assert states_equal(of(make_net().eval(), images), of(make_net().train(), images))

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fedunlearn.training.objectives.erase import Erasing, complement, separation
 from fedunlearn.training.objectives.relabel import Relabel
 from fedunlearn.training.objectives.scrub import Scrub
 from fedunlearn.training.objectives.sparse import Sparse
-from fedunlearn.training.sgd import Training
+from fedunlearn.training.sgd import Forgetting, Training, train_locally
 
 LABELS = torch.tensor([0, 2, 1, 2, 0, 2])  # class 2 is to be forgotten
 OF = LABELS == 2
@@ -223,3 +224,31 @@ def test_a_teacher_costs_a_forward_pass_more():
     assert Train(training=training, lr=0.1).operations(MODEL, 2, 6) == 6
     assert Train(training=replace(training, objective=Distil()), lr=0.1).operations(MODEL, 2, 6) == 8
     assert Train(training=replace(training, objective=Sparse(0.1)), lr=0.1).operations(MODEL, 2, 6) == 6
+
+
+def test_an_objective_is_told_the_smoothing_and_the_step_and_sees_batches_of_the_size_asked_for():
+    seen = []
+
+    def loss(told):
+        seen.append((told.smoothing, told.progress, told.earlier, len(told.labels), int(told.forgotten.sum())))
+        return told.logits.square().mean()
+
+    objective = SimpleNamespace(kind="told", share=0.25, until=1.0, every=1, teacher=False, loss=loss)
+    training, images = Training(0.05, 16, label_smoothing=0.3), make_images(80, 4)
+    object.__setattr__(training, "objective", objective)
+    own = Forgetting((images.only((2,)), images.only((3,))), 3, (2, 3), "8")
+    train_locally(make_net(4), images.without((2, 3)), training, lr=0.05, draw=torch.Generator(), forgetting=own)
+    smoothing, progress, earlier, sizes, forgotten = zip(*seen)
+    assert set(smoothing) == {0.3}
+    assert earlier == (None, *progress[:-1])
+    assert progress[:2] == (0.0, 16 / 40)
+    assert (sizes[0], forgotten[0]) == (16, 6)
+
+
+def test_a_smoothed_cross_entropy_of_an_objective_is_that_of_the_formula():
+    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+    told = Seen(logits, labels, torch.zeros(4, 1), labels == 2, (2,), None, (), 0.3, 0.0, None, torch.Generator())
+    kept = labels != 2
+    target = 0.7 * torch.nn.functional.one_hot(labels, 3) + 0.1
+    expected = -(target * logits.log_softmax(1)).sum(1)[kept].mean()
+    assert float(told.cross_entropy(kept)) == pytest.approx(float(expected))

@@ -317,3 +317,13 @@ def test_a_run_measures_its_clients_once(tmp_path):
     result = run(load_recipe(str(write_set(tmp_path)), settings), tmp_path / "run", engine=engine)
     assert asked.count("measure") == 1
     assert result["controls"]["random"]["cost"]["client_samples"] == result["cost"]["unlearn"]["client_samples"]
+
+
+def test_a_class_of_exactly_the_minimum_is_reported():
+    counts = torch.tensor([5, 4])
+    told = protect(
+        {"counts": counts, "held": counts, "sums.0": torch.ones(2, 3, dtype=torch.float64)}, Privacy(min_count=5)
+    )
+    assert told["counts"].tolist() == [5, 0]
+    assert told["held"].tolist() == [5, 0]
+    assert told["sums.0"].sum(1).tolist() == [3, 0]

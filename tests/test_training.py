@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.flop_counter import sdpa_backward_flop_count as sdpa_backward
 from torch.utils.flop_counter import sdpa_flop_count as sdpa
 
-from conftest import make_images, make_net, normalised
+from conftest import job, make_images, make_net, normalised
 from fedunlearn.channels.plan import Classifier, Cut
 from fedunlearn.data.partition import hold_out, partition
 from fedunlearn.data.readers import read_digits
@@ -25,7 +25,7 @@ from fedunlearn.errors import RecipeError
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import Server, fedavg
 from fedunlearn.federation.federation import Federation
-from fedunlearn.federation.jobs import Job
+from fedunlearn.federation.jobs import ClientData, Job, handle
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import flops_per_image
 from fedunlearn.federation.local import LocalEngine
@@ -285,3 +285,11 @@ def test_a_schedule_that_gives_no_rates_is_refused_before_any_client_is_asked(sc
 def test_a_momentum_of_the_server_out_of_range_is_refused(momentum):
     with pytest.raises(RecipeError, match=r"Server\(momentum=\.\.\.\) must be at least 0 and below 1, got"):
         Server(momentum=momentum)
+
+
+def test_augmentations_of_the_recipe_reach_the_batches():
+    def trained(augment):
+        task = Train(training=Training(0.1, 30, augment=augment), lr=0.1)
+        return handle(job(task, make_net()), make_net(), ClientData("a", make_images(30))).tensors["0.weight"]
+
+    assert not trained(()).equal(trained(("flip",)))

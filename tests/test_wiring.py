@@ -1,6 +1,8 @@
 """Which images, clients, rates and settings reach the formulas: these have tests of their own."""
 
+import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,19 +10,22 @@ import torch
 
 from conftest import classifier, logits, make_images, make_net, normalised, write_set
 from fedunlearn.channels.plan import Cut
-from fedunlearn.channels.scores import Ranking, contrast
+from fedunlearn.channels.scores import Ranking, contrast, random_scores
 from fedunlearn.channels.stats import ChannelStats
 from fedunlearn.data.partition import hold_out, partition
+from fedunlearn.errors import RunError
 from fedunlearn.evidence.maps import FeatureMaps, save_feature_maps
+from fedunlearn.federation.about import asked
 from fedunlearn.federation.ask import ask
 from fedunlearn.federation.averaging import Server
 from fedunlearn.federation.federation import Federation
 from fedunlearn.federation.journal import Journal
 from fedunlearn.federation.ledger import Cost
 from fedunlearn.federation.local import LocalEngine
+from fedunlearn.federation.lock import LOCK
 from fedunlearn.federation.measuring import measure, reestimate
 from fedunlearn.federation.privacy import Privacy
-from fedunlearn.federation.rounds import Repair, _drawn, train_rounds, validation_accuracy
+from fedunlearn.federation.rounds import Repair, Watch, _drawn, train_rounds, validation_accuracy
 from fedunlearn.federation.sums import Gradients, Moments
 from fedunlearn.federation.tasks import Measure, Reestimate
 from fedunlearn.methods.base import Request
@@ -33,7 +38,7 @@ from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.references import request
 from fedunlearn.training.objectives.erase import Erasing
 from fedunlearn.training.sgd import Forgetting, Training, one_cycle, train_locally
-from fedunlearn.unlearn import unlearn
+from fedunlearn.unlearn import Forgotten, unlearn
 
 CLIENTS = partition(make_images(120), by="iid", clients=3)
 NAMES = tuple(CLIENTS)
@@ -305,3 +310,45 @@ def test_feature_maps_show_the_channels_that_rank_highest_first_on_images_of_the
     assert (shown.layer, shown.columns) == ("0", (5, 4, 3, 2, 3, 2, 1, 0))
     assert shown.rows[:4] == ("class 2",) * 4
     assert "class 2" not in shown.rows[4:]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"server": Server(momentum=0.5)}, "server_momentum is"), ({"watch": Watch(target=1.0)}, "watch is")],
+)
+def test_a_journal_does_not_go_on_with_another_momentum_or_target(change, text):
+    fed = Federation(LocalEngine(CLIENTS))
+    train_rounds(make_net(), fed, Training(0.05, 20), rounds=1)
+    with pytest.raises(RunError, match=text):
+        train_rounds(make_net(), fed, Training(0.05, 20), rounds=1, **change)
+
+
+def test_functions_are_told_apart_by_what_they_call_and_by_their_defaults():
+    assert asked(f=lambda x: x.sin()) != asked(f=lambda x: x.cos())
+    assert asked(f=lambda x, k=1: x) != asked(f=lambda x, k=2: x)
+    assert asked(f=partial(random_scores, seed=1)) != asked(f=partial(random_scores, seed=2))
+
+
+def test_models_are_told_apart_by_the_classes_of_their_rows():
+    assert asked(m=classifier(make_net(), labels=(0, 1, 2))) != asked(m=classifier(make_net(), labels=(1, 0, 2)))
+
+
+def test_the_cost_that_is_printed_has_the_bytes_of_both_ways():
+    model = classifier(make_net())
+    cost = Cost(bytes_up=10**6, bytes_down=2 * 10**6)
+    told = Forgotten(forget=(0,), repaired=model, model=model, clients=(), cost=cost)
+    assert told.headline().endswith(" 3 MB")
+
+
+def test_a_fork_of_a_process_does_not_take_its_lock_away(tmp_path):
+    journal = Journal(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            journal.leave()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).exists()
+    journal.leave()
+    assert not (tmp_path / LOCK).exists()

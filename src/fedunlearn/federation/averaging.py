@@ -72,6 +72,8 @@ class Server:
         state = dict(average)
         # A module may stand under two names, and the state under both.
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not parameter.is_floating_point():  # counts do not move
+                continue
             before = parameter.detach().cpu()
             moving = average[name] - before
             if name in velocity:

@@ -49,8 +49,9 @@ def salun(model: Classifier, fed: Federation, request: Request, settings: SalUn)
     # In the order of the model: of equal gradients the first are chosen, and what a journal gives back is sorted.
     masks = largest({name: sums[name] for name in before if name in sums}, settings.salient)
     with torch.no_grad():
-        for name, parameter in moved.module.named_parameters():
-            parameter.copy_(torch.where(masks[name], parameter, before[name]))
+        weights = dict(moved.module.named_parameters())
+        for name, salient in masks.items():
+            weights[name].copy_(torch.where(salient, weights[name], before[name]))
     return Outcome(delivered(moved, request), fed.cost("salun"))
 
 

@@ -48,8 +48,9 @@ def ssd(model: Classifier, fed: Federation, request: Request, settings: Ssd) -> 
         settings,
     )
     with torch.no_grad():
-        for name, parameter in damped.module.named_parameters():
-            parameter.mul_(factors[name])
+        weights = dict(damped.module.named_parameters())
+        for name, factor in factors.items():
+            weights[name].mul_(factor)
     return Outcome(delivered(damped, request), fed.cost("ssd"))
 
 
