@@ -250,3 +250,10 @@ def test_weights_without_permission_are_refused_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", closed)
     with pytest.raises(ModelError, match=r"w.pt: cannot be read \(Permission denied\); check its permissions"):
         read_weights(tmp_path / "w.pt")
+
+
+def test_of_two_states_in_a_file_the_one_that_is_named_so_is_taken(tmp_path):
+    net = make_net()
+    torch.save({"model": make_net(seed=4).state_dict(), "state_dict": net.state_dict()}, tmp_path / "w.pt")
+    found = load_weights(classifier(make_net(seed=5)), read_weights(tmp_path / "w.pt")).module
+    assert torch.equal(found[0].weight, net[0].weight)

@@ -286,3 +286,20 @@ def test_a_translated_image_mirrors_what_is_beside_its_edge():
     for image, source in zip(AUGMENTATIONS["translate"](images, torch.Generator().manual_seed(0)), mirrored):
         windows = np.lib.stride_tricks.sliding_window_view(source[0], (8, 8))
         assert (windows == image[0].numpy()).all((2, 3)).sum() >= 1
+
+
+def test_validation_images_are_drawn_by_the_seed():
+    clients = {"a": make_images(60)}
+    one, other = (hold_out(clients, 0.2, seed=seed)[1]["a"] for seed in (0, 1))
+    assert not torch.equal(one.images, other.images)
+
+
+def test_augmentations_are_done_one_on_the_other_in_their_order(monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "more", lambda batch, draw: batch + 1)
+    monkeypatch.setitem(AUGMENTATIONS, "twice", lambda batch, draw: batch * 2)
+    images = make_images(12)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    plain, changed = (
+        next(batches(images, 12, draw=draw, augment=names))[0] for draw, names in zip(draws, ((), ("more", "twice")))
+    )
+    assert torch.equal(changed, (plain + 1) * 2)

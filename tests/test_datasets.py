@@ -416,3 +416,20 @@ def test_a_journal_does_not_go_on_with_other_images(tmp_path):
     for others in (partition(images, by="iid", clients=3, seed=5), partition(black, by="iid", clients=3)):
         with pytest.raises(RunError, match="images"):
             trained(others)
+
+
+class OneWrong(Dataset):
+    """Says of item 20 of 40 another label than its targets do."""
+
+    targets = (0, 1) * 20
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        return torch.zeros(1, 4, 4), 1 if row == 20 else self.targets[row]
+
+
+def test_a_target_in_the_middle_that_its_item_gainsays_is_refused():
+    with pytest.raises(DataError, match="gives item 20 the label 1, and its targets 0"):
+        from_dataset(OneWrong(), ("a", "b"))

@@ -1,5 +1,6 @@
 """Readers on small files in the official formats, and on the real sets where they are at hand."""
 
+import importlib.util
 import os
 import pickle
 import struct
@@ -12,14 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import make_images
 from fedunlearn.channels.plan import Classifier
 from fedunlearn.checkpoint import load_weights, read_weights
 from fedunlearn.data import readers
+from fedunlearn.data.images import pixel_statistics
 from fedunlearn.data.npz import load_npz, read_npz
 from fedunlearn.data.partition import partition
-from fedunlearn.data.readers import read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
+from fedunlearn.data.readers import READERS, read_cifar10, read_cifar100, read_digits, read_folder, read_mnist
+from fedunlearn.data.splits import apart, held_out
 from fedunlearn.errors import DataError
 from fedunlearn.models import build_model
+from fedunlearn.seeding import generator
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -372,3 +377,51 @@ def test_the_published_weights_fit_resnet20():
     model = load_weights(empty, weights)
     assert sum(parameter.numel() for parameter in model.module.parameters()) == 269_722
     assert (model.rows, model.labels, model.plan) == (10, None, empty.plan)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
+def test_whether_files_are_the_official_ones_is_asked_where_the_recipe_says_so(monkeypatch, name):
+    monkeypatch.setattr(readers, f"read_{name}", lambda path, *, official: official)
+    assert [READERS[name](Path(), official, 0) for official in (True, False)] == [True, False]
+
+
+def test_the_digits_to_test_with_are_the_second_fifth_of_each_in_an_order_that_is_drawn():
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    rows = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    threes = np.round(rows[rows[:, -1] == 3][:, :-1] * (255 / 16)).astype(np.uint8)
+    order, fifth = torch.randperm(len(threes), generator=generator(0, "test", "3")), round(len(threes) / 5)
+    _, test = read_digits()
+    assert test.only([3]).images.flatten(1).tolist() == threes[sorted(order[fifth : 2 * fifth].tolist())].tolist()
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "apart"])
+def test_images_are_normalised_by_those_to_train_on_alone(tmp_path, kind):
+    images = torch.cat([make_images(8, 2).images, 255 - make_images(8, 2, seed=1).images])
+    labels, first = torch.arange(16) % 2, slice(0, 8)
+    if kind == "apart":
+        train, test = apart(images, labels, ("a", "b"), torch.arange(16) >= 8)
+    elif kind == "npz":
+        parts = {"x_train": images[:8, 0], "y_train": labels[:8], "x_test": images[8:, 0], "y_test": labels[8:]}
+        np.savez(tmp_path / "set.npz", **parts)
+        train, test = read_npz(tmp_path / "set.npz")
+    else:
+        for row, (image, label) in enumerate(zip(images[:, 0].numpy(), labels.tolist())):
+            folder = tmp_path / ("train" if row < 8 else "test") / "ab"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{row:02}.png")
+        train, test = read_folder(tmp_path)
+    expected = pixel_statistics(images[first])
+    assert train.mean[0] == test.mean[0] == pytest.approx(expected[0][0])
+    assert train.std[0] == test.std[0] == pytest.approx(expected[1][0])
+
+
+def test_which_images_are_for_testing_does_not_depend_on_the_order_of_the_files():
+    images, order = make_images(40, 2), torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    found = [
+        {
+            image.numpy().tobytes()
+            for image in held_out(images.images[rows], images.labels[rows], ("a", "b")).test.images
+        }
+        for rows in (torch.arange(40), order)
+    ]
+    assert found[0] == found[1]

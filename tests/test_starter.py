@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import make_images, write_set
 from fedunlearn.errors import DataError, PlanError, RunError
 from fedunlearn.run.commands import run
 from fedunlearn.run.experiment import check_choice, prepare
+from fedunlearn.run.inputs import read_data
 from fedunlearn.run.recipe import load_recipe
 from fedunlearn.run.starter import write_starter
 
@@ -95,3 +97,17 @@ def test_a_path_that_is_no_text_is_refused_before_anything_is_written(images, tm
     with pytest.raises(DataError, match="the path is no UTF-8, as a recipe is: rename the folders in it"):
         write_starter(folder / "set.npz", "dog", tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_pictures_of_any_size_begin_with_a_recipe_that_resizes_them(tmp_path, monkeypatch):
+    for k in range(40):
+        folder = tmp_path / "pictures" / "ab"[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9 + k, 12), (k, 90 * (k % 2), 7)).save(folder / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    path, images = write_starter(Path("pictures"), "a", Path("mine"))
+    recipe = load_recipe(str(path))
+    assert recipe.data.path == str(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert read_data(recipe).train.shape == images.shape == (3, 32, 32)
+    assert (recipe.train.rounds, recipe.unlearn.rounds) == (100, 10)
