@@ -49,8 +49,8 @@ _AGAIN = (*_ERASE[:-1], "erase.every=6")
 _DECAY = (*_AGAIN, "unlearn.weight_decay=0.005")
 # Ours, ours with an erase step, the step with nothing pruned, at the start, again and again, so with ten times the
 # weight decay, and that with a last quarter of plain repair; these two in half of the rounds, the last more often and
-# with twice the decay, and in a quarter; the paper's ranking by the recipe's settings, and the paper's own: its hook and
-# its share of channels.
+# with twice the decay, and in a quarter; the paper's ranking by the recipe's settings, and the paper's own: its hook
+# and its share of channels.
 SETTINGS = {
     "contrast": ("unlearn.criterion=contrast",),
     "erase": ("unlearn.criterion=contrast", *_ERASE),
