@@ -51,12 +51,14 @@ _BESIDE = {
     "erase": ("random",),
     "erase-only": ("finetune",),
     "erase-again-rest": ("finetune",),  # it is that of erase-again-decay too
+    "erase-again-often-half": ("finetune",),
     "tf_idf-paper": ("random", "finetune"),
 }
 _OWN_LABELS = {
     ("erase", "random"): "random, erased and repaired",
     ("erase-only", "finetune"): "fine-tuning only, the step's rate",
     ("erase-again-rest", "finetune"): "fine-tuning only, the same decay",
+    ("erase-again-often-half", "finetune"): "fine-tuning only, twice that decay and half of the work",
     ("tf_idf-paper", "random"): "random + repair, as many channels as the paper",
     ("tf_idf-paper", "finetune"): "fine-tuning only, beside tf_idf-paper",
 }
